@@ -1,0 +1,22 @@
+"""Fused operations of the MIRO flow transformer: functions without parameters.
+
+Every operation has a `<name>_reference` in plain torch beside it, which is its specification, the
+path a CPU takes and the oracle of its tests.
+"""
+
+from miro_kernels.adaln import adaln, gated_residual_adaln
+from miro_kernels.adamw_ema import AdamWEMA
+from miro_kernels.attention import attention
+from miro_kernels.qk_norm_rope import qk_norm_rope
+from miro_kernels.reward_adaln import reward_adaln
+from miro_kernels.swiglu import swiglu
+
+__all__ = [
+    "AdamWEMA",
+    "adaln",
+    "attention",
+    "gated_residual_adaln",
+    "qk_norm_rope",
+    "reward_adaln",
+    "swiglu",
+]

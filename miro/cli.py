@@ -1,0 +1,369 @@
+"""The command line: one command a stage, each usable alone on a user's own files.
+
+    miro scenes | annotate | fit-clip | fit-verifier | encode | train | sample | evaluate | report
+    miro demo                                              walks them all
+
+Options are the fields of the configuration classes; `miro COMMAND --help` lists them. Those of
+train may also be written key=value. An error says what is wrong and what to do, and exits with 1;
+a command line that cannot be read exits with 2.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.logging import RichHandler
+
+from miro.annotate import AnnotateConfig
+from miro.config import unknown_name
+from miro.demo import DemoConfig
+from miro.encode import EncodeConfig
+from miro.evaluate.verifier import VerifierConfig
+from miro.fit_clip import FitClipConfig
+from miro.presets import PRESETS, TrainConfig, preset
+from miro.progress import bar, console, counting
+
+Inline = tyro.conf.arg(name="")
+Positional = tyro.conf.Positional
+SETTING = re.compile(r"[A-Za-z_][\w.\-]*=.*", re.DOTALL)
+
+
+def scenes(
+    dest: Positional[Path],
+    samples: int = 30_000,
+    seed: int = 0,
+    split: Literal["train", "heldout"] = "train",
+    clean: bool = False,
+    wrong_captions: float = 0.5,
+) -> None:
+    """Compose captioned pictures from OpenMoji artwork, uncurated like the web.
+
+    Args:
+        dest: the dataset folder to make.
+        samples: how many pictures.
+        seed: of everything random in them.
+        split: no composition occurs in both splits.
+        clean: no blur, noise or faded colours, and only true captions.
+        wrong_captions: share of captions that are not true of their picture.
+    """
+    from miro.data.scenes import write_scenes
+
+    manifest = write_scenes(
+        dest, samples=samples, seed=seed, split=split, clean=clean, wrong_captions=wrong_captions
+    )
+    console.print(f"{dest}: {manifest.samples} pictures in {len(manifest.shards)} shards")
+
+
+def annotate(
+    source: Positional[Path],
+    dest: Positional[Path],
+    rewards: tuple[str, ...] = ("colourfulness", "sharpness"),
+    config: Annotated[AnnotateConfig, Inline] = AnnotateConfig(),  # noqa: B008 frozen
+) -> None:
+    """Score captioned images with rewards: SOURCE to a dataset folder of shards and scores.
+
+    Args:
+        source: a folder of images with .txt captions beside them, WebDataset tars, or a dataset.
+        dest: the dataset folder to make or to complete.
+        rewards: names, or name=weights where a reward needs them, as in alignment=runs/clip.
+        config: how to go about it.
+    """
+    from miro.annotate import annotate as run
+
+    with counting("annotate") as progress:
+        summary = run(source, dest, rewards=rewards, config=config, progress=progress)
+    console.print(
+        f"{dest}: {summary.samples} samples, {summary.rejected} set aside "
+        f"({dest / 'rejected.jsonl'}), {summary.images_per_second:.0f} images/s"
+    )
+
+
+def fit_clip(
+    data: Positional[Path],
+    dest: Positional[Path],
+    config: Annotated[FitClipConfig, Inline] = FitClipConfig(),  # noqa: B008 frozen
+) -> None:
+    """Fit a small open_clip model to a dataset's own pairs, for the alignment reward.
+
+    Args:
+        data: a dataset folder of captioned images.
+        dest: the folder to write; give it to annotate as alignment=DEST.
+        config: its size and training.
+    """
+    from miro.fit_clip import fit_clip as run
+
+    with bar("fit-clip") as progress:
+        run(data, dest, config=config, progress=progress)
+    console.print(f"{dest}: use it as `miro annotate ... --rewards alignment={dest}`")
+
+
+def fit_verifier(
+    dest: Positional[Path],
+    config: Annotated[VerifierConfig, Inline] = VerifierConfig(),  # noqa: B008 frozen
+) -> None:
+    """Train the held-out judge of scenes, which no model is conditioned on.
+
+    Args:
+        dest: the folder to write.
+        config: its size and training.
+    """
+    from miro.evaluate.verifier import fit_verifier as run
+
+    run(dest, config)
+    console.print(f"{dest}: verifier written, its accuracy is in {dest / 'metrics.json'}")
+
+
+def encode(
+    source: Positional[Path],
+    dest: Positional[Path],
+    config: Annotated[EncodeConfig, Inline] = EncodeConfig(),  # noqa: B008 frozen
+) -> None:
+    """Encode a dataset's images to latents and its captions to text states, once.
+
+    Args:
+        source: a dataset folder that `miro annotate` made.
+        dest: the encoded dataset to make.
+        config: which encoders, and how.
+    """
+    from miro.encode import encode as run
+
+    with counting("encode") as progress:
+        summary = run(source, dest, config=config, progress=progress)
+    cut = f", {summary.cut} captions cut to the encoder's length" if summary.cut else ""
+    console.print(f"{dest}: {summary.samples} samples{cut}, {summary.images_per_second:.0f}/s")
+
+
+@dataclass(frozen=True)
+class _Train:
+    config: Annotated[TrainConfig, Inline]
+    run: Path
+    """The run's folder: configuration, metrics, checkpoints and weights."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto goes on from the newest whole checkpoint in the folder, if there is one."""
+
+
+def train(args: Sequence[str]) -> None:
+    """Train a model: miro train PRESET --run DIR --data DIR [options]."""
+    if not args or args[0] in ("-h", "--help"):
+        console.print(
+            f"usage: miro train PRESET --run DIR --data DIR [options]\n\nPresets: "
+            f"{', '.join(PRESETS)}. `miro train PRESET --help` lists every option.",
+            markup=False,
+            highlight=False,
+        )
+        if not args:
+            raise SystemExit(2)
+        return
+    options = tyro.cli(
+        _Train,
+        default=_Train(preset(args[0]), tyro.MISSING),
+        args=[f"--{word}" if SETTING.fullmatch(word) else word for word in args[1:]],
+        prog=f"miro train {args[0]}",
+    )
+    from miro.train import Progress
+    from miro.train import train as run
+
+    with bar("train", options.config.images) as show:
+
+        def report(progress: Progress) -> None:
+            detail = f"loss {progress.loss:.4f}  {progress.images_per_second:,.0f} images/s"
+            show(progress.images, progress.total, detail)
+
+        weights = run(options.config, options.run, resume=options.resume, report=report)
+    console.print(f"weights are in {weights}; sample with `miro sample {options.run} --prompt ...`")
+
+
+def _levels(pairs: Sequence[str], option: str) -> dict[str, float | None]:
+    """["aesthetic=0.6", "clip=off"] to levels by name."""
+    levels: dict[str, float | None] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        try:
+            levels[name] = None if value == "off" else float(value)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise ValueError(
+                f"{option} {pair!r} must be NAME=LEVEL, a level from 0 (worst of the data) to 1 "
+                "(best), or NAME=off to ask for nothing"
+            )
+    return levels
+
+
+@dataclass(frozen=True)
+class _Ask:
+    """How to ask a model."""
+
+    reward: tuple[str, ...] = ()
+    """Targets NAME=LEVEL, 0 to 1, or NAME=off; a trained reward not named is asked for at 1."""
+    negative: tuple[str, ...] = ()
+    """What reward guidance moves away from, NAME=LEVEL; a reward not named is at 0."""
+    reward_scale: float = 0.0
+    """ω: how hard to move away from the negative target; 0 for not at all."""
+    text_scale: float = 0.0
+    """Text guidance; 0 for none."""
+    steps: int = 50
+    seed: int = 0
+
+
+def sample(
+    run: Positional[Path],
+    prompt: tuple[str, ...],
+    ask: Annotated[_Ask, Inline] = _Ask(),  # noqa: B008 frozen
+    count: int = 1,
+    best_of: int = 1,
+    best_by: str | None = None,
+    out: Path | None = None,
+    device: str = "cpu",
+) -> None:
+    """Draw pictures of prompts.
+
+    Args:
+        run: a run's folder, or one of its weights folders.
+        prompt: one or more descriptions.
+        ask: targets and guidance.
+        count: pictures of each prompt.
+        best_of: candidates for each picture, of which the best is kept.
+        best_by: the reward that chooses, NAME or NAME=weights.
+        out: folder for the PNG files; RUN/samples if not given.
+        device: where to compute.
+    """
+    from miro.draw import draw
+
+    negative = _levels(ask.negative, "--negative") if ask.negative or ask.reward_scale else None
+    written = draw(
+        run,
+        prompt,
+        wanted=_levels(ask.reward, "--reward"),
+        unwanted=negative,
+        reward_scale=ask.reward_scale,
+        text_scale=ask.text_scale,
+        steps=ask.steps,
+        seed=ask.seed,
+        count=count,
+        candidates=best_of,
+        best_by=best_by,
+        out=out,
+        device=device,
+    )
+    for path in written:
+        console.print(str(path))
+
+
+def evaluate(
+    run: Positional[Path],
+    rewards: tuple[str, ...] = ("colourfulness", "sharpness"),
+    prompts: Path | None = None,
+    verifier: Path | None = None,
+    count: int = 192,
+    ask: Annotated[_Ask, Inline] = _Ask(steps=16),  # noqa: B008 frozen
+) -> None:
+    """Measure a model's pictures with rewards, and on scenes with the verifier.
+
+    Args:
+        run: a run's folder, or one of its weights folders.
+        rewards: names, or name=weights.
+        prompts: a text file with a prompt a line; held-out scene prompts if not given.
+        verifier: folder of `miro fit-verifier`; needs scene prompts.
+        count: how many prompts.
+        ask: targets and guidance.
+    """
+    from miro.evaluate.run import evaluate as measure
+
+    path = measure(
+        run,
+        rewards=rewards,
+        prompts=prompts,
+        verifier=verifier,
+        count=count,
+        wanted=_levels(ask.reward, "--reward"),
+        unwanted=_levels(ask.negative, "--negative"),
+        reward_scale=ask.reward_scale,
+        text_scale=ask.text_scale,
+        steps=ask.steps,
+        seed=ask.seed,
+    )
+    console.print(path.read_text())
+    console.print(f"written to {path}")
+
+
+def report(run: Positional[Path]) -> None:
+    """Turn a run's folder, or the demo's, into one HTML page.
+
+    Args:
+        run: the folder of a training run or of the demo.
+    """
+    from miro.report.page import write_demo_report
+    from miro.report.run_page import write_run_report
+
+    demo = (run / "results.json").exists()
+    console.print(str(write_demo_report(run) if demo else write_run_report(run)))
+
+
+def demo(config: Annotated[DemoConfig, Inline] = DemoConfig()) -> None:  # noqa: B008 frozen
+    """Everything, from pictures to a report, on two CPU cores; stopped, it goes on where it was.
+
+    Args:
+        config: where, and how much.
+    """
+    from miro.demo import run_demo
+
+    console.print(f"the report is {run_demo(config)}")
+
+
+COMMANDS: Mapping[str, Callable[..., None]] = {
+    "scenes": scenes,
+    "annotate": annotate,
+    "fit-clip": fit_clip,
+    "fit-verifier": fit_verifier,
+    "encode": encode,
+    "train": train,
+    "sample": sample,
+    "evaluate": evaluate,
+    "report": report,
+    "demo": demo,
+}
+
+
+def _usage() -> str:
+    lines = []
+    for name, command in COMMANDS.items():
+        summary = (command.__doc__ or "").strip().splitlines()[0]
+        lines.append(f"  {name:14}{summary}")
+    return "usage: miro COMMAND [options]; miro COMMAND --help lists them\n\n" + "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `miro` and `python -m miro`."""
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(message)s",
+        handlers=[RichHandler(console=console, show_path=False, show_time=False)],
+    )
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        console.print(_usage(), markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(0 if args else 2)
+    name, rest = args[0], args[1:]
+    try:
+        if name not in COMMANDS:
+            raise unknown_name("command", name, COMMANDS)
+        if name == "train":
+            train(rest)
+        else:
+            command: Any = COMMANDS[name]
+            tyro.cli(command, args=rest, prog=f"miro {name}")
+    except (ValueError, OSError, FloatingPointError) as error:
+        console.print(f"[bold red]miro {name}:[/] ", end="")
+        console.print(str(error), markup=False, highlight=False)
+        raise SystemExit(1) from error
+    except KeyboardInterrupt:
+        console.print(f"miro {name}: stopped; the same command goes on where it was")
+        raise SystemExit(130) from None

@@ -1,0 +1,313 @@
+"""The dataset folder: WebDataset tars, raw scores as Parquet, and a manifest of what is complete.
+
+    DEST/manifest.json       kind, captions, shards with their sizes and checksums, rewards
+    DEST/shards/00000.tar    {key}.{extension} members; the members of a sample follow each other
+    DEST/scores/00000.parquet  key, caption (its kind), a float32 column per reward, raw;
+                             a row per sample and caption, NaN where a score is not known
+
+A file that has its name is whole: it was written under a temporary name and renamed when complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from miro.data.tar import (
+    BLOCK,
+    END,
+    ShardError,
+    TruncatedShardError,
+    atomic_file,
+    atomic_write,
+    header,
+    iterate_shard,
+    map_file,
+    scan,
+)
+
+__all__ = [
+    "Manifest",
+    "ScoreTable",
+    "ShardError",
+    "ShardIndex",
+    "ShardInfo",
+    "TruncatedShardError",
+    "atomic_write",
+    "check_shard",
+    "iterate_shard",
+    "read_scores",
+    "read_shard_scores",
+    "score_columns",
+    "scores_path",
+    "shard_path",
+    "verify",
+    "write_scores",
+    "write_shard",
+]
+
+MANIFEST = "manifest.json"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One complete tar: its file name, sample count, size in bytes and SHA-256 in hex."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a dataset folder holds: only complete shards, and only rewards that every shard has."""
+
+    kind: str  # "images" or "encoded"
+    captions: tuple[str, ...]  # the kinds, e.g. "original"
+    shards: tuple[ShardInfo, ...]
+    rewards: tuple[str, ...] = ()
+    encoding: dict[str, Any] | None = None
+    source: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> int:
+        """Samples in all shards."""
+        return sum(shard.samples for shard in self.shards)
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """The manifest of a folder; ValueError names the file and the remedy if it is unusable."""
+        path = Path(folder) / MANIFEST
+        try:
+            content = json.loads(path.read_text("utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise ValueError(
+                f"{path}: no such file, {folder} is not a dataset folder; make one with"
+                " `miro annotate`"
+            ) from None
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON ({error}); make the folder again") from None
+        if not isinstance(content, dict):
+            raise ValueError(f"{path}: not a JSON object; make the folder again")
+        version = content.pop("version", None)
+        if version != VERSION:
+            raise ValueError(
+                f"{path}: version {version!r}, this program reads version {VERSION}; update"
+                " miro-trainer, or make the folder again"
+            )
+        try:
+            shards = tuple(ShardInfo(**shard) for shard in content.pop("shards"))
+            captions, rewards = tuple(content.pop("captions")), tuple(content.pop("rewards", ()))
+            manifest = cls(captions=captions, shards=shards, rewards=rewards, **content)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: a field is missing or not known ({error})") from None
+        if manifest.kind not in ("images", "encoded"):
+            raise ValueError(f"{path}: kind is {manifest.kind!r}, not 'images' or 'encoded'")
+        for shard in shards:
+            if "/" in shard.name or not shard.name.endswith(".tar"):
+                raise ValueError(f"{path}: {shard.name!r} is not the name of a shard")
+        return manifest
+
+    def write(self, folder: Path) -> None:
+        """Replace the folder's manifest, atomically."""
+        content = {"version": VERSION, **asdict(self)}
+        if self.encoding is None:
+            del content["encoding"]
+        atomic_write(Path(folder) / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def shard_path(folder: Path, shard: ShardInfo) -> Path:
+    """Where a shard's tar lies."""
+    return Path(folder) / "shards" / shard.name
+
+
+def scores_path(folder: Path, shard: ShardInfo) -> Path:
+    """Where a shard's scores lie."""
+    return Path(folder) / "scores" / f"{Path(shard.name).stem}.parquet"
+
+
+def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> ShardInfo:
+    """Write (key, {extension: bytes}) samples as a tar, atomically; equal samples, equal bytes.
+
+    Samples are taken one at a time, so a generator needs the memory of one. ValueError for a key
+    that is empty, repeated, or holds "." or "/" (it would be read back as another key).
+    """
+    path = Path(path)
+    seen: set[str] = set()
+    digest = hashlib.sha256()
+    size = 0
+    with atomic_file(path) as file:
+
+        def put(data: bytes) -> None:
+            nonlocal size
+            file.write(data)
+            digest.update(data)
+            size += len(data)
+
+        for key, members in samples:
+            if not key or "." in key or "/" in key:
+                raise ValueError(f"{path.name}: a sample key may not hold '.' or '/', got {key!r}")
+            if key in seen:
+                raise ValueError(f"{path.name}: the sample key {key!r} occurs twice")
+            seen.add(key)
+            for extension, data in members.items():
+                put(header(f"{key}.{extension}", len(data)))
+                put(data)
+                put(bytes(-len(data) % BLOCK))
+        put(END)
+    return ShardInfo(path.name, len(seen), size, digest.hexdigest())
+
+
+class ShardIndex:
+    """Random access to the samples of a dataset folder: headers read once, bytes never copied.
+
+    `keys[i]` is the key of sample i, in the order of the manifest. Beside the keys it takes 16
+    bytes of memory a member. ValueError for a shard that is missing or not what the manifest says.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest | None = None):
+        manifest = Manifest.read(folder) if manifest is None else manifest
+        self.keys: list[str] = []
+        self._views: list[memoryview] = []
+        self._shard = np.empty(manifest.samples, np.int32)
+        self._spans: dict[str, np.ndarray] = {}  # extension -> int64 (samples, 2), -1 where absent
+        for shard in manifest.shards:
+            self._add(check_shard(folder, shard), shard)
+
+    def _add(self, path: Path, shard: ShardInfo) -> None:
+        buffer = map_file(path)
+        samples = list(scan(buffer, path))
+        if len(samples) != shard.samples:
+            raise ValueError(f"{path}: {len(samples)} samples, the manifest says {shard.samples}")
+        first = len(self.keys)
+        self.keys += [sample.key for sample in samples]
+        self._shard[first : len(self.keys)] = len(self._views)
+        self._views.append(memoryview(buffer))
+        absent = (-1, -1)
+        for extension in {extension for sample in samples for extension in sample.spans}:
+            if extension not in self._spans:
+                self._spans[extension] = np.full((len(self._shard), 2), -1, np.int64)
+            spans = [sample.spans.get(extension, absent) for sample in samples]
+            self._spans[extension][first : len(self.keys)] = spans
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def extensions(self, i: int) -> list[str]:
+        """The extensions sample i has, sorted."""
+        return sorted(name for name, spans in self._spans.items() if spans[i, 0] >= 0)
+
+    def member(self, i: int, extension: str) -> memoryview:
+        """The bytes of one member, a view of the mapped shard; KeyError names what there is."""
+        if extension not in self._spans or self._spans[extension][i, 0] < 0:
+            raise KeyError(f"sample {self.keys[i]!r} has {self.extensions(i)}, not {extension!r}")
+        start, stop = self._spans[extension][i]
+        return self._views[self._shard[i]][start:stop]
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Raw scores, a row per sample and caption kind, in the order of the shards."""
+
+    keys: list[str]
+    captions: list[str]
+    rewards: tuple[str, ...]
+    values: np.ndarray  # float32 (rows, rewards), NaN where not known
+
+
+def write_scores(
+    path: Path,
+    keys: Sequence[str],
+    captions: Sequence[str],
+    scores: Mapping[str, Sequence[float] | np.ndarray],
+) -> None:
+    """Write one shard's scores, atomically: sample keys, caption kinds, {reward: score per row}."""
+    columns = {"key": pa.array(keys, pa.string()), "caption": pa.array(captions, pa.string())}
+    for name, values in scores.items():
+        # NaN stays NaN and never becomes null: one kind of "not known" is enough for every reader.
+        columns[name] = pa.array(np.asarray(values, np.float32), from_pandas=False)
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
+    atomic_write(Path(path), sink.getvalue().to_pybytes())
+
+
+def read_shard_scores(path: Path) -> tuple[list[str], list[str], dict[str, np.ndarray]]:
+    """(keys, caption kinds, {reward: float32 (rows,)}) of one shard; ValueError if unreadable."""
+    try:
+        table = pq.ParquetFile(path).read()
+        keys, captions = table["key"].to_pylist(), table["caption"].to_pylist()
+    except (pa.ArrowInvalid, KeyError) as error:
+        raise ValueError(
+            f"{path}: not a score file ({error}); delete it and run `miro annotate` again"
+        ) from None
+    names = table.column_names[2:]
+    return keys, captions, {n: table[n].to_numpy().astype(np.float32) for n in names}
+
+
+def score_columns(path: Path) -> list[str]:
+    """The rewards one shard has scores of; ValueError if the file is not a score file."""
+    try:
+        names = pq.read_schema(path).names
+    except pa.ArrowInvalid as error:
+        raise ValueError(
+            f"{path}: not a score file ({error}); delete it and run `miro annotate` again"
+        ) from None
+    return [name for name in names if name not in ("key", "caption")]
+
+
+def read_scores(folder: Path, manifest: Manifest | None = None) -> ScoreTable:
+    """The scores of all shards, columns as in the manifest; ValueError for a shard without them."""
+    manifest = Manifest.read(folder) if manifest is None else manifest
+    keys: list[str] = []
+    captions: list[str] = []
+    parts = [np.empty((0, len(manifest.rewards)), np.float32)]
+    for shard in manifest.shards:
+        path = scores_path(folder, shard)
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file; run `miro annotate {folder} {folder}` first")
+        shard_keys, shard_captions, columns = read_shard_scores(path)
+        missing = [name for name in manifest.rewards if name not in columns]
+        if missing:
+            raise ValueError(f"{path}: no column {missing[0]!r}; run `miro annotate` to add it")
+        keys += shard_keys
+        captions += shard_captions
+        values = np.empty((len(shard_keys), len(manifest.rewards)), np.float32)
+        for column, name in enumerate(manifest.rewards):
+            values[:, column] = columns[name]
+        parts.append(values)
+    return ScoreTable(keys, captions, manifest.rewards, np.concatenate(parts))
+
+
+def verify(folder: Path) -> None:
+    """Check every shard's size and checksum; ValueError names the first that differs."""
+    for shard in Manifest.read(folder).shards:
+        path = check_shard(folder, shard)
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != shard.sha256:
+            raise ValueError(
+                f"{path}: its checksum is {found}, the manifest says {shard.sha256}; copy it again"
+            )
+
+
+def check_shard(folder: Path, shard: ShardInfo) -> Path:
+    """The path of a shard's tar; ValueError if it is missing or of another size than listed."""
+    path = shard_path(folder, shard)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file, but the manifest lists it; copy it again")
+    size = path.stat().st_size
+    if size != shard.bytes:
+        raise ValueError(
+            f"{path}: {size:,} bytes, the manifest says {shard.bytes:,}; copy it again"
+        )
+    return path

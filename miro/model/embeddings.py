@@ -1,0 +1,121 @@
+"""Time, place, text and reward embeddings of the flow transformer."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from miro.text import PackedText
+
+
+def sinusoids(values: Tensor, channels: int, longest_period: float) -> Tensor:
+    """Sines and cosines of `values` (...,) at geometric periods from 2π to `longest_period`·2π.
+
+    Returns (..., channels) in fp32, cosines first (Transformer, arXiv 1706.03762, section 3.5).
+    """
+    steps = torch.arange(channels // 2, device=values.device, dtype=torch.float32)
+    angles = values.float()[..., None] * torch.exp(
+        -math.log(longest_period) * steps / (channels // 2)
+    )
+    return torch.cat((angles.cos(), angles.sin()), -1)
+
+
+class TimeEmbedding(nn.Module):
+    """(B,) times in [0, 1] to (B, D), through sinusoids and a two-layer MLP."""
+
+    def __init__(self, channels: int, frequencies: int = 256) -> None:
+        super().__init__()
+        self.frequencies = frequencies
+        self.mlp = nn.Sequential(
+            nn.Linear(frequencies, channels), nn.SiLU(), nn.Linear(channels, channels)
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        waves = sinusoids(1000 * t, self.frequencies, longest_period=1e4)
+        return self.mlp(waves.to(next(self.mlp.parameters()).dtype))
+
+
+class RewardTable(nn.Module):
+    """What each reward adds to the modulation at each level: one MLP a reward, all in one product.
+
+    A level s in [0, 1] is the fraction of the data that scores lower: bin k of K is fed as
+    k / (K − 1). The last layer starts at zero, so that a fresh network ignores rewards.
+    """
+
+    def __init__(self, rewards: int, outputs: int, channels: int = 128, waves: int = 8) -> None:
+        super().__init__()
+        features = 2 * waves + 1
+        self.frequencies = nn.Buffer(math.pi * torch.arange(1, waves + 1), persistent=False)
+        self.hidden = nn.Parameter(torch.randn(rewards, features, channels) / math.sqrt(features))
+        self.hidden_bias = nn.Parameter(torch.zeros(rewards, 1, channels))
+        self.out = nn.Parameter(torch.zeros(rewards, channels, outputs))
+        self.out_bias = nn.Parameter(torch.zeros(rewards, 1, outputs))
+
+    def forward(self, levels: Tensor) -> Tensor:
+        """(L,) or (R, L) levels in [0, 1] to (R, L, outputs)."""
+        angles = levels.float()[..., None] * self.frequencies
+        features = torch.cat((levels.float()[..., None], angles.sin(), angles.cos()), -1)
+        features = features.to(self.hidden.dtype).expand(len(self.hidden), -1, -1)
+        hidden = F.silu(torch.baddbmm(self.hidden_bias, features, self.hidden))
+        return torch.baddbmm(self.out_bias, hidden, self.out)
+
+
+class TextEmbedding(nn.Module):
+    """The text's states as the transformer reads them: projected, with each word's place in order.
+
+    A frozen encoder's states say what a word is and only weakly where it stands; "a red frog and a
+    blue fish" hangs on it.
+    """
+
+    def __init__(self, text_channels: int, channels: int) -> None:
+        super().__init__()
+        self.project = nn.Sequential(nn.Linear(text_channels, channels), nn.RMSNorm(channels))
+        self.word = nn.Linear(channels, channels)
+        self.summary = nn.Linear(channels, channels)
+
+    def forward(self, text: PackedText) -> tuple[Tensor, Tensor]:
+        """(T, D) words, and (B, D) a summary of each text; that of an absent text is the bias."""
+        lengths = text.offsets.diff()
+        owner = torch.repeat_interleave(lengths, output_size=len(text.states))
+        place = torch.arange(len(text.states), device=owner.device) - text.offsets[owner]
+        projected = self.project(text.states)
+        waves = sinusoids(place, projected.shape[-1], longest_period=100.0)
+        words = projected + math.sqrt(2) * waves.to(projected.dtype)
+        told = F.silu(self.word(words))
+        summed = told.new_zeros(len(lengths), told.shape[1]).index_add(0, owner, told)
+        # Divided by the root of the length: of unit size whether words agree or not.
+        return words, self.summary(summed / lengths.clamp(min=1).sqrt()[:, None].to(told.dtype))
+
+
+def grid_positions(rows: int, columns: int, channels: int) -> Tensor:
+    """(rows·columns, channels) fixed sines and cosines of each token's place, of unit variance.
+
+    The periods run from two tokens to twice the grid's side, so that neighbours differ clearly on
+    a grid of any size (learned places start too small to be noticed on a small budget).
+    """
+    quarter = channels // 4
+    assert channels % 4 == 0
+
+    def axis(length: int) -> Tensor:
+        slowest, fastest = math.log(math.pi / (2 * length)), math.log(math.pi / 2)
+        frequencies = torch.linspace(slowest, fastest, quarter).exp()
+        angles = torch.arange(length)[:, None] * frequencies
+        return math.sqrt(2) * torch.cat((angles.sin(), angles.cos()), -1)
+
+    down = axis(rows)[:, None].expand(rows, columns, -1)
+    across = axis(columns)[None].expand(rows, columns, -1)
+    return torch.cat((down, across), -1).reshape(rows * columns, channels)
+
+
+def rope_angles(rows: int, columns: int, head_size: int) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (rows·columns, head size / 2): half of the pairs turn with the row."""
+    quarter = head_size // 4
+    assert head_size % 4 == 0
+    frequencies = 100.0 ** -(torch.arange(quarter) / quarter)
+    down = torch.arange(rows)[:, None, None].expand(rows, columns, 1) * frequencies
+    across = torch.arange(columns)[None, :, None].expand(rows, columns, 1) * frequencies
+    angles = torch.cat((down, across), -1).reshape(rows * columns, head_size // 2)
+    return angles.cos(), angles.sin()

@@ -1,0 +1,155 @@
+"""The flow transformer: image patches in, velocity out; rewards and time enter by modulation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from miro.model.blocks import Block
+from miro.model.embeddings import (
+    RewardTable,
+    TextEmbedding,
+    TimeEmbedding,
+    grid_positions,
+    rope_angles,
+)
+from miro.text import PackedText
+from miro_kernels import reward_adaln
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of the network. Nothing in it depends on the rewards a run trains on."""
+
+    channels: int
+    depth: int
+    heads: int
+    hidden: int
+    """Width of the SwiGLU's hidden layer."""
+    patch: int
+    """Side of a patch, in latent pixels."""
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "depth", "heads", "hidden", "patch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+        if self.channels % self.heads or self.channels // self.heads % 4:
+            raise ValueError(
+                f"model: channels={self.channels} must split into heads={self.heads} "
+                "of a size divisible by 4 (2-D rotation)"
+            )
+
+
+class TextKeys(NamedTuple):
+    """What the network needs of a batch of texts: computed once, used at every step."""
+
+    summary: Tensor  # (B, D)
+    absent: Tensor  # (1, D), the summary of a text that is not there
+    blocks: list[tuple[Tensor, Tensor]]  # a block's keys and values, each (T, heads, head size)
+    offsets: Tensor  # (B + 1,) int32
+    longest: int
+
+
+class Rewards(NamedTuple):
+    """Reward conditions of a batch: an index into `levels`, and whether the reward is known."""
+
+    levels: Tensor  # (L,) in [0, 1]
+    bins: Tensor  # (B, R) integers in [0, L)
+    keep: Tensor  # (B, R) bool
+
+
+class FlowTransformer(nn.Module):
+    """x_t (B, C, H, W), t (B,), rewards and text to the raw prediction (B, C, H, W).
+
+    A site is a place where the residual stream is normed: the entry of each attention, the entry
+    of each MLP, and the output. Its modulation (gate of the branch before it, shift, scale) is the
+    sum of a part shared by all sites of its kind, from time and text, of the rewards' table, and of
+    the site's own offset (PixArt-α's adaLN-single, arXiv 2310.00426, with rewards added).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        latent_shape: tuple[int, int, int],
+        text_channels: int,
+        rewards: int,
+    ) -> None:
+        super().__init__()
+        channels, height, width = latent_shape
+        side, dim = config.patch, config.channels
+        if height % side or width % side:
+            raise ValueError(f"model: patch={side} does not divide latents of {height}x{width}")
+        self.config, self.latent_shape = config, latent_shape
+        rows, columns = height // side, width // side
+        self.patches = nn.Linear(channels * side * side, dim)
+        cos, sin = rope_angles(rows, columns, dim // config.heads)
+        self.places = nn.Buffer(grid_positions(rows, columns, dim), persistent=False)
+        self.cos, self.sin = nn.Buffer(cos, persistent=False), nn.Buffer(sin, persistent=False)
+        self.time = TimeEmbedding(dim)
+        self.text = TextEmbedding(text_channels, dim)
+        # Two kinds of sites (attention and output; MLP), each with gate, shift and scale.
+        self.shared = nn.Linear(dim, 2 * 3 * dim)
+        self.table = RewardTable(rewards, outputs=2 * 3 * dim)
+        self.offsets = nn.Parameter(torch.zeros(2 * config.depth + 1, 3, dim))
+        self.blocks = nn.ModuleList(
+            Block(dim, config.heads, config.hidden) for _ in range(config.depth)
+        )
+        self.out = nn.Linear(dim, channels * side * side)
+        for layer in (self.shared, self.out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def read_text(self, text: PackedText) -> TextKeys:
+        """Project the text states once; the result serves every step of a sampler."""
+        states = text.states.to(self.patches.weight.dtype)
+        words, summary = self.text(PackedText(states, text.offsets, text.longest))
+        return TextKeys(
+            summary,
+            self.text.summary.bias[None],
+            [block.attention.text(words) for block in self._blocks()],
+            text.offsets,
+            text.longest,
+        )
+
+    def forward(self, x_t: Tensor, t: Tensor, rewards: Rewards, text: TextKeys) -> Tensor:
+        dtype = self.patches.weight.dtype
+        x = self.patches(self._patchify(x_t.to(dtype))) + self.places.to(dtype)
+        base = self.shared(nn.functional.silu(self.time(t) + text.summary))
+        base = base.unflatten(-1, (2, 3, -1)).unbind(1)
+        table = self.table(rewards.levels).unflatten(-1, (2, 3, -1)).unbind(2)
+
+        def site(index: int, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+            kind, first = index % 2, 1 if branch is None else 0
+            modulation = (
+                base[kind][:, first:],
+                self.offsets[index, first:],
+                table[kind][:, :, first:],
+            )
+            out = reward_adaln(x, *modulation, rewards.bins, rewards.keep, branch=branch)
+            return out if isinstance(out, tuple) else (x, out)
+
+        branch = None
+        for index, (block, keys) in enumerate(zip(self._blocks(), text.blocks, strict=True)):
+            x, h = site(2 * index, x, branch)
+            branch = block.attention(h, (self.cos, self.sin), keys, text.offsets, text.longest)
+            x, h = site(2 * index + 1, x, branch)
+            branch = block.mlp(h)
+        _, h = site(2 * self.config.depth, x, branch)
+        return self._unpatchify(self.out(h)).float()
+
+    def _blocks(self) -> list[Block]:
+        return cast("list[Block]", self.blocks)
+
+    def _patchify(self, x: Tensor) -> Tensor:
+        side, (channels, height, width) = self.config.patch, self.latent_shape
+        x = x.reshape(-1, channels, height // side, side, width // side, side)
+        return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+    def _unpatchify(self, tokens: Tensor) -> Tensor:
+        side, (channels, height, width) = self.config.patch, self.latent_shape
+        x = tokens.unflatten(1, (height // side, width // side))
+        x = x.unflatten(-1, (channels, side, side))
+        return x.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, height, width)

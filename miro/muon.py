@@ -1,0 +1,84 @@
+"""Muon for matrices, with the average of the weights and the low-precision copy inside.
+
+    b ← μ·b + (1 − μ)·g                         u = (1 − μ)·g + μ·b
+    w ← w·(1 − lr·λ) − lr·0.2·sqrt(max(rows, columns))·orthogonal(u)
+    e ← e + (1 − d)·(w − e)                     p ← w in the parameter's dtype
+
+orthogonal(u) is u with its singular values made about 1, by five steps of a Newton-Schulz
+iteration; the factor makes an update as large as AdamW's. On the demo's transformer it reaches a
+loss in under half of AdamW's images. Sources: Keller Jordan, "Muon" (2024); the factor from
+Moonlight, arXiv 2502.16982.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from miro_kernels import AdamWEMA
+
+COEFFICIENTS = (3.4445, -4.775, 2.0315)
+STEPS = 5
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """(n, rows, columns) with singular values moved to about 0.7 to 1.2; bf16 inside."""
+    a, b, c = COEFFICIENTS
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.transpose(1, 2) if tall else matrices
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()
+    for _ in range(STEPS):
+        gram = x @ x.transpose(1, 2)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = x.float()
+    return x.transpose(1, 2) if tall else x
+
+
+class MuonEMA(AdamWEMA):
+    """Muon for the groups of matrices that say `orthogonal: True`; AdamWEMA for the others.
+
+    State of an orthogonal parameter: that of AdamWEMA without `exp_avg_sq`; `exp_avg` is b above.
+    """
+
+    def __init__(self, params: Iterable[Any], momentum: float = 0.95, **options: Any) -> None:
+        super().__init__(params, **options)
+        self._momentum = momentum
+        self._orthogonal = set()
+        for group in self.param_groups:
+            for param in group["params"] if group.get("orthogonal") else ():
+                if param.ndim != 2:
+                    raise ValueError(f"Muon takes matrices, got a parameter {tuple(param.shape)}")
+                self._orthogonal.add(param)
+
+    def _state(self, param: Tensor) -> dict[str, Any]:
+        state = super()._state(param)
+        if param in self._orthogonal:
+            state.pop("exp_avg_sq", None)
+        return state
+
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        if not group.get("orthogonal"):
+            super()._update(group, params)
+            return
+        alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
+        for param in params:
+            alike[param.shape].append(param)
+        # Matrices of one shape go through the iteration as one batch of products.
+        for chosen in alike.values():
+            states = [self.state[param] for param in chosen]
+            masters = [self.master(param) for param in chosen]
+            momenta = [state["exp_avg"] for state in states]
+            grads = [param.grad.float() for param in chosen if param.grad is not None]
+            torch._foreach_lerp_(momenta, grads, 1 - self._momentum)
+            steps = orthogonal(torch.stack(torch._foreach_lerp(grads, momenta, self._momentum)))
+            size = 0.2 * max(chosen[0].shape) ** 0.5
+            torch._foreach_mul_(masters, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(masters, list(steps.unbind()), alpha=-group["lr"] * size)
+            torch._foreach_lerp_([s["ema"] for s in states], masters, 1 - group["ema_decay"])
+            for param, master in zip(chosen, masters, strict=True):
+                if param is not master:
+                    param.copy_(master)

@@ -1,0 +1,125 @@
+"""A training run's configuration, and the presets, each a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from miro.conditioning import ConditioningConfig
+from miro.config import unknown_name
+from miro.engine import OptimizerConfig, Precision
+from miro.flow import FlowConfig
+from miro.model.transformer import ModelConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All that decides a run. Progress, and every interval, is counted in images."""
+
+    model: ModelConfig
+    data: Path | None = None
+    """The encoded dataset folder (`miro encode` makes it)."""
+    images: int = 1_000_000
+    """Images to train on, the same image counted each time it is seen."""
+    batch: int = 64
+    """Images of an optimizer step."""
+    seed: int = 0
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    precision: Precision = "fp32"
+    compile: bool = False
+    """Compile the network with torch.compile; worth its start-up time on long runs."""
+    device: str = "cpu"
+    threads: int | None = None
+    """CPU threads of this process; None leaves it to torch."""
+    report_every: int = 6_400
+    """Images between reports to the metrics file, TensorBoard and the screen."""
+    checkpoint_every: int = 32_000
+    """Images between checkpoints to resume from."""
+    keep_checkpoints: int = 2
+    weights_at: tuple[int, ...] = ()
+    """Images after which the averaged weights are kept for evaluation, beside those of the end."""
+
+    def __post_init__(self) -> None:
+        for name in ("images", "batch", "report_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("report_every", "checkpoint_every", "images"):
+            if getattr(self, name) % self.batch:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be a multiple of batch={self.batch}"
+                )
+        for mark in self.weights_at:
+            if mark % self.batch or not 0 < mark <= self.images:
+                raise ValueError(
+                    f"weights_at: {mark} must be a multiple of batch={self.batch} up to "
+                    f"images={self.images}"
+                )
+
+
+def demo() -> TrainConfig:
+    """Pictures of 32 x 32 pixels on two CPU cores, in minutes: shows the effect of MIRO."""
+    return TrainConfig(
+        model=ModelConfig(channels=192, depth=6, heads=3, hidden=512, patch=8),
+        images=115_200,
+        batch=64,
+        flow=FlowConfig(predicts="sample", times="logit_normal", times_mean=1.0, weight_cap=0.3),
+        optimizer=OptimizerConfig(
+            matrices="muon",
+            learning_rate=2e-3,
+            beta2=0.95,
+            warmup_images=6_400,
+            decay_from=0.8,
+            ema_images=4_500,
+        ),
+        precision="bf16",
+        threads=1,
+        report_every=1_280,
+        checkpoint_every=12_800,
+    )
+
+
+def small() -> TrainConfig:
+    """0.36 B parameters on 32 x 32 x 4 latents, the size of the paper's model, in 256 tokens."""
+    return TrainConfig(
+        model=ModelConfig(channels=1024, depth=22, heads=16, hidden=3072, patch=2),
+        images=512_000_000,
+        batch=1024,
+        optimizer=OptimizerConfig(
+            learning_rate=3e-4, warmup_images=5_120_000, weight_decay=0.01, ema_images=2_000_000
+        ),
+        precision="bf16",
+        compile=True,
+        device="cuda",
+        report_every=102_400,
+        checkpoint_every=5_120_000,
+    )
+
+
+def large() -> TrainConfig:
+    """About 2 B parameters on 32 x 32 x 4 latents, for sharded training."""
+    return TrainConfig(
+        model=ModelConfig(channels=2048, depth=34, heads=16, hidden=5632, patch=2),
+        images=512_000_000,
+        batch=2048,
+        optimizer=OptimizerConfig(
+            learning_rate=2e-4, warmup_images=10_240_000, weight_decay=0.01, ema_images=4_000_000
+        ),
+        precision="bf16",
+        compile=True,
+        device="cuda",
+        report_every=204_800,
+        checkpoint_every=10_240_000,
+    )
+
+
+PRESETS: dict[str, Callable[[], TrainConfig]] = {"demo": demo, "small": small, "large": large}
+
+
+def preset(name: str) -> TrainConfig:
+    """The configuration of a preset; ValueError offers the nearest name."""
+    if name not in PRESETS:
+        raise unknown_name("preset", name, PRESETS)
+    return PRESETS[name]()

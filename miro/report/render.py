@@ -1,0 +1,81 @@
+"""From values to one HTML file: the templates beside this file, and how figures are written."""
+
+from __future__ import annotations
+
+import base64
+import math
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from miro.checkpoint import write_text
+from miro.report.plots import svg
+
+_NAMES = {
+    "baseline": "Baseline",
+    "miro": "MIRO",
+    "unguided": "No guidance",
+    "guided": "Text guidance",
+    "reward_guided": "Reward guidance",
+}
+
+
+def label(name: str) -> str:
+    """A name of the files as people read it: only_alignment is "Alignment only"."""
+    if name in _NAMES:
+        return _NAMES[name]
+    if name.startswith("only_"):
+        return f"{label(name[5:])} only"
+    return name.replace("_", " ").capitalize()
+
+
+def number(value: float | None, like: float | None = None) -> str:
+    """Three digits or more, a dash for what is not known. like: a value that sets the decimals."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    size = abs(value if like is None else like)
+    decimals = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3
+    return f"{value:,.{decimals}f}".replace("-", "−")
+
+
+def duration(seconds: float | None) -> str:
+    """42 s, 8 min 45 s, 1 h 05 min."""
+    if seconds is None or not math.isfinite(seconds):
+        return "–"
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def plot(figure: Figure, name: str) -> Markup:
+    """A figure for a template. Safe to leave unescaped: matplotlib escapes the text in it."""
+    return Markup(svg(figure, name))
+
+
+def data_uri(path: Path) -> str:
+    """A PNG's bytes as an address that needs no other file."""
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def write_page(path: Path, template: str, **values: Any) -> Path:
+    """Render a template to `path`, whole or not at all; every value is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    formats = {"label": label, "number": number, "duration": duration}
+    environment.filters |= formats
+    environment.globals |= formats
+    write_text(path, environment.get_template(template).render(**values))
+    return path

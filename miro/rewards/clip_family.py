@@ -1,0 +1,52 @@
+"""Rewards of the CLIP family: how well a picture and its caption belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from miro.rewards.base import same_sized
+from miro.rewards.captioner import load_captioner
+
+
+class Alignment:
+    """How well a caption fits a picture, by an open_clip CoCa fitted to the corpus, in nats.
+
+    The sum over the caption's words of r_w (miro.rewards.captioner): how much likelier the picture
+    makes the caption. Each word that the picture confirms adds, each wrong one costs a few nats.
+    Captions longer than the network's context are cut.
+    """
+
+    name = "alignment"
+    reads_caption = True
+    range = (-10.0, 10.0)
+
+    def __init__(self, weights: str, device: torch.device | str = "cpu") -> None:
+        self._device = torch.device(device)
+        self._model = load_captioner(Path(weights), self._device)
+        self._habit: dict[str, Tensor] = {}
+
+    @torch.inference_mode()
+    def score(self, images: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
+        """float32 (B,), in nats."""
+        scores = torch.empty(len(images), device=self._device)
+        for indices, pixels in same_sized(images, captions, self._device):
+            said: list[str] = [captions[int(i)] for i in indices]
+            words = self._model.words(said)
+            given = self._model.log_likelihoods(self._model.see(pixels), words)
+            scores[indices] = (given - self._without_picture(said)).sum(1)
+        return scores
+
+    def _without_picture(self, captions: Sequence[str]) -> Tensor:
+        """What each caption scores with nothing to see; computed once for a distinct caption."""
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self._habit]
+        if new:
+            if len(self._habit) > 100_000:
+                self._habit.clear()
+                new = list(dict.fromkeys(captions))
+            found = self._model.without_picture(self._model.words(new))
+            self._habit.update(zip(new, found.unbind(), strict=True))
+        return torch.stack([self._habit[caption] for caption in captions])

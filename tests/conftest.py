@@ -1,0 +1,69 @@
+"""What several test files share: random tensors, a small encoded dataset, and a short run on it."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from miro.annotate import annotate
+from miro.checkpoint import RunFolder
+from miro.data.scenes import write_scenes
+from miro.encode import encode
+from miro.engine import OptimizerConfig
+from miro.flow import FlowConfig
+from miro.model.transformer import ModelConfig
+from miro.presets import TrainConfig
+from miro.train import train
+
+# Child processes of the tests import their own helper from there (tests/miro/interrupted.py).
+sys.path.append(str(Path(__file__).parent / "miro"))
+
+
+@pytest.fixture
+def draw() -> Callable[..., Tensor]:
+    """draw(*shape, dtype=float64): normal numbers of mean .3 and deviation .7, ever the same."""
+    generator = torch.Generator().manual_seed(7)
+
+    def make(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        numbers = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return (numbers * 0.7 + 0.3).to(dtype)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def encoded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoded dataset folder of 64 scenes of 32 x 32 pixels with two rewards. Do not write."""
+    folder = tmp_path_factory.mktemp("data")
+    write_scenes(folder / "images", samples=64, seed=3, split="train")
+    annotate(folder / "images", folder / "scored", rewards=["colourfulness", "sharpness"])
+    encode(folder / "scored", folder / "encoded")
+    return folder / "encoded"
+
+
+@pytest.fixture(scope="session")
+def training(encoded: Path) -> TrainConfig:
+    """A run of 12 steps of 8 images: each is reported, every second leaves a checkpoint."""
+    return TrainConfig(
+        model=ModelConfig(channels=32, depth=1, heads=2, hidden=32, patch=8),
+        data=encoded,
+        images=96,
+        batch=8,
+        flow=FlowConfig(predicts="sample", times="logit_normal", weight_cap=0.3),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_images=16, decay_from=0.8),
+        threads=1,
+        report_every=8,
+        checkpoint_every=16,
+        weights_at=(40,),
+    )
+
+
+@pytest.fixture(scope="session")
+def undisturbed(training: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run of `training` to its end that nothing happened to. Do not write."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    train(training, folder)
+    return RunFolder(folder)

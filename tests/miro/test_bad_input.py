@@ -1,0 +1,501 @@
+"""Bad input: refused with a reason before work starts, or set aside while the rest goes on."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import math
+import os
+import shutil
+import struct
+import subprocess
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from miro.annotate import AnnotateConfig, annotate
+from miro.data.decode import DecodeError, decode, resize_crop
+from miro.data.shards import Manifest, read_scores, verify
+
+SMALL = AnnotateConfig(batch_size=4, samples_per_shard=5, workers=1)
+
+
+def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def noise(height: int = 12, width: int = 10) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+PICTURE = encoded(noise())
+
+
+def bomb(side: int) -> bytes:
+    """A PNG of a few bytes that says it has side x side pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(bytes(1000)))
+        + chunk(b"IEND", b"")
+    )
+
+
+def write_pair(folder: Path, name: str, image: bytes, caption: bytes | None = b"a caption") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(image)
+    if caption is not None:
+        (folder / name).with_suffix(".txt").write_bytes(caption)
+
+
+def write_tar(path: Path, members: Sequence[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def reasons(dest: Path) -> dict[str, tuple[str, str]]:
+    """{source: (field, reason)}; fails if something was set aside twice."""
+    lines = [json.loads(line) for line in (dest / "rejected.jsonl").read_text().splitlines()]
+    assert len({(line["source"], line["field"]) for line in lines}) == len(lines)
+    return {line["source"]: (line["field"], line["reason"]) for line in lines}
+
+
+class Scores:
+    """A reward of the image alone that gives what it is told, picture by picture."""
+
+    reads_caption = False
+    range = (0.0, 1.0)
+
+    def __init__(self, name: str, give: Callable[[Tensor], float]):
+        self.name, self._give = name, give
+
+    def score(self, images: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
+        return torch.tensor([self._give(image) for image in images])
+
+
+# --- pictures ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"", "empty"),
+        (bytes(1000), "1,000 zero bytes"),
+        (b"<!DOCTYPE html><html>404</html>", "HTML page.*download failed"),
+        (b"\n <HTML><body>", "HTML"),
+        (b'<?xml version="1.0"?><svg/>', "SVG"),
+        (b"hello, I am a text", "not a picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
+        (PICTURE[: len(PICTURE) // 2], "cut short"),
+        (PICTURE[:20], "damaged|cut short"),
+        (encoded(noise(64, 64), "JPEG")[:-200], "cut short"),
+        (encoded(noise(64, 64), "WEBP")[:-100], "damaged|cut short"),
+        (encoded(noise(64, 64), "TIFF")[:-3000], "damaged|cut short"),
+        (PICTURE[:60] + b"\0\0\0\0" + PICTURE[64:], "damaged|cut short"),
+        (bomb(9000), r"9000 x 9000 pixels, more than 64,000,000"),
+        (bomb(60000), "more than 64,000,000"),
+        (encoded(Image.fromarray(np.full((2, 2), 0.5, np.float32)), "TIFF"), "floating-point"),
+        (encoded(Image.fromarray(np.full((2, 2), 10**6, np.int32)), "TIFF"), "32-bit"),
+    ],
+)
+def test_what_is_no_picture_is_refused_with_a_reason(data: bytes, says: str) -> None:
+    with pytest.raises(DecodeError, match=says):
+        decode(data)
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's own remarks about damage
+def test_no_mutation_of_a_picture_escapes_as_another_error() -> None:
+    generator = np.random.default_rng(0)
+    pictures = [encoded(noise(), form) for form in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF")]
+    refused = 0
+    for number in range(600):
+        data = bytearray(pictures[number % len(pictures)])
+        for at in generator.integers(0, len(data), 3):
+            data[at] = generator.integers(256)
+        try:
+            assert decode(bytes(data[: generator.integers(1, 2 * len(data))])).shape[0] == 3
+        except DecodeError as error:
+            refused += 1
+            assert str(error)
+    assert refused > 100
+
+
+def test_a_plain_picture_keeps_its_pixels() -> None:
+    image = decode(PICTURE)
+    assert (image.shape, image.dtype, image.is_contiguous()) == ((3, 12, 10), torch.uint8, True)
+    np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), np.asarray(noise()))
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_a_turned_picture_is_turned_upright(form: str) -> None:
+    upright = Image.new("RGB", (32, 16), "red")
+    upright.paste("blue", (0, 0, 16, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held so that the picture must be turned clockwise
+    image = decode(encoded(upright.transpose(Image.Transpose.ROTATE_90), form, exif=exif))
+    assert image.shape == (3, 16, 32)
+    assert image[2, 8, 4] > 200 > 60 > image[2, 8, 28]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
+def test_transparency_is_laid_on_white(mode: str) -> None:
+    picture = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    picture.putpixel((1, 0), (0, 0, 0, 255))
+    if mode == "PA":
+        palette = Image.new("P", (2, 1), 0)
+        palette.putpalette([0, 0, 0, 0, 0, 0])
+        palette.putpixel((1, 0), 1)
+        data = encoded(palette, "PNG", transparency=0)
+    else:
+        data = encoded(picture.convert(mode))
+    assert decode(data)[:, 0].tolist() == [[255, 0]] * 3
+
+
+def test_grey_palette_cmyk_and_16_bit_become_the_same_colours() -> None:
+    grey = Image.fromarray(np.array([[0, 100, 255]], np.uint8))
+    sixteen = Image.fromarray(np.array([[0, 100 * 257, 65535]], np.uint16))
+    expected = [[0, 100, 255]] * 3
+    assert decode(encoded(grey))[:, 0].tolist() == expected
+    assert decode(encoded(sixteen))[:, 0].tolist() == expected
+    assert decode(encoded(sixteen, "TIFF"))[:, 0].tolist() == expected
+    assert decode(encoded(grey.convert("P")))[:, 0].tolist() == expected
+    assert decode(encoded(grey.convert("1")))[0, 0, 0] == 0
+    red = decode(encoded(Image.new("RGB", (16, 16), "red").convert("CMYK"), "JPEG", quality=100))
+    assert red[0].min() > 240 and red[1:].max() < 15
+
+
+def test_of_an_animation_the_first_frame_is_taken() -> None:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    for form in ("GIF", "WEBP"):
+        image = decode(encoded(frames[0], form, save_all=True, append_images=frames[1:]))
+        assert image[0].min() > 240 and image[2].max() < 15
+
+
+def test_resize_crop_takes_the_centre_and_keeps_a_fitting_image() -> None:
+    image = torch.zeros(3, 30, 90, dtype=torch.uint8)
+    image[:, :, 30:60] = 200
+    small = resize_crop(image, 10)
+    assert (small.shape, small.dtype) == ((3, 10, 10), torch.uint8)
+    assert small.unique().tolist() == [200]
+    assert torch.equal(resize_crop(image[:, :, 30:60], 30), image[:, :, 30:60])
+    assert resize_crop(image, 64).shape == (3, 64, 64)
+
+
+# --- sources that cannot be read at all --------------------------------------------------------
+
+
+def test_nothing_is_made_where_there_is_nothing_to_read(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "notes.txt").write_text("no images here")
+    (empty / ".hidden.png").write_bytes(PICTURE)
+    write_pair(tmp_path / "in", "a.png", PICTURE)
+    encoded_set = tmp_path / "encoded"
+    encoded_set.mkdir()
+    Manifest("encoded", ("original",), ()).write(encoded_set)
+    both = tmp_path / "both"
+    write_pair(both, "a.png", PICTURE)
+    write_tar(both / "a.tar", [])
+    cases = [
+        (tmp_path / "absent", ["sharpness"], "absent: no such file or folder"),
+        (empty, ["sharpness"], r"no images found.*1 other files.*\.jpg"),
+        (empty / "notes.txt", ["sharpness"], r"neither a folder nor a \.tar"),
+        (both, ["sharpness"], "both tars and images"),
+        (encoded_set, ["sharpness"], "encoded already"),
+        (tmp_path / "in", ["colorfulness"], "did you mean 'colourfulness'"),
+        (tmp_path / "in", ["sharpness", "sharpness"], "twice"),
+    ]
+    for source, rewards, says in cases:
+        with pytest.raises(ValueError, match=says):
+            annotate(source, tmp_path / "out", rewards=rewards)
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="must not be SOURCE"):
+        annotate(tmp_path / "in", tmp_path / "in", rewards=["sharpness"])
+    with pytest.raises(ValueError, match="is a file"):
+        annotate(tmp_path / "in", tmp_path / "in" / "a.png", rewards=["sharpness"])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"batch_size": 0},
+        {"samples_per_shard": 0},
+        {"max_rejected_after": 0},
+        {"max_rejected": 1.5},
+        {"workers": -1},
+    ],
+)
+def test_an_impossible_configuration_is_refused(wrong: dict[str, Any]) -> None:
+    ((field, value),) = wrong.items()
+    with pytest.raises(ValueError, match=f"{field} must be.*{value}"):
+        AnnotateConfig(**wrong)
+
+
+def test_a_folder_of_shards_without_a_manifest_is_not_written_over(tmp_path: Path) -> None:
+    write_pair(tmp_path / "in", "a.png", PICTURE)
+    precious = tmp_path / "out" / "shards" / "00000.tar"
+    precious.parent.mkdir(parents=True)
+    precious.write_bytes(b"precious")
+    with pytest.raises(ValueError, match="holds shards but no manifest"):
+        annotate(tmp_path / "in", tmp_path / "out", rewards=["sharpness"])
+    assert precious.read_bytes() == b"precious"
+
+
+# --- bad samples among good ones ---------------------------------------------------------------
+
+
+def test_bad_samples_of_a_folder_are_set_aside_and_the_rest_goes_on(tmp_path: Path) -> None:
+    source, dest = tmp_path / "in", tmp_path / "out"
+    for number in range(8):
+        write_pair(source, f"good {number}.png", PICTURE, b"\xef\xbb\xbf a good one \n")
+    write_pair(source, "cut.png", PICTURE[:50])
+    write_pair(source, "html.jpg", b"<html>not found</html>")
+    write_pair(source, "zero.webp", b"")
+    write_pair(source, "no caption.png", PICTURE, None)
+    write_pair(source, "empty caption.png", PICTURE, b" \n\t ")
+    write_pair(source, "latin1 caption.png", PICTURE, "gr\xfcn".encode("latin-1"))
+    write_pair(source, "long caption.png", PICTURE, b"x" * (2**20 + 1))
+    (source / "folder.png").mkdir()
+    (source / "loop.png").symlink_to("loop.png")
+    os.mkfifo(source / "pipe.png")
+    summary = annotate(source, dest, rewards=["sharpness"], config=SMALL)
+    verify(dest)
+    assert (summary.samples, summary.rejected, summary.looked_at) == (8, 9, 17)
+    found = reasons(dest)
+    for name, field, says in [
+        ("cut.png", "image", "cut short"),
+        ("html.jpg", "image", "HTML"),
+        ("zero.webp", "image", "empty"),
+        ("no caption.png", "caption", "no caption.txt is missing"),
+        ("empty caption.png", "caption", "empty"),
+        ("latin1 caption.png", "caption", "not UTF-8 (byte 0xfc at 2)"),
+        ("long caption.png", "caption", "too large"),
+        ("loop.png", "image", "link to itself"),
+        ("pipe.png", "image", "not a plain file"),
+    ]:
+        assert found[name][0] == field and says in found[name][1], found[name]
+    before = (dest / "rejected.jsonl").read_bytes()
+    assert annotate(source, dest, rewards=["sharpness"], config=SMALL).rejected == 9
+    assert (dest / "rejected.jsonl").read_bytes() == before
+
+
+def test_bad_samples_of_a_tar_are_set_aside_and_the_rest_goes_on(tmp_path: Path) -> None:
+    some = {"original": "good", "long": "", "other": 7, "half": "\ud800"}
+    tar = write_tar(
+        tmp_path / "in.tar",
+        [
+            ("a.png", PICTURE),
+            ("a.txt", b"good"),
+            ("b.png", PICTURE),
+            ("c.txt", b"no image"),
+            ("d.png", PICTURE),
+            ("d.json", b'{"captions": '),
+            ("e.png", PICTURE),
+            ("e.json", b"[" * 100_000),
+            ("f.png", PICTURE),
+            ("f.json", json.dumps({"captions": some}).encode()),
+            ("g.png", PICTURE),
+            ("g.json", b'{"captions": {"original": ""}}'),
+            ("h.png", PICTURE),
+            ("h.txt", b"good"),
+            ("h.png", PICTURE),
+            ("h.txt", b"the same name again"),
+            ("i.png", b"<html>"),
+            ("i.txt", b"good"),
+        ],
+    )
+    annotate(tar, tmp_path / "out", rewards=["sharpness"], config=SMALL)
+    table = read_scores(tmp_path / "out")
+    assert table.keys == ["a", "f", "h", "h-2"]
+    assert table.captions == ["original"] * 4
+    lines = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
+    found = {(json.loads(line)["source"], json.loads(line)["field"]): line for line in lines}
+    assert len(found) == len(lines) == 9
+    for key, field, says in [
+        ("b", "caption", "no .txt"),
+        ("c", "image", "no image"),
+        ("d", "caption", "is not JSON"),
+        ("e", "caption", "nested too deeply"),
+        ("f", "captions.long", "empty"),
+        ("f", "captions.other", "not text but int"),
+        ("f", "captions.half", "surrogate"),
+        ("g", "caption", "empty"),
+        ("i", "image", "HTML"),
+    ]:
+        assert says in found[f"in.tar:{key}", field]
+
+
+def test_of_a_tar_cut_short_the_whole_samples_are_kept_and_the_next_tar_is_read(
+    tmp_path: Path,
+) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    members = [(f"{i}.{e}", d) for i in range(7) for e, d in [("png", PICTURE), ("txt", b"x")]]
+    for number in range(2):
+        write_tar(source / f"{number}.tar", members)
+    (source / "2.tar").write_bytes(b"")
+    whole = (source / "0.tar").read_bytes()
+    (source / "0.tar").write_bytes(whole[: whole.index(b"6.png") + 700])
+    summary = annotate(source, tmp_path / "out", rewards=["sharpness"], config=SMALL)
+    assert summary.samples == 5 + 7
+    assert "the last good sample is '4'" in reasons(tmp_path / "out")["0.tar"][1]
+    assert reasons(tmp_path / "out")["2.tar"] == ("shard", "the file is empty")
+    verify(tmp_path / "out")
+
+
+def test_evil_members_are_set_aside_and_never_followed(tmp_path: Path) -> None:
+    (tmp_path / "secret.png").write_bytes(PICTURE)
+    with tarfile.open(tmp_path / "in.tar", "w") as tar:
+        for name in ["a.png", "../b.png", "/c.png"]:
+            for member, data in [(name, PICTURE), (name.replace(".png", ".txt"), b"x")]:
+                info = tarfile.TarInfo(member)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        link = tarfile.TarInfo("d.png")
+        link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path / "secret.png")
+        tar.addfile(link)
+        text = tarfile.TarInfo("d.txt")
+        tar.addfile(text)
+    config = AnnotateConfig(workers=1)
+    annotate(tmp_path / "in.tar", tmp_path / "out", rewards=["sharpness"], config=config)
+    assert read_scores(tmp_path / "out").keys == ["a"]
+    found = reasons(tmp_path / "out")
+    assert "outside" in found["in.tar:../b.png"][1] and "outside" in found["in.tar:/c.png"][1]
+    assert "plain file" in found["in.tar:d.png"][1]
+    assert not (tmp_path / "b.png").exists()
+
+
+def test_one_unknown_score_is_kept_as_nan_and_a_sample_without_any_is_set_aside(
+    tmp_path: Path,
+) -> None:
+    for number, colour in enumerate(["black", "white", "red"]):
+        write_pair(tmp_path / "in", f"{number}.png", encoded(Image.new("RGB", (4, 4), colour)))
+    rewards = [
+        Scores("first", lambda image: 0.5 if image.sum() else math.nan),
+        Scores("second", lambda image: 0.5 if image.min() == 255 else math.inf),
+    ]
+    annotate(tmp_path / "in", tmp_path / "out", rewards=rewards, config=SMALL)
+    table = read_scores(tmp_path / "out")
+    assert table.keys == ["1", "2"]
+    np.testing.assert_array_equal(table.values, np.array([[0.5, 0.5], [0.5, np.nan]], np.float32))
+    assert reasons(tmp_path / "out") == {"0.png": ("scores", "every reward gave NaN")}
+
+
+def test_a_reward_that_gives_a_wrong_number_of_scores_is_named(tmp_path: Path) -> None:
+    class Wrong(Scores):
+        def score(self, images: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
+            return torch.zeros(len(images) + 1)
+
+    write_pair(tmp_path / "in", "a.png", PICTURE)
+    with pytest.raises(ValueError, match=r"'wrong' gave \(2,\) for 1 pairs"):
+        annotate(tmp_path / "in", tmp_path / "out", rewards=[Wrong("wrong", lambda _: 0.0)])
+
+
+def test_a_bad_image_in_a_dataset_keeps_its_row_as_not_known(tmp_path: Path) -> None:
+    write_pair(tmp_path / "in", "a.png", PICTURE)
+    write_pair(tmp_path / "in", "b.png", encoded(Image.new("RGB", (4, 4), "red")))
+    annotate(tmp_path / "in", tmp_path / "a", rewards=[], config=SMALL)
+    tar = tmp_path / "a" / "shards" / "00000.tar"
+    tar.write_bytes(tar.read_bytes().replace(b"IDAT", b"IDAX", 1))
+    for _ in range(2):
+        annotate(tmp_path / "a", tmp_path / "b", rewards=["sharpness"], config=SMALL)
+        assert np.isnan(read_scores(tmp_path / "b").values[:, 0]).tolist() == [True, False]
+        assert list(reasons(tmp_path / "b")) == ["00000.tar:a"]
+    tar.unlink()
+    with pytest.raises(ValueError, match=r"00000.tar: no such file"):
+        annotate(tmp_path / "a", tmp_path / "c", rewards=["sharpness"], config=SMALL)
+
+
+def test_above_the_allowed_share_the_run_stops_and_below_it_goes_on(tmp_path: Path) -> None:
+    for number in range(20):
+        write_pair(tmp_path / "in", f"{number:02d}.png", PICTURE if number < 12 else b"")
+    for share, after, stops in [(0.3, 10, True), (0.3, 100, False), (0.5, 10, False)]:
+        dest = tmp_path / f"{share} {after}"
+        config = AnnotateConfig(4, 5, max_rejected=share, max_rejected_after=after, workers=1)
+        if stops:
+            with pytest.raises(ValueError, match=r"7 of the first 19.*0\.3.*max_rejected.*empty"):
+                annotate(tmp_path / "in", dest, rewards=["sharpness"], config=config)
+            assert Manifest.read(dest).samples == 12
+            assert len(reasons(dest)) == 7
+        else:
+            summary = annotate(tmp_path / "in", dest, rewards=["sharpness"], config=config)
+            assert (summary.samples, summary.rejected) == (12, 8)
+
+
+def test_a_source_without_one_good_sample_is_said_to_be_so(tmp_path: Path) -> None:
+    write_pair(tmp_path / "in", "a.png", b"")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"not one of its samples.*rejected.jsonl.*new folder"):
+            annotate(tmp_path / "in", tmp_path / "out", rewards=["sharpness"], config=SMALL)
+    assert len(reasons(tmp_path / "out")) == 1
+
+
+def test_a_torn_last_line_of_the_log_is_written_again(tmp_path: Path) -> None:
+    write_pair(tmp_path / "in", "a.png", b"")
+    write_pair(tmp_path / "in", "b.png", PICTURE)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "rejected.jsonl").write_text('{"source": "a.pn')
+    annotate(tmp_path / "in", tmp_path / "out", rewards=["sharpness"], config=SMALL)
+    assert reasons(tmp_path / "out") == {"a.png": ("image", "the file is empty")}
+
+
+# --- the disk ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 1 MB; skips where this process may not mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_on_a_full_disk_what_is_complete_stays_and_with_more_room_it_goes_on(
+    tmp_path: Path, small_disk: Path
+) -> None:
+    for number in range(20):
+        picture = encoded(noise(200, 150 + number), "BMP") if number % 5 else b"broken"
+        write_pair(tmp_path / "in", f"{number:02d}.bmp", picture)
+    dest = small_disk / "out"
+    with pytest.raises(OSError, match=r"no space left.*bytes are needed.*are free") as error:
+        annotate(tmp_path / "in", dest, rewards=["sharpness"], config=SMALL)
+    assert error.value.errno == errno.ENOSPC
+    assert not list(dest.rglob("*.partial"))
+    verify(dest)
+    kept = Manifest.read(dest).samples
+    assert 0 < kept < 16
+    assert len(read_scores(dest).keys) == kept
+    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
+    annotate(tmp_path / "in", dest, rewards=["sharpness"], config=SMALL)
+    annotate(tmp_path / "in", tmp_path / "undisturbed", rewards=["sharpness"], config=SMALL)
+    for path in (tmp_path / "undisturbed").rglob("*"):
+        if path.is_file():
+            name = path.relative_to(tmp_path / "undisturbed")
+            assert (dest / name).read_bytes() == path.read_bytes()

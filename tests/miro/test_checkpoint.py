@@ -1,0 +1,189 @@
+"""Checkpoints that are complete or absent, and what happens to damaged ones."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from miro import checkpoint
+from miro.checkpoint import MANIFEST, STATE, TENSORS, CheckpointError, RunFolder
+
+NUMBERS = {"images": 640, "name": "é", "nested": {"a": [1, 2.5, None]}}
+
+
+def tensors(number: int = 0, size: int = 50) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(number)
+    return {
+        "plain": torch.randn(size, generator=generator),
+        "strided": torch.randn(4, 6, generator=generator).T,
+        "half": torch.randn(3, generator=generator).bfloat16(),
+        "scalar": torch.tensor(3.5),
+        "empty": torch.zeros(0, 4),
+    }
+
+
+def test_what_is_saved_comes_back_exactly(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "a" / "000640", tensors(), NUMBERS)
+
+    loaded, state = checkpoint.load(tmp_path / "a" / "000640")
+
+    assert state == NUMBERS and loaded.keys() == tensors().keys()
+    for name, tensor in tensors().items():
+        assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor)
+
+
+def test_a_save_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    (tmp_path / ".000640.writing").mkdir()  # what a kill during an earlier save left
+    (tmp_path / ".000640.writing" / TENSORS).write_bytes(b"half")
+
+    checkpoint.save(tmp_path / "000640", tensors(), NUMBERS)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["000640"]
+    checkpoint.load(tmp_path / "000640")
+
+
+def flip(path: Path, place: float) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(place * (len(data) - 1))] ^= 0x01
+    path.write_bytes(bytes(data))
+
+
+def cut(path: Path, _: float) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def delete(path: Path, _: float) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [flip, cut, delete], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("file", [TENSORS, STATE, MANIFEST])
+@pytest.mark.parametrize("place", [0.0, 0.4, 1.0])
+def test_a_damaged_checkpoint_is_refused_by_name(
+    tmp_path: Path, damage: Callable[[Path, float], None], file: str, place: float
+) -> None:
+    folder = tmp_path / "000640"
+    checkpoint.save(folder, tensors(), NUMBERS)
+    damage(folder / file, place)
+
+    with pytest.raises(CheckpointError, match=str(folder)):
+        checkpoint.load(folder)
+
+
+def test_a_checkpoint_of_a_newer_version_says_so(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "1", tensors(), NUMBERS)
+    manifest = json.loads((tmp_path / "1" / MANIFEST).read_text())
+    (tmp_path / "1" / MANIFEST).write_text(json.dumps(manifest | {"version": 2}))
+
+    with pytest.raises(CheckpointError, match="version 2, not 1"):
+        checkpoint.load(tmp_path / "1")
+
+
+def test_a_manifest_that_vouches_for_too_little_is_refused(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "1", tensors(), NUMBERS)
+    (tmp_path / "1" / MANIFEST).write_text('{"version": 1, "sha256": {}}')
+
+    with pytest.raises(CheckpointError, match=str(tmp_path / "1")):
+        checkpoint.load(tmp_path / "1")
+
+
+def test_no_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nothing"):
+        checkpoint.load(tmp_path / "nothing")
+    assert checkpoint.load_latest(tmp_path / "nothing") is None
+
+
+def test_the_newest_whole_one_is_taken_and_damaged_ones_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in (90, 100, 110, 1000):
+        checkpoint.save(tmp_path / f"{number}", tensors(number), {"images": number})
+    flip(tmp_path / "1000" / TENSORS, 0.9)
+    (tmp_path / "110" / MANIFEST).unlink()
+    (tmp_path / ".2000.writing").mkdir()
+
+    found = checkpoint.load_latest(tmp_path)
+
+    assert found is not None and found[1] == {"images": 100}
+    assert torch.equal(found[0]["plain"], tensors(100)["plain"])
+    assert str(tmp_path / "1000" / TENSORS) in caplog.text and str(tmp_path / "110") in caplog.text
+
+
+def test_a_damaged_checkpoint_is_replaced_by_a_new_one_of_its_number(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "640", tensors(), NUMBERS)
+    flip(tmp_path / "640" / TENSORS, 0.9)
+
+    checkpoint.save(tmp_path / "640", tensors(1), NUMBERS)
+
+    assert torch.equal(checkpoint.load(tmp_path / "640")[0]["plain"], tensors(1)["plain"])
+
+
+def test_only_the_last_few_are_kept(tmp_path: Path) -> None:
+    for number in (90, 100, 1000, 3000):
+        checkpoint.save(tmp_path / f"{number:012d}", tensors(), {})
+    (tmp_path / ".000000002000.writing").mkdir()
+    (tmp_path / "notes.txt").touch()
+
+    # The run stands at 1000: one beyond it was damaged, and does not count.
+    checkpoint.keep_last(tmp_path, images=1000, count=2)
+
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["000000000100", "000000001000", "000000003000", "notes.txt"]
+
+
+def test_a_small_file_is_replaced_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "config.json"
+
+    checkpoint.write_text(path, "old")
+    checkpoint.write_text(path, "neé")
+
+    assert path.read_text(encoding="utf-8") == "neé" and list(path.parent.iterdir()) == [path]
+
+
+def test_weights_are_listed_by_images(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    assert run.weights_written() == []
+    for images in (1_000_000, 64):
+        checkpoint.save(run.weights_at(images), {"w": torch.ones(1)}, {})
+
+    assert run.weights_written() == [
+        (64, run.weights_at(64)),
+        (1_000_000, run.weights_at(1_000_000)),
+    ]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 1 MB; skips where this process may not mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("left", [0, 4096, 400_000])
+def test_a_full_disk_leaves_the_earlier_checkpoint_and_says_so(small_disk: Path, left: int) -> None:
+    checkpoint.save(small_disk / "1", tensors(1, size=100_000), {"images": 1})
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - left))
+
+    with pytest.raises(OSError) as error:
+        checkpoint.save(small_disk / "2", tensors(2, size=150_000), {"images": 2})
+
+    for part in (str(small_disk / "2"), "MiB free", "earlier checkpoints are untouched"):
+        assert part in str(error.value)
+    assert sorted(path.name for path in small_disk.iterdir()) == ["1", "filler"]
+    found = checkpoint.load_latest(small_disk)
+    assert found is not None and found[1] == {"images": 1}
+
+    filler.unlink()
+    checkpoint.save(small_disk / "2", tensors(2, size=150_000), {"images": 2})
+    assert checkpoint.load(small_disk / "2")[1] == {"images": 2}

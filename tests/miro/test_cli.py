@@ -1,0 +1,154 @@
+"""The command line as a user meets it: every stage on their own folder, and what errors say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from miro.cli import COMMANDS, main
+
+TINY = [
+    "model.channels=32", "model.depth=1", "model.heads=1", "model.hidden=32", "images=128",
+    "batch=32", "report_every=64", "checkpoint_every=64", "optimizer.warmup_images=32",
+]  # fmt: skip
+
+
+def run(*words: object) -> None:
+    main([str(word) for word in words])
+
+
+def fails(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
+    """Exit status and what was printed of a command that must fail."""
+    with pytest.raises(SystemExit) as stop:
+        run(*words)
+    assert stop.value.code, "it did not fail"
+    printed = capsys.readouterr()
+    return int(stop.value.code), " ".join((printed.out + printed.err).split())
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's own folder of captioned images, taken through all stages to a trained run."""
+    folder = tmp_path_factory.mktemp("own")
+    rng = np.random.default_rng(0)
+    (folder / "photos").mkdir()
+    for number in range(40):
+        pixels = rng.integers(0, 256, (40 + number, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "photos" / f"{number}.jpg")
+        (folder / "photos" / f"{number}.txt").write_text(f"photo number {number}")
+    (folder / "photos" / "broken.jpg").write_bytes(b"<html>")
+    (folder / "photos" / "broken.txt").write_text("not an image")
+    run("annotate", folder / "photos", folder / "scored", "--rewards", "colourfulness", "sharpness")
+    run("encode", folder / "scored", folder / "encoded", "--size", 32)
+    run("train", "demo", "--run", folder / "run", "--data", folder / "encoded", *TINY)
+    return folder
+
+
+def test_a_folder_of_photos_goes_through_all_stages(own: Path):
+    assert (own / "run" / "weights" / "000000000128" / "manifest.json").exists()
+    rejected = (own / "scored" / "rejected.jsonl").read_text().splitlines()
+    assert len(rejected) == 1 and "broken" in rejected[0]
+
+
+def test_sampling_writes_pictures_and_the_best_of_several(own: Path, tmp_path: Path):
+    ask = ["--reward", "colourfulness=0.6", "--negative", "sharpness=0.2", "--reward-scale", 1]
+    run("sample", own / "run", "--prompt", "photo number 3", "photo number 5", *ask, "--steps", 2,
+        "--count", 2, "--best-of", 2, "--best-by", "sharpness", "--out", tmp_path)  # fmt: skip
+    pictures = sorted(tmp_path.glob("*.png"))
+    assert len(pictures) == 4
+    assert Image.open(pictures[0]).size == (32, 32)
+    record = json.loads(pictures[0].with_suffix(".json").read_text())
+    assert record["prompt"] == "photo number 3"
+
+
+def test_evaluate_and_report_read_the_run(own: Path, tmp_path: Path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("photo number 1\n\nphoto number 2\n")
+    run("evaluate", own / "run", "--prompts", prompts, "--rewards", "sharpness", "--steps", 2)
+    record = json.loads((own / "run" / "evaluation.json").read_text())
+    assert record["prompts"] == 2 and np.isfinite(record["means"]["sharpness"])
+    run("report", own / "run")
+    assert "sharpness" in (own / "run" / "report.html").read_text()
+
+
+def test_a_finished_run_is_not_trained_again(own: Path):
+    log = (own / "run" / "metrics.jsonl").read_text()
+    run("train", "demo", "--run", own / "run", "--data", own / "encoded", *TINY)
+    assert (own / "run" / "metrics.jsonl").read_text() == log
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["trian"], "did you mean 'train'"),
+        (["train", "dmeo", "--run", "x"], "did you mean 'demo'"),
+        (["train", "demo", "--run", "x", "--data", "nowhere"], "manifest.json"),
+        (["train", "demo", "--run", "x", "--data", "x", "imagess=5"], "--images"),
+        (["train", "demo", "--run", "x", "--data", "x", "images=100"], "multiple of batch=64"),
+        (["annotate", "nowhere", "x"], "nowhere: no such file or folder"),
+        (["annotate", ".", "x", "--rewards", "sharpnes"], "did you mean 'sharpness'"),
+        (["encode", "nowhere", "x"], "make one with `miro annotate`"),
+        (["sample", "nowhere", "--prompt", "a frog"], "neither a weights folder nor a run"),
+        (["report", "nowhere"], "nowhere"),
+        (["scenes", "x", "--wrong-captions", "2"], "from 0 to 1"),
+    ],
+)
+def test_an_error_is_one_clear_message(
+    words: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(tmp_path)
+    _, printed = fails(capsys, *words)
+    assert said in printed and "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("ask", "said"),
+    [
+        (["--reward", "sharpnes=1"], "did you mean 'sharpness'"),
+        (["--reward", "sharpness=1.5"], "from 0 (worst of the data) to 1 (best), got 1.5"),
+        (["--reward", "sharpness"], "must be NAME=LEVEL"),
+        (["--best-of", "3"], "--best-by NAME"),
+        (["--steps", "0"], "at least 1 step"),
+    ],
+)
+def test_an_impossible_wish_is_refused(
+    own: Path, ask: list[str], said: str, capsys: pytest.CaptureFixture[str]
+):
+    _, printed = fails(capsys, "sample", own / "run", "--prompt", "a frog", *ask)
+    assert said in printed
+
+
+def test_an_empty_prompt_is_refused(own: Path, capsys: pytest.CaptureFixture[str]):
+    _, printed = fails(capsys, "sample", own / "run", "--prompt", " ")
+    assert "a prompt is empty" in printed
+
+
+def test_another_configuration_in_a_run_s_folder_is_refused(
+    own: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = ["train", "demo", "--run", own / "run", "--data", own / "encoded", *TINY, "seed=5"]
+    _, printed = fails(capsys, *words)
+    assert "seed: 5 here, 0 there" in printed
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr()
+    assert all(name in printed.out + printed.err for name in COMMANDS)
+
+
+def test_without_a_command_the_usage_is_shown_and_the_status_is_2(
+    capsys: pytest.CaptureFixture[str],
+):
+    status, printed = fails(capsys)
+    assert status == 2 and "usage: miro" in printed

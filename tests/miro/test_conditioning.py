@@ -1,0 +1,283 @@
+"""Bins, unknown scores, dropout and targets."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from miro.conditioning import (
+    Bins,
+    ConditioningConfig,
+    Target,
+    keep_rewards,
+    keep_text,
+    trained_rewards,
+)
+
+NAN = float("nan")
+
+
+def column(*values: float) -> np.ndarray:
+    return np.array(values, np.float32)[:, None]
+
+
+def assigned(bins: Bins, scores: np.ndarray) -> list[int]:
+    return bins.assign(scores)[0][:, 0].tolist()
+
+
+@pytest.mark.parametrize("count", [2, 3, 64])
+@pytest.mark.parametrize("samples", [64, 100, 1000, 997])
+def test_distinct_scores_fill_the_bins_equally(count: int, samples: int) -> None:
+    scores = np.random.default_rng(0).standard_cauchy((samples, 1)).astype(np.float32)
+
+    bins = Bins.fit(scores, ["clip"], count)
+
+    sizes = np.bincount(assigned(bins, scores), minlength=count)
+    assert len(sizes) == bins.count == count
+    assert sizes.max() - sizes.min() <= 1
+
+
+def test_fewer_scores_than_bins_spread_from_the_first_bin_to_the_last() -> None:
+    scores = column(3, 1, 2)
+
+    assert assigned(Bins.fit(scores, ["clip"], 10), scores) == [9, 3, 6]
+
+
+def test_a_better_score_never_falls_into_a_lower_bin() -> None:
+    scores = np.sort(np.random.default_rng(1).normal(size=(500, 1)).round(1), 0)
+
+    for law in ("population", "width"):
+        found = assigned(Bins.fit(scores, ["clip"], 16, law), scores)
+        assert found == sorted(found)
+
+
+def test_equal_scores_share_a_bin() -> None:
+    scores = column(*[0.0] * 50, *range(1, 51))
+
+    bins = assigned(Bins.fit(scores, ["clip"], 10), scores)
+
+    assert len(set(bins[:50])) == 1 and len(set(bins[50:])) == 5
+    assert min(bins[50:]) > bins[0]
+
+
+def test_a_constant_reward_fills_one_bin() -> None:
+    scores = column(*[0.3] * 20)
+
+    for law in ("population", "width"):
+        assert len(set(assigned(Bins.fit(scores, ["clip"], 8, law), scores))) == 1
+
+
+def test_bins_of_equal_width_divide_the_range() -> None:
+    scores = column(0, 1, 2, 3, 100)
+
+    assert assigned(Bins.fit(scores, ["clip"], 4, "width"), scores) == [0, 0, 0, 0, 3]
+
+
+def test_scores_beyond_those_fitted_fall_into_the_outer_bins() -> None:
+    bins = Bins.fit(column(*range(100)), ["clip"], 10)
+
+    assert assigned(bins, column(-1e30, -1, 100, 1e30)) == [0, 0, 9, 9]
+
+
+@pytest.mark.parametrize("unknown", [NAN, np.inf, -np.inf])
+def test_a_score_that_is_no_number_is_not_known_and_does_not_move_the_bins(
+    unknown: float,
+) -> None:
+    scores = column(5, 1, unknown, 3, unknown, 4, 2)
+
+    bins = Bins.fit(scores, ["clip"], 5)
+    found, known = bins.assign(scores)
+
+    assert bins == Bins.fit(column(1, 2, 3, 4, 5), ["clip"], 5)
+    assert known[:, 0].tolist() == [True, True, False, True, False, True, True]
+    assert found[known].tolist() == [4, 0, 2, 3, 1]
+
+
+def test_each_reward_has_bins_of_its_own() -> None:
+    scores = np.concatenate((column(1, 2, 3, 4), column(40, 30, 20, NAN)), 1)
+
+    found, known = Bins.fit(scores, ["clip", "vqa"], 2).assign(scores)
+
+    assert found[:, 0].tolist() == [0, 0, 1, 1]
+    assert found[:3, 1].tolist() == [1, 1, 0] and not known[3, 1]
+
+
+def test_bins_do_not_depend_on_the_order_of_the_samples() -> None:
+    scores = np.random.default_rng(2).normal(size=(200, 3)).astype(np.float32)
+    scores[::7] = NAN
+    shuffled = np.random.default_rng(3).permutation(scores)
+
+    names = ["clip", "vqa", "hpsv2"]
+    assert Bins.fit(scores, names, 16) == Bins.fit(shuffled, names, 16)
+
+
+def test_a_reward_without_any_score_is_refused_by_name() -> None:
+    scores = np.concatenate((column(1, 2), column(NAN, NAN)), 1)
+
+    with pytest.raises(ValueError, match="'vqa' has no known score.*annotate"):
+        Bins.fit(scores, ["clip", "vqa"], 4)
+
+
+def test_levels_run_from_zero_to_one() -> None:
+    levels = Bins.fit(column(*range(9)), ["clip"], 5).levels()
+
+    torch.testing.assert_close(levels, torch.tensor([0, 0.25, 0.5, 0.75, 1]))
+
+
+def test_bins_without_rewards_can_be_used() -> None:
+    bins = Bins.fit(np.zeros((4, 0), np.float32), [], 64)
+
+    assert bins.rewards == () and bins.assign(np.zeros((4, 0)))[0].shape == (4, 0)
+    assert len(bins.levels()) == bins.count
+
+
+def test_bins_survive_their_file_exactly() -> None:
+    scores = np.random.default_rng(4).normal(size=(300, 2)).astype(np.float32)
+    bins = Bins.fit(scores, ["clip", "vqa"], 64)
+
+    again = Bins.from_json(bins.to_json(), "bins.json")
+
+    assert again == bins and again.rewards == ("clip", "vqa")
+    assert torch.equal(again.assign(scores)[0], bins.assign(scores)[0])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '{"version": 2, "edges": {}}', '{"version": 1}',
+     '{"version": 1, "edges": [1]}', '{"version": 1, "edges": {"clip": ["a"]}}',
+     '{"version": 1, "edges": {"clip": 3}}',
+     '{"version": 1, "edges": {"clip": [1, 2], "vqa": [1]}}',
+     '{"version": 1, "edges": {"clip": [2, 1]}}'],
+)  # fmt: skip
+def test_a_broken_bins_file_is_named(text: str) -> None:
+    with pytest.raises(ValueError, match=r"run/bins\.json is not a bins file"):
+        Bins.from_json(text, "run/bins.json")
+
+
+def test_a_saved_file_is_plain_json() -> None:
+    record = json.loads(Bins.fit(column(1, 2, 3, 4), ["clip"], 2).to_json())
+
+    assert record == {"version": 1, "edges": {"clip": [3.0]}}
+
+
+def test_the_rewards_trained_on_are_those_configured() -> None:
+    data = ("clip", "vqa", "hpsv2")
+
+    def told(rewards: tuple[str, ...] | None) -> list[bool]:
+        return trained_rewards(ConditioningConfig(rewards=rewards), data).tolist()
+
+    assert told(None) == [True] * 3 and told(()) == [False] * 3
+    assert told(("hpsv2", "clip")) == [True, False, True]
+    with pytest.raises(ValueError, match="unknown reward.*'vqaa'.*did you mean 'vqa'.*clip, hpsv2"):
+        told(("vqaa",))
+
+
+def drop(rows: int = 40_000, rewards: int = 3, **probabilities: float) -> torch.Tensor:
+    known, trained = torch.ones(rows, rewards, dtype=torch.bool), torch.ones(rewards).bool()
+    config = ConditioningConfig(**{"drop_all": 0.0, **probabilities})
+    return keep_rewards(config, known, trained, torch.Generator().manual_seed(5))
+
+
+def test_each_reward_is_dropped_at_its_rate_and_independently() -> None:
+    kept = drop(drop_one=0.3)
+
+    assert (kept.float().mean(0) - 0.7).abs().max() < 0.01
+    patterns = Counter(map(tuple, kept.tolist()))
+    for pattern in [(True,) * 3, (True, False, True), (False,) * 3]:
+        chance = 0.7 ** sum(pattern) * 0.3 ** (3 - sum(pattern))
+        assert abs(patterns[pattern] / 40_000 - chance) < 0.01
+
+
+def test_all_rewards_of_a_sample_are_dropped_together_at_their_rate() -> None:
+    kept = drop(drop_all=0.2)
+
+    assert set(map(tuple, kept.tolist())) == {(True,) * 3, (False,) * 3}
+    assert abs(kept[:, 0].float().mean() - 0.8) < 0.01
+
+
+def test_both_dropouts_together() -> None:
+    kept = drop(drop_one=0.25, drop_all=0.2)
+
+    assert (kept.float().mean(0) - 0.75 * 0.8).abs().max() < 0.01
+
+
+def test_text_is_dropped_at_its_rate_and_independently_of_rewards() -> None:
+    config = ConditioningConfig(drop_all=0.5, drop_text=0.3)
+    generator = torch.Generator().manual_seed(6)
+    rewards = keep_rewards(config, torch.ones(40_000, 1).bool(), torch.ones(1).bool(), generator)
+
+    text = keep_text(config, 40_000, generator)
+
+    assert text.dtype == torch.bool and abs(text.float().mean() - 0.7) < 0.01
+    assert abs((text & rewards[:, 0]).float().mean() - 0.7 * 0.5) < 0.01
+
+
+@pytest.mark.parametrize(("probability", "kept"), [(0.0, True), (1.0, False)])
+def test_rates_of_zero_and_one_are_exact(probability: float, kept: bool) -> None:
+    assert (drop(drop_one=probability) == kept).all()
+    assert (drop(drop_all=probability) == kept).all()
+    config = ConditioningConfig(drop_text=probability)
+    assert (keep_text(config, 10_000, torch.Generator().manual_seed(0)) == kept).all()
+
+
+def test_an_unknown_or_untrained_reward_is_never_told() -> None:
+    known = torch.rand(5000, 3, generator=torch.Generator().manual_seed(0)) < 0.5
+    trained = torch.tensor([True, False, True])
+    for config in (ConditioningConfig(drop_all=0.0), ConditioningConfig(drop_one=0.5)):
+        kept = keep_rewards(config, known, trained, torch.Generator().manual_seed(1))
+        assert not (kept & ~known).any() and not kept[:, 1].any() and kept[:, 0].any()
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({"bins": 1}, "conditioning.bins.*got 1"),
+        ({"drop_one": -0.1}, "conditioning.drop_one.*got -0.1"),
+        ({"drop_all": 1.1}, "conditioning.drop_all.*got 1.1"),
+        ({"drop_text": NAN}, "conditioning.drop_text.*got nan"),
+    ],
+)
+def test_impossible_values_are_named(bad: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        ConditioningConfig(**bad)
+
+
+def test_a_target_asks_for_the_default_but_where_told_otherwise() -> None:
+    rewards = ("clip", "vqa", "hpsv2")
+
+    assert Target.of(rewards, {}, 1.0).levels == (1.0, 1.0, 1.0)
+    assert Target.of(rewards, {"vqa": 0.25, "hpsv2": None}, 1.0).levels == (1.0, 0.25, None)
+    assert Target.of(rewards, {"clip": 0.0}, None).levels == (0.0, None, None)
+
+
+def test_a_target_of_an_unknown_reward_offers_the_nearest() -> None:
+    with pytest.raises(ValueError, match="unknown reward.*'hpsv'.*did you mean 'hpsv2'"):
+        Target.of(("clip", "hpsv2"), {"hpsv": 1.0}, 1.0)
+
+
+@pytest.mark.parametrize("level", [-0.01, 1.01, NAN, float("inf")])
+def test_a_target_outside_zero_to_one_is_refused(level: float) -> None:
+    with pytest.raises(ValueError, match=f"target of clip.*0.*1.*got {level}"):
+        Target.of(("clip",), {"clip": level}, 1.0)
+    with pytest.raises(ValueError, match=f"0.*1.*got {level}"):
+        Target.of(("clip",), {}, level)
+
+
+def test_mixing_goes_from_one_target_to_the_other() -> None:
+    start, end = Target((0.0, 1.0, None)), Target((1.0, 0.5, None))
+
+    assert start.mix(end, 0.0) == start and start.mix(end, 1.0) == end
+    assert start.mix(end, 0.25) == Target((0.25, 0.875, None))
+
+
+def test_targets_that_ask_for_different_rewards_are_not_mixed() -> None:
+    with pytest.raises(ValueError, match="same rewards"):
+        Target((0.0, None)).mix(Target((0.0, 1.0)), 0.5)
+
+
+@pytest.mark.parametrize("share", [-0.5, 1.5])
+def test_a_mix_beyond_its_ends_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match=f"share.*got {share}"):
+        Target((0.5,)).mix(Target((1.0,)), share)

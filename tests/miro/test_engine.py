@@ -1,0 +1,246 @@
+"""The engine: precision, decay, clipping, the laws of rate and average, and its state."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from miro.engine import Engine, OptimizerConfig, ema_decay, rate_factor
+from miro.model.transformer import FlowTransformer, ModelConfig, Rewards
+from miro.text import PackedText, absent, pack
+
+SHAPE, TEXT, REWARDS = (2, 4, 4), 6, 2
+CONFIG = OptimizerConfig(learning_rate=0.01, weight_decay=0.1)
+
+
+def build(width: int = 16, rewards: int = REWARDS) -> FlowTransformer:
+    """A network with random weights everywhere, so that everything has a gradient."""
+    torch.manual_seed(0)
+    model = FlowTransformer(ModelConfig(width, 1, 2, 24, 2), SHAPE, TEXT, rewards)
+    with torch.no_grad():
+        for param in model.parameters():
+            param += 0.1 * torch.randn(param.shape)
+    return model
+
+
+def engine(config: OptimizerConfig = CONFIG, **options: Any) -> Engine:
+    return Engine(build(), config, **{"batch": 4, "total_images": 400, **options})
+
+
+def inputs(seed: int, batch: int = 4) -> tuple[Tensor, Tensor, Rewards, PackedText]:
+    generator = torch.Generator().manual_seed(seed)
+    rewards = Rewards(
+        torch.linspace(0, 1, 5),
+        torch.randint(5, (batch, REWARDS), generator=generator),
+        torch.rand(batch, REWARDS, generator=generator) < 0.7,
+    )
+    text = pack([torch.randn(n % 3, TEXT, generator=generator) for n in range(batch)])
+    x = torch.randn(batch, *SHAPE, generator=generator)
+    return x, torch.rand(batch, generator=generator), rewards, text
+
+
+def loss(engine: Engine, seed: int, captioned: bool = True) -> Tensor:
+    x, t, rewards, text = inputs(seed)
+    text = text if captioned else absent(len(text), TEXT)
+    return (engine.predict(x, t, rewards, text) - x.flip(0)).square().mean()
+
+
+def weights(engine: Engine) -> dict[str, Tensor]:
+    return {
+        name: engine.optimizer.master(param).detach().clone()
+        for name, param in zip(engine.names, engine.params, strict=True)
+    }
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("matrices", ["adamw", "muon"])
+def test_training_lowers_the_loss_of_what_it_sees(precision: Any, matrices: Any) -> None:
+    trained = engine(replace(CONFIG, matrices=matrices), precision=precision)
+    before = float(loss(trained, 1))
+
+    for images in range(0, 120, 4):
+        trained.step(loss(trained, 1), images)
+
+    assert float(loss(trained, 1)) < 0.7 * before
+
+
+def test_bf16_keeps_the_weights_that_were_never_rounded() -> None:
+    initial = dict(build().named_parameters())
+
+    made = engine(precision="bf16")
+
+    for name, master in weights(made).items():
+        assert master.dtype == torch.float32 and torch.equal(master, initial[name])
+        assert torch.equal(made.averaged()[name], initial[name])
+    assert all(param.dtype == torch.bfloat16 for param in made.params)
+    assert made.model.cos.dtype == torch.float32
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("matrices", ["adamw", "muon"])
+def test_matrices_decay_and_gains_offsets_and_biases_do_not(precision: Any, matrices: Any) -> None:
+    made = engine(replace(CONFIG, matrices=matrices), precision=precision)
+    before = weights(made)
+
+    made.step(0 * loss(made, 1), images=0)
+
+    kept = 1 - CONFIG.learning_rate * CONFIG.weight_decay
+    for name, after in weights(made).items():
+        spared = name.endswith(("bias", "norm")) or after.ndim == 1 or name == "offsets"
+        torch.testing.assert_close(after, before[name] * (1 if spared else kept), msg=name)
+    assert {n for n in before if n.startswith("table.")} == {
+        "table.hidden", "table.hidden_bias", "table.out", "table.out_bias"
+    }  # fmt: skip
+
+
+def test_gradients_are_clipped_together_and_their_norm_is_told() -> None:
+    made = engine(OptimizerConfig(clip=1e-3))
+    grads = torch.autograd.grad(loss(made, 1), made.params)
+    expected = torch.stack([grad.norm() for grad in grads]).norm()
+
+    norm = made.step(loss(made, 1), images=0)
+
+    torch.testing.assert_close(norm, expected)
+    assert norm > 1e-3
+    # After one step exp_avg is (1 − β₁) times the gradient.
+    seen = [made.optimizer.state[param]["exp_avg"].norm() / 0.1 for param in made.params]
+    torch.testing.assert_close(torch.stack(seen).norm(), torch.tensor(1e-3), rtol=1e-2, atol=0)
+    assert all(param.grad is None for param in made.params)
+
+
+def test_gradients_below_the_limit_are_left_as_they_are() -> None:
+    made = engine(OptimizerConfig(clip=1e6))
+    expected = torch.autograd.grad(loss(made, 1), made.params)
+
+    made.step(loss(made, 1), images=0)
+
+    for param, grad in zip(made.params, expected, strict=True):
+        torch.testing.assert_close(made.optimizer.state[param]["exp_avg"], 0.1 * grad)
+
+
+def test_the_average_follows_the_weights() -> None:
+    made = engine()
+    average = weights(made)
+
+    for images in (0, 4, 8):
+        made.step(loss(made, images), images)
+        decay = ema_decay(CONFIG, images, 4)
+        average = {n: decay * average[n] + (1 - decay) * w for n, w in weights(made).items()}
+
+    for name, tensor in made.averaged().items():
+        torch.testing.assert_close(tensor, average[name])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("matrices", ["adamw", "muon"])
+def test_a_saved_state_goes_on_bit_for_bit(precision: Any, matrices: Any) -> None:
+    config = replace(CONFIG, matrices=matrices)
+    first = engine(config, precision=precision)
+    for images in range(0, 20, 4):
+        # At some steps all texts are withheld, and their weights have no gradient.
+        first.step(loss(first, images, captioned=images != 8), images)
+    tensors, numbers = first.state()
+    again = engine(config, precision=precision)
+
+    again.load_state({name: tensor.clone() for name, tensor in tensors.items()}, numbers)
+
+    for images in range(20, 40, 4):
+        for made in (first, again):
+            made.step(loss(made, images), images)
+    for name, tensor in weights(first).items():
+        assert torch.equal(weights(again)[name], tensor)
+        assert torch.equal(again.averaged()[name], first.averaged()[name])
+    assert all(torch.equal(a, b) for a, b in zip(first.params, again.params, strict=True))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [build(width=24), build(rewards=3), FlowTransformer(ModelConfig(16, 2, 2, 24, 2), SHAPE, 6, 2)],
+    ids=["wider", "more rewards", "deeper"],
+)
+def test_the_state_of_another_network_is_refused(other: FlowTransformer) -> None:
+    theirs = Engine(other, CONFIG, batch=4, total_images=400)
+
+    with pytest.raises(ValueError, match="checkpoint is of another network"):
+        engine().load_state(*theirs.state())
+    with pytest.raises(ValueError, match="checkpoint is of another network"):
+        theirs.load_state(*engine().state())
+
+
+def test_the_state_of_another_optimizer_is_refused() -> None:
+    adamw, muon = engine(), engine(replace(CONFIG, matrices="muon"))
+
+    with pytest.raises(ValueError, match="more tensors"):
+        muon.load_state(*adamw.state())
+    with pytest.raises(ValueError, match="exp_avg_sq of blocks"):
+        adamw.load_state(*muon.state())
+
+
+def test_a_compiled_network_computes_what_the_plain_one_does() -> None:
+    norms, plain, compiled = [], engine(), engine(compiled=True)
+
+    for made in (plain, compiled):
+        # Five samples, which no other size of the network equals.
+        x, t, rewards, text = inputs(1, batch=5)
+        error = (made.predict(x, t, rewards, text) - x.flip(0)).square().mean()
+        norms.append(made.step(error, images=0))
+
+    torch.testing.assert_close(norms[0], norms[1], rtol=1e-4, atol=1e-6)
+    for name, weight in weights(plain).items():
+        torch.testing.assert_close(weights(compiled)[name], weight, rtol=1e-3, atol=1e-3)
+
+
+def test_the_rate_rises_linearly_stays_and_falls_to_zero() -> None:
+    config = OptimizerConfig(warmup_images=100, decay_from=0.8)
+
+    factors = [rate_factor(config, images, 1000) for images in range(1000)]
+
+    assert 0 < factors[0] <= 0.01 and abs(factors[49] - 0.5) < 1e-9
+    assert factors[99:800] == [1.0] * 701
+    assert abs(factors[900] - 0.5) < 1e-9 and 0 < factors[999] < 0.01
+    assert factors[:100] == sorted(factors[:100])
+    assert factors[800:] == sorted(factors[800:], reverse=True)
+
+
+def test_without_warmup_and_decay_the_rate_is_constant() -> None:
+    assert {rate_factor(OptimizerConfig(), images, 100) for images in range(100)} == {1.0}
+
+
+def test_the_rate_reaches_the_optimizer() -> None:
+    made = engine(OptimizerConfig(learning_rate=0.01, decay_from=0.5))
+
+    made.step(loss(made, 1), images=300)
+
+    assert {group["lr"] for group in made.optimizer.param_groups} == {0.01 * 0.5}
+
+
+@pytest.mark.parametrize("batch", [1, 64, 500])
+def test_a_weights_share_in_the_average_halves_over_the_half_life(batch: int) -> None:
+    config = OptimizerConfig(ema_images=10_000, ema_ramp=0.05)
+
+    steps = 10_000 // batch
+    late = [ema_decay(config, 1_000_000 + n * batch, batch) for n in range(steps)]
+
+    assert abs(math.prod(late) - 0.5) < 1e-3
+
+
+def test_a_young_average_is_young() -> None:
+    config = OptimizerConfig(ema_images=10_000, ema_ramp=0.05)
+
+    # After 2,000 images the half-life is 5 % of them.
+    assert abs(ema_decay(config, 2_000 - 64, 64) - 0.5 ** (64 / 100)) < 1e-9
+    assert ema_decay(config, 0, 64) < 1e-5 < ema_decay(config, 640, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("learning_rate", 0.0), ("learning_rate", float("nan")), ("clip", 0.0), ("ema_images", -1.0),
+     ("ema_ramp", 0.0), ("decay_from", 1.5), ("decay_from", -0.1), ("warmup_images", -5),
+     ("weight_decay", -0.1), ("beta1", 1.0), ("beta2", 1.5), ("eps", 0.0)],
+)  # fmt: skip
+def test_impossible_values_are_named(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"optimizer\.{name}.*got {value}"):
+        OptimizerConfig(**{name: value})

@@ -1,0 +1,150 @@
+"""The path, its velocity, the loss and the Euler step."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from miro.flow import (
+    SMALLEST_TIME,
+    FlowConfig,
+    draw_times,
+    euler_step,
+    euler_times,
+    noised,
+    velocity,
+    velocity_errors,
+)
+
+Draw = Callable[..., Tensor]
+VELOCITY, SAMPLE = FlowConfig(predicts="velocity"), FlowConfig(predicts="sample")
+
+
+def perfect(config: FlowConfig, x: Tensor, noise: Tensor) -> Tensor:
+    return x if config.predicts == "sample" else noise - x
+
+
+def test_the_path_begins_at_the_data_and_ends_at_the_noise(draw: Draw) -> None:
+    x, noise = draw(3, 2, 4, 4), draw(3, 2, 4, 4)
+
+    x_t = noised(x, noise, torch.tensor([0.0, 1.0, 0.25], dtype=torch.float64))
+
+    assert torch.equal(x_t[0], x[0]) and torch.equal(x_t[1], noise[1])
+    torch.testing.assert_close(x_t[2], 0.75 * x[2] + 0.25 * noise[2])
+
+
+@pytest.mark.parametrize("config", [VELOCITY, SAMPLE], ids=lambda c: c.predicts)
+def test_a_perfect_prediction_is_the_velocity_of_the_path(draw: Draw, config: FlowConfig) -> None:
+    x, noise = draw(5, 2, 4, 4), draw(5, 2, 4, 4)
+    t = torch.tensor([SMALLEST_TIME, 0.2, 0.5, 0.9, 1.0], dtype=torch.float64)
+
+    v = velocity(config, perfect(config, x, noise), noised(x, noise, t), t)
+
+    torch.testing.assert_close(v, noise - x, rtol=1e-9, atol=1e-9)
+    errors = velocity_errors(config, perfect(config, x, noise), x, noise, t)
+    assert errors.shape == (5,) and errors.max() < 1e-15
+
+
+def test_a_predicted_samples_velocity_does_not_explode_near_the_data(draw: Draw) -> None:
+    x, noise = draw(2, 1, 4, 4), draw(2, 1, 4, 4)
+    t = torch.tensor([0.0, 1e-6], dtype=torch.float64)
+
+    v = velocity(SAMPLE, x + 0.01, noised(x, noise, t), t)
+
+    assert v.abs().max() < 0.011 / SMALLEST_TIME
+
+
+@pytest.mark.parametrize("config", [VELOCITY, SAMPLE], ids=lambda c: c.predicts)
+@pytest.mark.parametrize("steps", [1, 2, 7, 20])
+@pytest.mark.parametrize("limit", [None, 4.0])
+def test_euler_with_the_exact_velocity_lands_on_the_data(
+    draw: Draw, config: FlowConfig, steps: int, limit: float | None
+) -> None:
+    x, noise = draw(2, 3, 4, 4).clamp(-2, 2), draw(2, 3, 4, 4)
+    times = euler_times(steps).double()
+
+    x_t = noise
+    for t, t_next in zip(times[:-1], times[1:], strict=True):
+        v = velocity(config, perfect(config, x, noise), x_t, t.expand(2))
+        x_t = euler_step(x_t, v, t, t_next, limit)
+        torch.testing.assert_close(x_t, noised(x, noise, t_next.expand(2)))
+
+    torch.testing.assert_close(x_t, x, rtol=1e-6, atol=1e-6)
+
+
+def test_a_limit_clamps_the_data_a_step_points_at(draw: Draw) -> None:
+    x_t, v = draw(2, 3, 4, 4), draw(2, 3, 4, 4) * 9
+    half, zero = torch.tensor(0.5, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64)
+
+    end = euler_step(x_t, v, half, zero, 1.0)
+
+    assert torch.equal(end, (x_t - 0.5 * v).clamp(-1, 1))
+    assert end.abs().max() == 1 and euler_step(x_t, v, half, zero, None).abs().max() > 1
+
+
+def test_the_sampling_times_run_evenly_from_noise_to_data() -> None:
+    torch.testing.assert_close(euler_times(4), torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0]))
+
+
+def test_the_loss_is_the_mean_squared_velocity_error_of_each_sample(draw: Draw) -> None:
+    x, noise, wrong = draw(2, 3, 4, 4), draw(2, 3, 4, 4), draw(2, 3, 4, 4)
+    t = torch.tensor([0.1, 0.6], dtype=torch.float64)
+
+    errors = velocity_errors(VELOCITY, noise - x + wrong, x, noise, t)
+    torch.testing.assert_close(errors, wrong.square().mean((1, 2, 3)))
+
+    errors = velocity_errors(SAMPLE, x + wrong, x, noise, t)
+    torch.testing.assert_close(errors, wrong.square().mean((1, 2, 3)) / t**2)
+
+
+@pytest.mark.parametrize("t", [0.01, 0.1, 0.3, 0.6])
+def test_below_the_cap_errors_of_a_predicted_sample_weigh_alike(draw: Draw, t: float) -> None:
+    x, noise, wrong = draw(1, 3, 4, 4), draw(1, 3, 4, 4), draw(1, 3, 4, 4)
+    config, times = FlowConfig(predicts="sample", weight_cap=0.3), torch.tensor([t]).double()
+    # The prediction whose velocity is exact, and one that is off by `wrong`.
+    exact = noised(x, noise, times) - max(t, SMALLEST_TIME) * (noise - x)
+
+    errors = velocity_errors(config, exact + wrong, x, noise, times)
+
+    expected = (wrong / max(t, 0.3)).square().mean()
+    torch.testing.assert_close(errors[0], expected, rtol=1e-6, atol=0)
+
+
+def test_uniform_times_have_the_mean_and_spread_of_their_law() -> None:
+    t = draw_times(FlowConfig(), 20_000, torch.Generator().manual_seed(1))
+
+    assert t.dtype == torch.float32 and 0 <= t.min() and t.max() < 1
+    assert abs(t.mean() - 0.5) < 0.01 and abs(t.std() - 12**-0.5) < 0.01
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (1.0, 1.0), (-0.5, 0.3)])
+def test_the_logit_of_logit_normal_times_is_normal(mean: float, std: float) -> None:
+    config = FlowConfig(times="logit_normal", times_mean=mean, times_std=std)
+
+    logits = draw_times(config, 20_000, torch.Generator().manual_seed(1)).double().logit()
+
+    assert abs(logits.mean() - mean) < 0.03 * std and abs(logits.std() - std) < 0.02 * std
+
+
+def test_times_are_a_function_of_the_generator() -> None:
+    for config in (FlowConfig(), FlowConfig(times="logit_normal")):
+        first, again, other = (
+            draw_times(config, 8, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+        )
+        assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({"times_std": 0.0}, "flow.times_std.*got 0.0"),
+        ({"times_std": float("nan")}, "flow.times_std.*got nan"),
+        ({"weight_cap": 1.0}, "flow.weight_cap.*got 1.0"),
+        ({"weight_cap": -0.1}, "flow.weight_cap.*got -0.1"),
+    ],
+)
+def test_impossible_values_are_named(bad: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        FlowConfig(**bad)

@@ -1,0 +1,295 @@
+"""Batches: the same for the same (seed, rank, world, images), in whatever order they are asked."""
+
+import json
+import threading
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from miro.data.loader import Batch, EncodedDataset, Loader
+from miro.data.npy import npy_bytes
+from miro.data.shards import Manifest, scores_path, write_scores, write_shard
+from miro.random import seed_from
+
+KINDS = ("original", "short", "long")
+SAMPLES, DIM, SHAPE = 21, 6, (2, 4, 3)
+
+
+def latent(n: int) -> np.ndarray:
+    return np.random.default_rng(n).standard_normal(SHAPE).astype(np.float16)
+
+
+def text(n: int, kind: int) -> np.ndarray:
+    """Lengths from 0 to 6, each text unlike any other."""
+    length = (n + 2 * kind) % 7
+    return np.random.default_rng([n, kind]).standard_normal((length, DIM)).astype(np.float16)
+
+
+def make_encoded(
+    folder: Path, *, samples: int = SAMPLES, has_std: bool = False, lacking: tuple = ()
+) -> Path:
+    """Two shards. `lacking` names (sample, kind) captions that do not exist."""
+    shards = []
+    for name, numbers in [("00000", range(9)), ("00001", range(9, samples))]:
+        made = write_shard(
+            folder / "shards" / f"{name}.tar", (sample(n, has_std, lacking) for n in numbers)
+        )
+        rows = [(n, kind) for n in reversed(numbers) for kind in range(3) if (n, kind) != (4, 1)]
+        write_scores(
+            scores_path(folder, made),
+            [f"k{n}" for n, _ in rows],
+            [KINDS[kind] for _, kind in rows],
+            {
+                "colourfulness": [n for n, _ in rows],
+                "alignment": [n + kind / 10 for n, kind in rows],
+            },
+        )
+        shards.append(made)
+    encoding = {"latent_shape": list(SHAPE), "has_std": has_std, "text_dim": DIM}
+    rewards = ("colourfulness", "alignment")
+    Manifest("encoded", KINDS, tuple(shards), rewards, encoding).write(folder)
+    return folder
+
+
+def sample(n: int, has_std: bool, lacking: tuple) -> tuple[str, dict[str, bytes]]:
+    array = np.stack([latent(n), np.abs(latent(n + 1000))]) if has_std else latent(n)
+    texts = {
+        f"text.{name}.npy": npy_bytes(text(n, kind))
+        for kind, name in enumerate(KINDS)
+        if (n, kind) not in lacking
+    }
+    record = json.dumps({"captions": {}, "number": n}).encode()
+    return f"k{n}", {"latent.npy": npy_bytes(array), **texts, "json": record}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> EncodedDataset:
+    return EncodedDataset(make_encoded(tmp_path_factory.mktemp("encoded")))
+
+
+def assert_equal(a: Batch, b: Batch) -> None:
+    assert a.keys == b.keys
+    assert torch.equal(a.latents, b.latents)
+    assert torch.equal(a.text.states, b.text.states)
+    assert torch.equal(a.text.offsets, b.text.offsets)
+    assert torch.equal(a.scores_index, b.scores_index)
+    assert torch.equal(a.caption_index, b.caption_index)
+
+
+def test_a_batch_holds_what_the_shards_hold(dataset):
+    batch = Loader(dataset, 8, seed=1).batch_at(0)
+    assert batch.latents.dtype == torch.float32
+    assert batch.std is None
+    assert batch.text.states.dtype == torch.float16
+    assert batch.text.offsets.dtype == torch.int32
+    assert len(batch) == len(batch.text) == 8
+    lengths = []
+    for row, (n, kind) in enumerate(zip(batch.scores_index, batch.caption_index, strict=True)):
+        n, kind = int(n), int(kind)
+        assert batch.keys[row] == f"k{n}"
+        np.testing.assert_array_equal(batch.latents[row], latent(n).astype(np.float32))
+        np.testing.assert_array_equal(batch.text.text(row), text(n, kind))
+        lengths.append(len(text(n, kind)))
+    assert batch.text.longest == max(lengths)
+    assert batch.text.offsets.tolist() == [0, *np.cumsum(lengths)]
+
+
+def test_scores_belong_to_the_sample_and_the_caption_whatever_the_order_of_the_table(dataset):
+    assert dataset.scores.shape == (SAMPLES, 3, 2)
+    batch = Loader(dataset, SAMPLES, seed=2).batch_at(0)
+    scores = dataset.scores[batch.scores_index, batch.caption_index]
+    expected = [
+        [n, n + k / 10] if (n, k) != (4, 1) else [np.nan, np.nan]
+        for n, k in zip(batch.scores_index.tolist(), batch.caption_index.tolist(), strict=True)
+    ]
+    np.testing.assert_array_equal(scores, np.array(expected, np.float32))
+
+
+def test_a_score_that_is_in_no_table_is_not_known(dataset):
+    assert np.isnan(dataset.scores[4, 1]).all()
+    assert np.isnan(dataset.scores).sum() == 2
+
+
+def test_a_batch_depends_on_its_position_and_not_on_what_was_read_before(dataset):
+    walked, jumped = Loader(dataset, 8, seed=3), Loader(dataset, 8, seed=3)
+    history = [walked.batch_at(images) for images in range(0, 80, 8)]
+    for index in (7, 0, 9, 7):
+        assert_equal(jumped.batch_at(8 * index), history[index])
+
+
+def test_each_epoch_shows_every_sample_once_in_an_order_of_its_own(dataset):
+    loader = Loader(dataset, 7, seed=4)
+    epochs = [
+        [key for images in range(e * SAMPLES, (e + 1) * SAMPLES, 7) for key in keys(loader, images)]
+        for e in range(3)
+    ]
+    assert all(Counter(epoch) == Counter(dataset.keys) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert epochs[0] != dataset.keys
+
+
+def keys(loader: Loader, images: int) -> list[str]:
+    return loader.batch_at(images).keys
+
+
+def test_a_batch_over_the_seam_of_two_epochs_is_full(dataset):
+    loader = Loader(dataset, 8, seed=5)
+    row = [key for images in range(0, 168, 8) for key in keys(loader, images)]
+    for start in range(0, 168, SAMPLES):
+        assert Counter(row[start : start + SAMPLES]) == Counter(dataset.keys)
+
+
+def test_a_step_may_be_larger_than_the_data_set(dataset):
+    counts = Counter(keys(Loader(dataset, 3 * SAMPLES, seed=6), 0))
+    assert set(counts.values()) == {3}
+
+
+@pytest.mark.parametrize("images", [0, 12, 18, 600])
+def test_ranks_share_a_step_and_the_world_does_not_change_what_is_read(dataset, images):
+    whole = Loader(dataset, 12, seed=7).batch_at(images)
+    ranks = [Loader(dataset, 4, seed=7, rank=r, world=3).batch_at(images) for r in range(3)]
+    assert [key for batch in ranks for key in batch.keys] == whole.keys
+    assert torch.equal(torch.cat([batch.latents for batch in ranks]), whole.latents)
+    assert torch.equal(torch.cat([b.text.states for b in ranks]), whole.text.states)
+
+
+def test_another_seed_is_another_order(dataset):
+    orders = {tuple(keys(Loader(dataset, SAMPLES, seed=seed), 0)) for seed in range(4)}
+    assert len(orders) == 4
+
+
+def test_every_caption_kind_is_drawn_equally_often_and_anew_at_each_visit(dataset):
+    loader = Loader(dataset, SAMPLES, seed=8)
+    drawn: dict[int, list[int]] = {n: [] for n in range(SAMPLES)}
+    for epoch in range(60):
+        batch = loader.batch_at(epoch * SAMPLES)
+        pairs = zip(batch.scores_index.tolist(), batch.caption_index.tolist(), strict=True)
+        for n, kind in pairs:
+            drawn[n].append(kind)
+    assert all(set(kinds) == {0, 1, 2} for kinds in drawn.values())
+    shares = np.bincount(sum(drawn.values(), [])) / (60 * SAMPLES)
+    np.testing.assert_allclose(shares, 1 / 3, atol=0.04)  # 3 standard deviations
+
+
+def test_a_caption_that_does_not_exist_is_never_drawn(tmp_path):
+    lacking = tuple((n, 0) for n in range(SAMPLES)) + ((3, 1),)
+    loader = Loader(EncodedDataset(make_encoded(tmp_path, lacking=lacking)), SAMPLES, seed=9)
+    for epoch in range(20):
+        batch = loader.batch_at(epoch * SAMPLES)
+        kinds = dict(zip(batch.keys, batch.caption_index.tolist(), strict=True))
+        assert set(kinds.values()) == {1, 2}
+        assert kinds["k3"] == 2
+
+
+def test_a_sample_without_any_caption_is_refused_by_name(tmp_path):
+    lacking = tuple((5, kind) for kind in range(3))
+    with pytest.raises(ValueError, match="sample 'k5' has no encoded caption"):
+        EncodedDataset(make_encoded(tmp_path, lacking=lacking))
+
+
+def test_posteriors_are_given_as_mean_and_deviation(tmp_path):
+    batch = Loader(EncodedDataset(make_encoded(tmp_path, has_std=True)), 5, seed=10).batch_at(0)
+    assert batch.std is not None
+    assert batch.latents.is_contiguous()
+    assert batch.std.is_contiguous()
+    for row, n in enumerate(batch.scores_index.tolist()):
+        np.testing.assert_array_equal(batch.latents[row], latent(n).astype(np.float32))
+        np.testing.assert_array_equal(batch.std[row], np.abs(latent(n + 1000)).astype(np.float32))
+
+
+def test_texts_are_views_of_the_file_and_batches_are_not(dataset):
+    assert not dataset.text(0, 0).flags.owndata
+    assert not dataset.latent(0).flags.writeable
+    batch = Loader(dataset, 4, seed=11).batch_at(0)
+    batch.latents.zero_()
+    batch.text.states.zero_()
+    assert Loader(dataset, 4, seed=11).batch_at(0).latents.abs().sum() > 0
+
+
+def test_the_json_of_a_sample_can_be_read(dataset):
+    assert dataset.record(12)["number"] == 12
+
+
+def test_prefetching_gives_the_same_batches_and_ends_its_thread(dataset):
+    loader = Loader(dataset, 4, seed=12)
+    batches = loader.prefetch(start=8, step=4)
+    for images in range(8, 60, 4):
+        assert_equal(next(batches), loader.batch_at(images))
+    batches.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("miro-loader")]
+
+
+def test_an_error_in_the_prefetching_thread_reaches_the_reader(tmp_path):
+    folder = make_encoded(tmp_path)
+    dataset = EncodedDataset(folder)
+    tar = folder / "shards" / "00001.tar"
+    data = bytearray(tar.read_bytes())
+    while (at := data.find(b"NUMPY")) >= 0:  # every array of the second shard, in place
+        data[at : at + 5] = b"SPOIL"
+    with open(tar, "r+b") as file:
+        file.write(data)
+    batches = Loader(dataset, SAMPLES, seed=13).prefetch(start=0, step=SAMPLES)
+    with pytest.raises(ValueError, match=r"not a \.npy file"):
+        next(batches)
+    assert not [t for t in threading.enumerate() if t.name.startswith("miro-loader")]
+
+
+def test_global_random_state_is_left_alone(dataset):
+    before = torch.get_rng_state()
+    Loader(dataset, 4, seed=14).batch_at(40)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_wrong_folder_is_refused_with_the_command_to_run(tmp_path):
+    with pytest.raises(ValueError, match=r"manifest\.json: no such file"):
+        EncodedDataset(tmp_path)
+    shard = write_shard(tmp_path / "shards" / "00000.tar", [("k", {"png": b"x"})])
+    Manifest("images", ("original",), (shard,)).write(tmp_path)
+    with pytest.raises(ValueError, match="holds images, not latents; run `miro encode"):
+        EncodedDataset(tmp_path)
+    Manifest("encoded", ("original",), (), encoding={}).write(tmp_path)
+    with pytest.raises(ValueError, match="holds no samples yet"):
+        EncodedDataset(tmp_path)
+
+
+def test_scores_of_samples_that_are_not_there_are_refused(tmp_path):
+    folder = make_encoded(tmp_path)
+    manifest = Manifest.read(folder)
+    Manifest("encoded", KINDS, manifest.shards[:1], manifest.rewards, manifest.encoding).write(
+        folder
+    )
+    scores_path(folder, manifest.shards[0]).write_bytes(
+        scores_path(folder, manifest.shards[1]).read_bytes()
+    )
+    with pytest.raises(ValueError, match="the scores name 'k20', which no shard holds"):
+        EncodedDataset(folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"rank": 2, "world": 2}, "rank must be 0 to world - 1 = 1, got 2"),
+        ({"rank": -1}, "rank must be 0 to world - 1 = 0, got -1"),
+    ],
+)
+def test_an_impossible_share_is_refused(dataset, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Loader(dataset, **{"batch_size": 4, "seed": 0, **arguments})
+
+
+def test_a_negative_position_is_refused(dataset):
+    with pytest.raises(ValueError, match="images must not be negative, got -4"):
+        Loader(dataset, 4, seed=0).batch_at(-4)
+
+
+def test_seeds_are_stable_distinct_and_depend_on_the_order_and_kind_of_their_parts():
+    assert seed_from(1, "order", 2) == 4950414120014217994
+    parts = [(1, 2), (2, 1), (12,), ("1", 2), ("12",), (1, "2"), (1, 2, 0), (-1, 2), ()]
+    seeds = {seed_from(*part) for part in parts}
+    assert len(seeds) == len(parts)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert seed_from(np.int64(1), np.int32(2)) == seed_from(1, 2)

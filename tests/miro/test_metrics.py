@@ -1,0 +1,62 @@
+"""metrics.jsonl: one line a report, also after a stop."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from miro.report.metrics import MetricsWriter, read_metrics
+
+
+def write(folder: Path, resumed_at: int, *reports: int) -> None:
+    writer = MetricsWriter(folder / "run" / "metrics.jsonl", folder / "run" / "board", resumed_at)
+    for images in reports:
+        writer.write(images, {"loss": images / 2})
+    writer.close()
+
+
+def images_in(folder: Path) -> list[int]:
+    return [line["images"] for line in read_metrics(folder / "run" / "metrics.jsonl")]
+
+
+def test_reports_are_read_back(tmp_path: Path) -> None:
+    write(tmp_path, 0, 10, 20)
+
+    first, second = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert (first["images"], first["loss"]) == (10, 5.0) and second["loss"] == 10.0
+    assert first["time"] <= second["time"]
+    assert list((tmp_path / "run" / "board").glob("events.*")), "TensorBoard has them too"
+
+
+def test_a_report_can_be_read_while_the_run_goes_on(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "board", 0)
+    writer.write(10, {"loss": 1.0})
+
+    assert [line["images"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [10]
+    writer.close()
+
+
+def test_a_resumed_run_takes_back_what_it_will_write_again(tmp_path: Path) -> None:
+    write(tmp_path, 0, 10, 20, 30)
+
+    write(tmp_path, 20, 30, 40)
+
+    assert images_in(tmp_path) == [10, 20, 30, 40]
+
+
+def test_a_line_cut_short_by_a_stop_is_left_out_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path, 0, 10, 20)
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_text(path.read_text()[:-9])
+
+    assert images_in(tmp_path) == [10]
+    assert "metrics.jsonl" in caplog.text and "cut short" in caplog.text
+    write(tmp_path, 10, 20)
+    assert images_in(tmp_path) == [10, 20]
+    assert [json.loads(line)["images"] for line in path.read_text().splitlines()] == [10, 20]
+
+
+def test_no_metrics_yet_are_no_lines(tmp_path: Path) -> None:
+    assert read_metrics(tmp_path / "metrics.jsonl") == []

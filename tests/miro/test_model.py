@@ -1,0 +1,291 @@
+"""The flow transformer: what its output depends on, and what it must not depend on."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from miro.model.embeddings import grid_positions, mean_text, rope_angles
+from miro.model.transformer import FlowTransformer, ModelConfig, Rewards
+from miro.text import PackedText, absent, pack
+from miro_kernels import qk_norm_rope
+
+CONFIG = ModelConfig(channels=32, depth=2, heads=2, hidden=40, patch=2)
+SHAPE, TEXT, REWARDS, LEVELS = (3, 6, 8), 5, 3, 9
+LENGTHS = (4, 0, 2)
+
+
+def build(config: ModelConfig = CONFIG, rewards: int = REWARDS) -> FlowTransformer:
+    torch.manual_seed(0)
+    return FlowTransformer(config, SHAPE, TEXT, rewards)
+
+
+@pytest.fixture
+def trained() -> FlowTransformer:
+    """A network whose every parameter has moved away from where it began."""
+    model = build()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for param in model.parameters():
+            param += 0.2 * torch.randn(param.shape, generator=generator)
+    return model.requires_grad_(False)
+
+
+class Inputs:
+    """A batch of three; the second sample has no text."""
+
+    def __init__(self, draw: Callable[..., Tensor]) -> None:
+        def numbers(*shape: int) -> Tensor:
+            return draw(*shape, dtype=torch.float32)
+
+        self.x, self.t = numbers(3, *SHAPE), torch.tensor([0.1, 0.5, 0.9])
+        self.texts = [numbers(length, TEXT) for length in LENGTHS]
+        self.bins = torch.tensor([[0, 4, 8], [3, 3, 3], [8, 0, 5]])
+        self.keep = torch.tensor([[1, 1, 0], [0, 1, 1], [1, 1, 1]]).bool()
+
+    def rewards(self) -> Rewards:
+        return Rewards(torch.linspace(0, 1, LEVELS), self.bins, self.keep)
+
+    def __call__(self, model: FlowTransformer) -> Tensor:
+        return model(self.x, self.t, self.rewards(), model.read_text(pack(self.texts)))
+
+
+@pytest.fixture
+def inputs(draw: Callable[..., Tensor]) -> Inputs:
+    return Inputs(draw)
+
+
+def test_a_fresh_network_predicts_zero_whatever_it_is_given(inputs: Inputs) -> None:
+    out = inputs(build())
+
+    assert out.shape == (3, *SHAPE) and out.dtype == torch.float32
+    assert torch.equal(out, torch.zeros_like(out))
+
+
+def test_a_fresh_networks_tokens_ignore_rewards_and_text(inputs: Inputs) -> None:
+    model = build()
+    with torch.no_grad():
+        model.out.weight.normal_()
+    before = inputs(model)
+    inputs.bins, inputs.texts = (inputs.bins + 1) % LEVELS, [t + 1 for t in inputs.texts]
+
+    assert before.abs().max() > 0.1
+    # Gates start at zero, so no branch, and with it no text, reaches the output.
+    assert torch.equal(inputs(model), before)
+
+
+@pytest.mark.parametrize("what", ["x", "t", "text", "text order", "bins", "keep"])
+def test_a_trained_network_depends_on_everything(
+    trained: FlowTransformer, inputs: Inputs, what: str
+) -> None:
+    before = inputs(trained)
+    match what:
+        case "x":
+            inputs.x[0, 0, 0, 0] += 1
+        case "t":
+            inputs.t[0] += 0.2
+        case "text":
+            inputs.texts[0][1] += 1
+        case "text order":
+            inputs.texts[0] = inputs.texts[2]
+        case "bins":
+            inputs.bins[0, 1] = 7
+        case "keep":
+            inputs.keep[0, 1] = False
+
+    after = inputs(trained)
+
+    assert (after[0] - before[0]).abs().max() > 1e-3
+    torch.testing.assert_close(
+        after[1:], before[1:], msg="other samples of the batch must not move"
+    )
+
+
+def test_the_bin_of_a_reward_that_is_not_kept_has_no_influence(
+    trained: FlowTransformer, inputs: Inputs
+) -> None:
+    before = inputs(trained)
+    inputs.bins[~inputs.keep] = 6
+
+    assert torch.equal(inputs(trained), before)
+
+
+def test_each_reward_has_its_own_effect(trained: FlowTransformer, inputs: Inputs) -> None:
+    inputs.bins[:] = 5
+    outs = []
+    for reward in range(REWARDS):
+        inputs.keep[:] = False
+        inputs.keep[:, reward] = True
+        outs.append(inputs(trained))
+
+    assert (outs[0] - outs[1]).abs().max() > 1e-3 and (outs[1] - outs[2]).abs().max() > 1e-3
+
+
+def test_a_sample_alone_gives_what_it_gives_in_a_batch(
+    trained: FlowTransformer, inputs: Inputs
+) -> None:
+    together = inputs(trained)
+
+    for n in range(3):
+        rewards = Rewards(inputs.rewards().levels, inputs.bins[n : n + 1], inputs.keep[n : n + 1])
+        text = trained.read_text(pack(inputs.texts[n : n + 1]))
+        alone = trained(inputs.x[n : n + 1], inputs.t[n : n + 1], rewards, text)
+        torch.testing.assert_close(alone[0], together[n], rtol=1e-4, atol=1e-5)
+
+
+def test_a_nan_in_one_samples_text_stays_in_that_sample(
+    trained: FlowTransformer, inputs: Inputs
+) -> None:
+    before = inputs(trained)
+    inputs.texts[0][2] = torch.nan
+
+    after = inputs(trained)
+
+    assert after[0].isnan().all() and torch.equal(after[1:], before[1:])
+
+
+def test_no_text_at_all_is_texts_of_length_zero(trained: FlowTransformer, inputs: Inputs) -> None:
+    rewards, none = inputs.rewards(), absent(3, TEXT)
+    longer = PackedText(none.states, none.offsets, longest=7)  # any bound will do
+    mixed = pack([torch.zeros(0, TEXT)] * 3 + [torch.ones(2, TEXT)])
+
+    out = trained(inputs.x, inputs.t, rewards, trained.read_text(none))
+
+    bounded = trained(inputs.x, inputs.t, rewards, trained.read_text(longer))
+    torch.testing.assert_close(bounded, out)
+    four = Rewards(rewards.levels, inputs.bins[[0, 1, 2, 0]], inputs.keep[[0, 1, 2, 0]])
+    beside = trained(inputs.x[[0, 1, 2, 0]], inputs.t[[0, 1, 2, 0]], four, trained.read_text(mixed))
+    torch.testing.assert_close(beside[:3], out, rtol=1e-4, atol=1e-5)
+    assert (beside[3] - out[0]).abs().max() > 1e-3
+
+
+def test_levels_are_what_counts_and_not_how_they_are_indexed(
+    trained: FlowTransformer, inputs: Inputs
+) -> None:
+    before = inputs(trained)
+    text = trained.read_text(pack(inputs.texts))
+    # A sampler's own short list of levels, in another order.
+    own, bins = torch.unique(inputs.rewards().levels[inputs.bins], return_inverse=True)
+    flipped = Rewards(own.flip(0), len(own) - 1 - bins, inputs.keep)
+
+    after = trained(inputs.x, inputs.t, flipped, text)
+
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_may_have_no_rewards(inputs: Inputs) -> None:
+    model = build(rewards=0)
+    nothing = Rewards(torch.tensor([0.0]), torch.zeros(3, 0).long(), torch.zeros(3, 0).bool())
+
+    out = model(inputs.x, inputs.t, nothing, model.read_text(pack(inputs.texts)))
+
+    assert out.shape == (3, *SHAPE)
+    (out + 1).square().sum().backward()
+
+
+def test_every_parameter_gets_a_gradient(inputs: Inputs) -> None:
+    model = build()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for param in model.parameters():
+            param += 0.2 * torch.randn(param.shape, generator=generator)
+
+    inputs(model).square().sum().backward()
+
+    idle = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()]
+    # The first site has no branch before it, so its gate is not used; the rest of its row is.
+    assert idle == []
+
+
+def test_bf16_stays_close_to_fp32(trained: FlowTransformer, inputs: Inputs) -> None:
+    exact = inputs(trained)
+
+    out = inputs(trained.bfloat16())
+
+    assert out.dtype == torch.float32
+    error = (out - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    assert error < 0.05
+
+
+def test_a_batch_of_none_gives_none(trained: FlowTransformer) -> None:
+    rewards = Rewards(torch.tensor([0.5]), torch.zeros(0, 3).long(), torch.zeros(0, 3).bool())
+
+    out = trained(torch.zeros(0, *SHAPE), torch.zeros(0), rewards, trained.read_text(absent(0, 5)))
+
+    assert out.shape == (0, *SHAPE)
+
+
+def test_patches_and_back_is_the_identity(draw: Callable[..., Tensor]) -> None:
+    model, x = build(), draw(2, *SHAPE)
+
+    tokens = model._patchify(x)
+
+    assert tokens.shape == (2, 12, 12)
+    # Token 5 is row 1, column 1 of a 3 x 4 grid.
+    assert torch.equal(tokens[0, 5], x[0, :, 2:4, 2:4].flatten())
+    assert torch.equal(model._unpatchify(tokens), x)
+
+
+def test_places_are_distinct_and_of_unit_variance() -> None:
+    places = grid_positions(3, 5, 32)
+
+    assert places.shape == (15, 32)
+    torch.testing.assert_close(places.square().mean(1), torch.ones(15))
+    assert torch.pdist(places).min() > 0.5
+
+
+def test_rotated_scores_depend_on_the_offset_between_places_alone(
+    draw: Callable[..., Tensor],
+) -> None:
+    cos, sin = (angle.double() for angle in rope_angles(4, 5, 16))
+    ones, q, k = torch.ones(16).double(), draw(16), draw(16)
+    everywhere = [z.expand(1, 20, 1, 16) for z in (q, k)]
+
+    turned_q, turned_k = qk_norm_rope(*everywhere, ones, ones, cos, sin)
+    scores = torch.einsum("nd,md->nm", turned_q[0, :, 0], turned_k[0, :, 0])
+
+    grid = scores.reshape(4, 5, 4, 5)
+    torch.testing.assert_close(grid[0, 0, 1, 2], grid[2, 1, 3, 3], rtol=1e-5, atol=1e-5)
+    assert (grid[0, 0, 1, 2] - grid[0, 0, 2, 1]).abs() > 1e-3, "rows and columns differ"
+
+
+def test_the_mean_of_a_text_is_over_its_own_tokens(inputs: Inputs) -> None:
+    means = mean_text(pack(inputs.texts))
+
+    torch.testing.assert_close(means[0], inputs.texts[0].mean(0))
+    assert torch.equal(means[1], torch.zeros(TEXT))
+    torch.testing.assert_close(means[2], inputs.texts[2].mean(0))
+
+
+def test_the_network_is_the_same_for_the_same_seed() -> None:
+    first, again = build().state_dict(), build().state_dict()
+
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_places_and_angles_are_no_weights() -> None:
+    assert {"places", "cos", "sin"}.isdisjoint(build().state_dict())
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({"heads": 3}, "channels=32.*heads=3"),
+        ({"heads": 16}, "channels=32.*heads=16.*divisible by 4"),
+        ({"heads": 0}, "model.heads must be at least 1, got 0"),
+        ({"channels": 0}, "model.channels must be at least 1, got 0"),
+        ({"depth": 0}, "model.depth must be at least 1, got 0"),
+        ({"hidden": -4}, "model.hidden must be at least 1, got -4"),
+        ({"patch": 0}, "model.patch must be at least 1, got 0"),
+    ],
+)
+def test_an_impossible_shape_is_named(bad: dict[str, int], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        replace(CONFIG, **bad)
+
+
+def test_a_patch_that_does_not_divide_the_latents_is_refused() -> None:
+    with pytest.raises(ValueError, match="patch=4 does not divide latents of 6x8"):
+        build(replace(CONFIG, patch=4))

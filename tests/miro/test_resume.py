@@ -1,0 +1,231 @@
+"""Runs that are stopped, killed, damaged or out of room, and resumed bit for bit."""
+
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from interrupted import run_killed_before, run_killed_when
+
+from miro import checkpoint
+from miro.checkpoint import RunFolder
+from miro.conditioning import ConditioningConfig
+from miro.presets import TrainConfig
+from miro.report.metrics import read_metrics
+from miro.train import Progress, train
+
+
+def losses(run: RunFolder) -> list[tuple[int, float]]:
+    return [(line["images"], line["loss"]) for line in read_metrics(run.metrics)]
+
+
+def assert_same_run(folder: Path, undisturbed: RunFolder) -> None:
+    """Every weight, average and moment is equal bit for bit, and so is every report."""
+    run = RunFolder(folder)
+    assert run.checkpoint(80).is_dir() and not list(run.root.rglob("*.writing"))
+    assert [images for images, _ in run.weights_written()] == [40, 96]
+    pairs = [(run.checkpoint(96), undisturbed.checkpoint(96))]
+    pairs += [(run.weights_at(n), undisturbed.weights_at(n)) for n in (40, 96)]
+    for ours, theirs in pairs:
+        (tensors, state), (expected, expected_state) = map(checkpoint.load, (ours, theirs))
+        assert tensors.keys() == expected.keys() and state == expected_state
+        assert [n for n in expected if not torch.equal(tensors[n], expected[n])] == []
+    assert losses(run) == losses(undisturbed)
+
+
+def stop_at(images: int) -> Callable[[Progress], None]:
+    def report(progress: Progress) -> None:
+        if progress.images == images:
+            raise KeyboardInterrupt
+
+    return report
+
+
+@pytest.mark.parametrize("images", [8, 16, 40, 88])
+def test_a_run_stopped_by_hand_and_resumed_equals_an_undisturbed_one(
+    training: TrainConfig, undisturbed: RunFolder, tmp_path: Path, images: int
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(training, tmp_path, report=stop_at(images))
+
+    train(training, tmp_path)
+
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_bf16_resumes_bit_for_bit_too(training: TrainConfig, tmp_path: Path) -> None:
+    training = replace(training, precision="bf16")
+    train(training, tmp_path / "undisturbed")
+    with pytest.raises(KeyboardInterrupt):
+        train(training, tmp_path / "stopped", report=stop_at(56))
+
+    train(training, tmp_path / "stopped")
+
+    assert_same_run(tmp_path / "stopped", RunFolder(tmp_path / "undisturbed"))
+
+
+SAVED, OLD = "checkpoints/.000000000048.writing", "000000000016"
+MOMENTS = {
+    "before its first file": ("os.rename", "/.bins.json.writing"),
+    "before its configuration": ("os.rename", "/.config.json.writing"),
+    "before its metrics": ("os.rename", "/.metrics.jsonl.writing"),
+    "before its first checkpoint": ("os.mkdir", "checkpoints/.000000000016.writing"),
+    "after the tensors of a checkpoint": ("open", f"{SAVED}/state.json"),
+    "before the manifest of a checkpoint": ("open", f"{SAVED}/manifest.json"),
+    "before a checkpoint counts": ("os.rename", SAVED),
+    "before an old checkpoint is deleted": ("shutil.rmtree", OLD),
+    "in the middle of deleting it": ("os.rmdir", OLD),
+    "before weights count": ("os.rename", "weights/.000000000040.writing"),
+    "between last weights and checkpoint": ("os.mkdir", "checkpoints/.000000000096.writing"),
+    "at the very end": ("os.rmdir", "000000000064"),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS.values(), ids=MOMENTS)
+def test_a_killed_run_resumes_bit_for_bit(
+    training: TrainConfig, undisturbed: RunFolder, tmp_path: Path, moment: tuple[str, str]
+) -> None:
+    assert run_killed_before(training, tmp_path, moment) == -9
+
+    train(training, tmp_path)
+
+    assert_same_run(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("saved", ["checkpoints", "weights"])
+def test_a_run_killed_from_outside_during_a_save_resumes_bit_for_bit(
+    training: TrainConfig, undisturbed: RunFolder, tmp_path: Path, saved: str
+) -> None:
+    def writing() -> bool:
+        return any((tmp_path / saved).glob(".*.writing"))
+
+    assert run_killed_when(training, tmp_path, writing) == -9
+
+    train(training, tmp_path)
+
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_a_finished_run_is_not_run_again(
+    training: TrainConfig, undisturbed: RunFolder, tmp_path: Path
+) -> None:
+    shutil.copytree(undisturbed.root, tmp_path / "run")
+    reports: list[Progress] = []
+
+    final = train(training, tmp_path / "run", report=reports.append)
+
+    assert final == RunFolder(tmp_path / "run").weights_at(96) and reports == []
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 0x10
+    path.write_bytes(bytes(data))
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
+    training: TrainConfig, undisturbed: RunFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    shutil.copytree(undisturbed.root, run.root)
+    flip_a_byte(run.checkpoint(96) / checkpoint.TENSORS)
+    reports: list[Progress] = []
+
+    train(training, run.root, report=reports.append)
+
+    assert str(run.checkpoint(96)) in caplog.text and "damaged" in caplog.text
+    assert reports[0].images == 88
+    assert_same_run(run.root, undisturbed)
+
+
+def test_a_damaged_newer_checkpoint_never_costs_a_whole_one(
+    training: TrainConfig, undisturbed: RunFolder, tmp_path: Path
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    shutil.copytree(undisturbed.root, run.root)
+    flip_a_byte(run.checkpoint(96) / checkpoint.TENSORS)
+    changed = replace(training, checkpoint_every=8, keep_checkpoints=1)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(changed, run.root, report=stop_at(96))
+
+    found = checkpoint.load_latest(run.checkpoints)
+    assert found is not None and found[1]["images"] == 88
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"seed": 1}, "seed: 1 here, 0 there"),
+        ({"batch": 4}, "batch: 4 here, 8 there"),
+        ({"conditioning": ConditioningConfig(drop_all=0.5)}, "conditioning.drop_all: 0.5 here"),
+        ({"precision": "bf16"}, "precision: 'bf16' here"),
+    ],
+)
+def test_another_configuration_in_the_same_folder_is_refused(
+    training: TrainConfig, undisturbed: RunFolder, change: dict[str, Any], key: str
+) -> None:
+    with pytest.raises(ValueError) as error:
+        train(replace(training, **{"weights_at": (), **change}), undisturbed.root)
+
+    assert key in str(error.value) and str(undisturbed.root) in str(error.value)
+
+
+def test_intervals_and_the_place_of_the_data_may_change_on_resume(
+    training: TrainConfig, undisturbed: RunFolder, tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(training, tmp_path / "run", report=stop_at(40))
+    assert training.data is not None
+    shutil.copytree(training.data, tmp_path / "moved")
+
+    changed = replace(training, data=tmp_path / "moved", report_every=32, checkpoint_every=48)
+    train(changed, tmp_path / "run")
+
+    ours, _ = checkpoint.load(RunFolder(tmp_path / "run").checkpoint(96))
+    theirs, _ = checkpoint.load(undisturbed.checkpoint(96))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_never_resuming_refuses_a_folder_with_a_run(
+    training: TrainConfig, undisturbed: RunFolder
+) -> None:
+    with pytest.raises(ValueError, match="holds a run already"):
+        train(training, undisturbed.root, resume="never")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 32 MB; skips where this process may not mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("left", [0, 200_000])
+def test_a_full_disk_stops_the_run_and_it_resumes_once_there_is_room(
+    training: TrainConfig, undisturbed: RunFolder, small_disk: Path, left: int
+) -> None:
+    run, filler = RunFolder(small_disk / "run"), small_disk / "filler"
+
+    def fill(progress: Progress) -> None:
+        if progress.images == 32:
+            filler.write_bytes(bytes(max(0, shutil.disk_usage(small_disk).free - left)))
+
+    with pytest.raises(OSError, match=r"could not write .*make room and resume"):
+        train(training, run.root, report=fill)
+    found = checkpoint.load_latest(run.checkpoints)
+    assert found is not None and found[1]["images"] == 16
+
+    filler.unlink()
+    train(training, run.root)
+    assert_same_run(run.root, undisturbed)

@@ -1,0 +1,171 @@
+"""Training runs: what they write, what they learn from, and what they refuse."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from miro import checkpoint
+from miro.checkpoint import RunFolder
+from miro.conditioning import ConditioningConfig
+from miro.data.shards import Manifest, read_shard_scores, scores_path, write_scores
+from miro.engine import OptimizerConfig
+from miro.presets import TrainConfig
+from miro.report.metrics import read_metrics
+from miro.train import Progress, train
+
+Weights = dict[str, Tensor]
+
+
+def test_a_run_writes_what_it_is_and_what_it_measured(undisturbed: RunFolder) -> None:
+    assert json.loads(undisturbed.config.read_text())["images"] == 96
+    assert set(json.loads(undisturbed.bins.read_text())["edges"]) == {"colourfulness", "sharpness"}
+    assert json.loads(undisturbed.versions.read_text())["torch"]
+    assert [line["images"] for line in read_metrics(undisturbed.metrics)] == list(range(8, 97, 8))
+    for line in read_metrics(undisturbed.metrics):
+        assert all(math.isfinite(line[name]) for name in ("loss", "gradient_norm"))
+        assert line["images_per_second"] > 0
+    assert list(undisturbed.tensorboard.glob("events.*"))
+
+
+def test_weights_hold_all_that_sampling_needs(undisturbed: RunFolder, encoded: Path) -> None:
+    tensors, state = checkpoint.load(undisturbed.weights_at(96))
+
+    assert state["images"] == 96 and state["config"]["model"]["channels"] == 32
+    assert state["encoding"] == Manifest.read(encoded).encoding
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+
+
+def test_training_reduces_the_loss(training: TrainConfig, tmp_path: Path) -> None:
+    reports: list[Progress] = []
+
+    longer = replace(training, images=960, report_every=240, checkpoint_every=960, weights_at=())
+    final = train(longer, tmp_path, report=reports.append)
+
+    assert [report.images for report in reports] == [240, 480, 720, 960]
+    assert reports[-1].loss < 0.75 * reports[0].loss
+    assert [report.total for report in reports] == [960] * 4
+    assert reports[0].seconds_left > 0 and reports[-1].seconds_left == 0
+    assert final == RunFolder(tmp_path).weights_at(960)
+
+
+def rescored(source: Path, dest: Path, change: Callable[[dict], dict]) -> Path:
+    """A copy of an encoded dataset with other scores."""
+    shutil.copytree(source, dest)
+    manifest = Manifest.read(dest)
+    for shard in manifest.shards:
+        path = scores_path(dest, shard)
+        keys, captions, columns = read_shard_scores(path)
+        columns = change(dict(columns))
+        write_scores(path, keys, captions, columns)
+    replace(manifest, rewards=tuple(columns)).write(dest)
+    return dest
+
+
+def test_a_run_is_not_resumed_on_other_scores(
+    training: TrainConfig, undisturbed: RunFolder, encoded: Path, tmp_path: Path
+) -> None:
+    data = rescored(encoded, tmp_path / "data", lambda c: {n: v * 2 for n, v in c.items()})
+
+    with pytest.raises(ValueError, match="trained on other scores"):
+        train(replace(training, data=data), undisturbed.root)
+
+
+def initial_and_final(training: TrainConfig, folder: Path) -> tuple[Weights, Weights]:
+    train(
+        replace(training, images=32, checkpoint_every=8, keep_checkpoints=9, weights_at=()), folder
+    )
+    run = RunFolder(folder)
+    return checkpoint.load(run.checkpoint(8))[0], checkpoint.load(run.weights_at(32))[0]
+
+
+def test_baseline_specialist_and_all_build_the_same_network_from_the_same_weights(
+    training: TrainConfig, tmp_path: Path
+) -> None:
+    runs = {}
+    for name, rewards in (("baseline", ()), ("specialist", ("sharpness",)), ("miro", None)):
+        conditioning = ConditioningConfig(rewards=rewards, drop_all=0.0)
+        runs[name] = initial_and_final(
+            replace(training, conditioning=conditioning), tmp_path / name
+        )
+
+    shapes = [{n: w.shape for n, w in final.items()} for _, final in runs.values()]
+    assert shapes[0] == shapes[1] == shapes[2]
+    # After one step, before which the networks ignored their rewards, only the reward's own
+    # weights can differ.
+    for first, _ in runs.values():
+        differing = {n for n in first if not torch.equal(first[n], runs["miro"][0][n])}
+        assert not {n for n in differing if "master/patches" in n}
+    used = {name: final["table.out"].abs().amax((1, 2)) > 0 for name, (_, final) in runs.items()}
+    assert used["baseline"].tolist() == [False, False]
+    assert used["specialist"].tolist() == [False, True]
+    assert used["miro"].tolist() == [True, True]
+    assert not torch.equal(runs["miro"][1]["out.weight"], runs["baseline"][1]["out.weight"])
+
+
+def test_data_without_rewards_trains_a_baseline(
+    training: TrainConfig, encoded: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(encoded, tmp_path / "data")
+    replace(Manifest.read(encoded), rewards=()).write(tmp_path / "data")
+
+    final = train(replace(training, data=tmp_path / "data"), tmp_path / "run")
+
+    assert checkpoint.load(final)[0]["table.out"].shape[0] == 0
+
+
+def test_a_reward_without_scores_can_be_left_out_as_the_error_says(
+    training: TrainConfig, encoded: Path, tmp_path: Path
+) -> None:
+    data = rescored(
+        encoded, tmp_path / "data", lambda c: c | {"sharpness": c["sharpness"] * float("nan")}
+    )
+    training = replace(training, data=data)
+
+    with pytest.raises(ValueError, match=r"'sharpness' has no known score.*conditioning\.rewards"):
+        train(training, tmp_path / "all")
+
+    conditioning = ConditioningConfig(rewards=("colourfulness",))
+    final = train(replace(training, conditioning=conditioning), tmp_path / "run")
+    assert checkpoint.load(final)[0]["table.out"].shape[0] == 2
+
+
+def test_an_unknown_reward_is_refused_before_anything_is_written(
+    training: TrainConfig, tmp_path: Path
+) -> None:
+    conditioning = ConditioningConfig(rewards=("sharpnes",))
+
+    with pytest.raises(ValueError, match="'sharpnes'.*did you mean 'sharpness'"):
+        train(replace(training, conditioning=conditioning), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_needs_data(training: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="data is not set.*--data"):
+        train(replace(training, data=None), tmp_path)
+
+
+@pytest.mark.parametrize("report_every", [8, 96])
+def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_checkpoints(
+    training: TrainConfig, tmp_path: Path, report_every: int
+) -> None:
+    training = replace(
+        training, optimizer=OptimizerConfig(learning_rate=1e18), report_every=report_every,
+        checkpoint_every=8, weights_at=(),
+    )  # fmt: skip
+
+    with pytest.raises(FloatingPointError, match="learning_rate"):
+        train(training, tmp_path)
+
+    run = RunFolder(tmp_path)
+    found = checkpoint.load_latest(run.checkpoints)
+    assert found is not None and found[1]["images"] < 96
+    assert all(tensor.isfinite().all() for tensor in found[0].values())
+    assert run.weights_written() == []
+    assert all(math.isfinite(line["loss"]) for line in read_metrics(run.metrics))
