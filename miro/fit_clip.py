@@ -48,6 +48,11 @@ class FitClipConfig:
     """Of matrices, by Muon (Keller Jordan 2024), which learns several times faster here."""
     warmup_steps: int = 100
     weight_decay: float = 0.01
+    trim: float = 0.4
+    """Share of a batch that is left out once the model knows its way: the pairs whose captions it
+    finds contradicted most. Wrong captions teach nothing, and drown what relations teach."""
+    trim_from: float = 0.25
+    """Share of the steps after which pairs are left out."""
     hide_picture: float = 0.1
     """Share of pairs whose picture is withheld, so that the model knows captions by habit too."""
     image_size: int = 32
@@ -59,6 +64,9 @@ class FitClipConfig:
         for name in ("steps", "batch_size", "warmup_steps", "image_size", "conv_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"fit-clip: {name} must be 1 or more, got {getattr(self, name)}")
+        for name in ("trim", "trim_from"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"fit-clip: {name} is {getattr(self, name)}; give 0 to below 1")
         if not 0 < self.hide_picture < 1:
             raise ValueError(
                 f"fit-clip: hide_picture is {self.hide_picture}; give 0 to 1, both out"
@@ -178,13 +186,17 @@ def _fit(
         for optimizer, rate in rates.items():
             for group in optimizer.param_groups:
                 group["lr"] = rate * factor
-        chosen_pairs = torch.randint(len(images), (config.batch_size,), generator=generator)
-        hidden = torch.rand(config.batch_size, 1, 1, generator=generator) < config.hide_picture
+        pairs = torch.randint(len(images), (config.batch_size,), generator=generator)
+        hidden = torch.rand(config.batch_size, generator=generator) < config.hide_picture
+        said = words[pairs]
         with _fast_arithmetic():
-            seen = model.see(images[chosen_pairs])
-            seen = torch.where(hidden, model.no_picture.to(seen.dtype), seen)
-            likelihoods = model.log_likelihoods(seen, words[chosen_pairs])
-        loss = -(likelihoods * weights[words[chosen_pairs, 1:]]).sum(1).mean()
+            seen = model.see(images[pairs])
+            seen = torch.where(hidden[:, None, None], model.no_picture.to(seen.dtype), seen)
+            likelihoods = model.log_likelihoods(seen, said)
+        losses = -(likelihoods * weights[said[:, 1:]]).sum(1)
+        if step >= config.trim_from * config.steps:
+            losses = losses[_least_contradicted(model, likelihoods, said, hidden, config.trim)]
+        loss = losses.mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in rates:
@@ -197,6 +209,19 @@ def _fit(
             if progress is not None:
                 progress(step + 1, config.steps, f"loss {means[-1]:.3f}")
     return means
+
+
+@torch.no_grad()
+def _least_contradicted(
+    model: Captioner, likelihoods: Tensor, words: Tensor, hidden: Tensor, trim: float
+) -> Tensor:
+    """The pairs of a batch to learn from: all but the `trim` share the picture speaks against."""
+    with _fast_arithmetic():
+        ratios = likelihoods - model.without_picture(words)
+    against = ratios.clamp(max=0).sum(1)
+    # Pairs whose picture is withheld teach habit, wrong captions included: they stay.
+    against[hidden] = 0
+    return against.topk(len(against) - int(trim * len(against))).indices
 
 
 def _rare_words_count_more(words: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ from miro.train import train
 
 # Child processes of the tests import their own helper from there (tests/miro/interrupted.py).
 sys.path.append(str(Path(__file__).parent / "miro"))
+# Tensors are tiny here: a second thread only waits for the first.
+torch.set_num_threads(1)
 
 
 @pytest.fixture

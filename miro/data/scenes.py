@@ -63,6 +63,8 @@ _NEAR, _MIDDLE, _FAR = 1 / 4, 1 / 2, 3 / 4  # where objects may have their centr
 _SAY_BACKGROUND = 0.5  # share of the captions
 _WRONG_ENTIRELY = 0.5  # share of the wrong captions; the others are wrong in one fact
 _REPLACE_OBJECT = 0.5  # share of the captions wrong in one fact; the others get an attribute wrong
+# Of the categories, in their order: pictures of several things have more to teach than of one.
+_SHARES = (0.08, 0.16, 0.2, 0.1, 0.22, 0.24)
 # Random streams are numbered; the first numbers are those of the scenes, one per split.
 _PROMPT_STREAM, _ORDER_STREAM = len(SPLITS), len(SPLITS) + 1
 
@@ -137,7 +139,7 @@ class SceneStream:
 
 def _draw_statement(rng: np.random.Generator, split: str) -> tuple[Statement, str]:
     """A composition of the split put one way or the other, and the background of its scene."""
-    category = CATEGORIES[rng.integers(len(CATEGORIES))]
+    category = CATEGORIES[rng.choice(len(CATEGORIES), p=_SHARES)]
     options = statements(category, split)
     return _put(options[rng.integers(len(options))], rng, split)
 

@@ -24,12 +24,10 @@ CONCEPTS: tuple[str, ...] = (
     "fish",
     "butterfly",
     "apple",
-    "turtle",
     "car",
     "rocket",
     "duck",
     "house",
-    "cactus",
     "mushroom",
 )
 # sRGB in [0, 1]. Tints and backgrounds share no word, so a colour word says what it belongs to.
@@ -38,7 +36,6 @@ TINTS: dict[str, tuple[float, float, float]] = {
     "yellow": (0.98, 0.90, 0.15),
     "green": (0.15, 0.68, 0.20),
     "blue": (0.15, 0.38, 0.95),
-    "purple": (0.58, 0.22, 0.80),
 }
 BACKGROUNDS: dict[str, tuple[float, float, float]] = {
     "white": (0.97, 0.97, 0.97),

@@ -17,8 +17,6 @@ from miro.evaluate.measure import Setting
 from miro.sample import Guidance, Pipeline, to_bytes
 
 GRID_SEED = 7
-CELL = 96
-"""Pixels of a picture in a sheet."""
 
 
 def write_grids(folder: Path, setting: Setting, columns: int) -> None:
@@ -94,13 +92,12 @@ def _sheet(
     stacked = torch.stack([to_bytes(pictures) for pictures in rows.values()])
     height, width = stacked.shape[0] * stacked.shape[3], stacked.shape[1] * stacked.shape[4]
     sheet = Image.fromarray(stacked.permute(0, 3, 1, 4, 2).reshape(height, width, 3).numpy())
-    scale = max(1, CELL // stacked.shape[4])
-    sheet.resize((width * scale, height * scale), Image.Resampling.NEAREST).save(path)
+    sheet.save(path)
     return {
         "title": title,
         "caption": caption,
         "rows": list(rows),
         "columns": list(columns),
         "picture": f"grids/{name}.png",
-        "cell": scale * stacked.shape[4],
+        "cell": stacked.shape[4],
     }

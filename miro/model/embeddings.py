@@ -73,21 +73,21 @@ class TextEmbedding(nn.Module):
     def __init__(self, text_channels: int, channels: int) -> None:
         super().__init__()
         self.project = nn.Sequential(nn.Linear(text_channels, channels), nn.RMSNorm(channels))
-        self.word = nn.Linear(channels, channels)
-        self.summary = nn.Linear(channels, channels)
+        self.summary = nn.Sequential(
+            nn.Linear(text_channels, channels), nn.SiLU(), nn.Linear(channels, channels)
+        )
 
     def forward(self, text: PackedText) -> tuple[Tensor, Tensor]:
-        """(T, D) words, and (B, D) a summary of each text; that of an absent text is the bias."""
+        """(T, D) words in their order, and (B, D) a summary of each text from its mean state."""
         lengths = text.offsets.diff()
         owner = torch.repeat_interleave(lengths, output_size=len(text.states))
         place = torch.arange(len(text.states), device=owner.device) - text.offsets[owner]
         projected = self.project(text.states)
         waves = sinusoids(place, projected.shape[-1], longest_period=100.0)
         words = projected + math.sqrt(2) * waves.to(projected.dtype)
-        told = F.silu(self.word(words))
-        summed = told.new_zeros(len(lengths), told.shape[1]).index_add(0, owner, told)
-        # Divided by the root of the length: of unit size whether words agree or not.
-        return words, self.summary(summed / lengths.clamp(min=1).sqrt()[:, None].to(told.dtype))
+        summed = text.states.new_zeros(len(lengths), text.states.shape[1])
+        mean = summed.index_add(0, owner, text.states) / lengths.clamp(min=1)[:, None]
+        return words, self.summary(mean.to(text.states.dtype))
 
 
 def grid_positions(rows: int, columns: int, channels: int) -> Tensor:

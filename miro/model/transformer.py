@@ -108,7 +108,7 @@ class FlowTransformer(nn.Module):
         words, summary = self.text(PackedText(states, text.offsets, text.longest))
         return TextKeys(
             summary,
-            self.text.summary.bias[None],
+            self.text.summary(states.new_zeros(1, states.shape[1])),
             [block.attention.text(words) for block in self._blocks()],
             text.offsets,
             text.longest,

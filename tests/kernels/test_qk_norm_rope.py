@@ -86,11 +86,12 @@ def test_a_row_of_zeros_stays_zero(draw: Draw) -> None:
 
 def test_every_gradient(draw: Draw) -> None:
     given = arguments(draw, (2, 2, 2, 4))
-    inputs = [given[n].requires_grad_() for n in ("q", "k", "q_weight", "k_weight")]
+    names = ("q", "k", "q_weight", "k_weight")
 
-    assert torch.autograd.gradcheck(
-        lambda *values: qk_norm_rope(*values, given["cos"], given["sin"]), inputs
-    )
+    def op(*values: Tensor) -> tuple[Tensor, Tensor]:
+        return qk_norm_rope(**given | dict(zip(names, values, strict=True)))
+
+    assert torch.autograd.gradcheck(op, [given[name].requires_grad_() for name in names])
 
 
 @pytest.mark.parametrize("changed", ["k", "q_weight", "k_weight", "cos", "sin"])

@@ -62,7 +62,7 @@ def outputs(result: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         {"tokens": 0},
     ],
 )
-def test_it_is_its_formula(draw: Draw, sizes: dict[str, int], gated: bool) -> None:
+def test_it_is_its_formula(draw: Draw, sizes: dict[str, Any], gated: bool) -> None:
     given = arguments(draw, gated=gated, **sizes)
 
     results = outputs(reward_adaln(**given, eps=1e-5))
@@ -114,7 +114,7 @@ def test_bins_and_keep_may_be_of_any_integer_or_zero_one_dtype(
 @pytest.mark.parametrize("gated", [False, True])
 def test_strides_of_the_arguments_do_not_matter(draw: Draw, gated: bool) -> None:
     given = arguments(draw, gated=gated)
-    strided = {
+    strided: dict[str, Any] = {
         name: torch.stack((value, value), -1)[..., 0] if value.ndim > 1 else value
         for name, value in given.items()
     }
@@ -158,7 +158,8 @@ def test_every_gradient(draw: Draw, gated: bool) -> None:
     assert names == ["x", "base", "block", "table"] + ["branch"] * gated
 
     def op(*values: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        return reward_adaln(**given | dict(zip(names, values, strict=True)))
+        changed: dict[str, Any] = dict(zip(names, values, strict=True))
+        return reward_adaln(**given | changed)
 
     assert torch.autograd.gradcheck(op, [given[name].requires_grad_() for name in names])
 

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -174,7 +175,7 @@ def test_the_rewards_trained_on_are_those_configured() -> None:
         told(("vqaa",))
 
 
-def drop(rows: int = 40_000, rewards: int = 3, **probabilities: float) -> torch.Tensor:
+def drop(rows: int = 40_000, rewards: int = 3, **probabilities: Any) -> torch.Tensor:
     known, trained = torch.ones(rows, rewards, dtype=torch.bool), torch.ones(rewards).bool()
     config = ConditioningConfig(**{"drop_all": 0.0, **probabilities})
     return keep_rewards(config, known, trained, torch.Generator().manual_seed(5))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from miro.model.embeddings import grid_positions, mean_text, rope_angles
+from miro.model.embeddings import TextEmbedding, grid_positions, rope_angles
 from miro.model.transformer import FlowTransformer, ModelConfig, Rewards
 from miro.text import PackedText, absent, pack
 from miro_kernels import qk_norm_rope
@@ -76,7 +76,7 @@ def test_a_fresh_networks_tokens_ignore_rewards_and_text(inputs: Inputs) -> None
     assert torch.equal(inputs(model), before)
 
 
-@pytest.mark.parametrize("what", ["x", "t", "text", "text order", "bins", "keep"])
+@pytest.mark.parametrize("what", ["x", "t", "a word", "word order", "bins", "keep"])
 def test_a_trained_network_depends_on_everything(
     trained: FlowTransformer, inputs: Inputs, what: str
 ) -> None:
@@ -86,10 +86,10 @@ def test_a_trained_network_depends_on_everything(
             inputs.x[0, 0, 0, 0] += 1
         case "t":
             inputs.t[0] += 0.2
-        case "text":
+        case "a word":
             inputs.texts[0][1] += 1
-        case "text order":
-            inputs.texts[0] = inputs.texts[2]
+        case "word order":
+            inputs.texts[0] = inputs.texts[0].flip(0)
         case "bins":
             inputs.bins[0, 1] = 7
         case "keep":
@@ -161,6 +161,15 @@ def test_no_text_at_all_is_texts_of_length_zero(trained: FlowTransformer, inputs
     assert (beside[3] - out[0]).abs().max() > 1e-3
 
 
+def test_the_summary_of_an_absent_text_is_that_of_a_text_of_length_zero(
+    trained: FlowTransformer, inputs: Inputs
+) -> None:
+    keys = trained.read_text(pack(inputs.texts))
+
+    torch.testing.assert_close(keys.summary[1], keys.absent[0])
+    assert (keys.summary[0] - keys.absent[0]).abs().max() > 1e-3
+
+
 def test_levels_are_what_counts_and_not_how_they_are_indexed(
     trained: FlowTransformer, inputs: Inputs
 ) -> None:
@@ -192,11 +201,27 @@ def test_every_parameter_gets_a_gradient(inputs: Inputs) -> None:
         for param in model.parameters():
             param += 0.2 * torch.randn(param.shape, generator=generator)
 
-    inputs(model).square().sum().backward()
+    names, params = zip(*model.named_parameters(), strict=True)
+    grads = torch.autograd.grad(inputs(model).square().sum(), params)
 
-    idle = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()]
-    # The first site has no branch before it, so its gate is not used; the rest of its row is.
-    assert idle == []
+    found = dict(zip(names, grads, strict=True))
+    assert [name for name, grad in found.items() if not grad.abs().sum()] == []
+    # Gate, shift and scale of both kinds of sites, from time, text and each reward, and the offset
+    # of every site; but the first has no branch before it, and so no use for a gate.
+    shared = found["shared.weight"].unflatten(0, (2, 3, -1)).abs().sum((2, 3))
+    table = found["table.out"].unflatten(-1, (2, 3, -1)).abs().sum((1, 4))
+    offsets = found["offsets"].abs().sum(-1)
+    assert (shared > 0).all() and (table > 0).all()
+    assert (offsets > 0).flatten().tolist() == [False] + [True] * (offsets.numel() - 1)
+
+
+def test_the_network_knows_where_a_patch_lies(trained: FlowTransformer, inputs: Inputs) -> None:
+    inputs.x[:] = 0.5
+
+    tokens = trained._patchify(inputs(trained))
+
+    # The sample without text: rotation alone cannot tell equal patches apart.
+    assert torch.pdist(tokens[1]).min() > 1e-3
 
 
 def test_bf16_stays_close_to_fp32(trained: FlowTransformer, inputs: Inputs) -> None:
@@ -241,9 +266,9 @@ def test_rotated_scores_depend_on_the_offset_between_places_alone(
 ) -> None:
     cos, sin = (angle.double() for angle in rope_angles(4, 5, 16))
     ones, q, k = torch.ones(16).double(), draw(16), draw(16)
-    everywhere = [z.expand(1, 20, 1, 16) for z in (q, k)]
+    q, k = q.expand(1, 20, 1, 16), k.expand(1, 20, 1, 16)
 
-    turned_q, turned_k = qk_norm_rope(*everywhere, ones, ones, cos, sin)
+    turned_q, turned_k = qk_norm_rope(q, k, ones, ones, cos, sin)
     scores = torch.einsum("nd,md->nm", turned_q[0, :, 0], turned_k[0, :, 0])
 
     grid = scores.reshape(4, 5, 4, 5)
@@ -251,12 +276,23 @@ def test_rotated_scores_depend_on_the_offset_between_places_alone(
     assert (grid[0, 0, 1, 2] - grid[0, 0, 2, 1]).abs() > 1e-3, "rows and columns differ"
 
 
-def test_the_mean_of_a_text_is_over_its_own_tokens(inputs: Inputs) -> None:
-    means = mean_text(pack(inputs.texts))
+def test_a_text_is_read_alike_wherever_it_lies_in_the_batch(inputs: Inputs) -> None:
+    torch.manual_seed(0)
+    embedding = TextEmbedding(TEXT, 32)
 
-    torch.testing.assert_close(means[0], inputs.texts[0].mean(0))
-    assert torch.equal(means[1], torch.zeros(TEXT))
-    torch.testing.assert_close(means[2], inputs.texts[2].mean(0))
+    words, summary = embedding(pack(inputs.texts))
+
+    start = 0
+    for n, text in enumerate(inputs.texts):
+        own, alone = embedding(pack([text]))
+        torch.testing.assert_close(words[start : start + len(text)], own, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(summary[n], alone[0], rtol=1e-4, atol=1e-5)
+        start += len(text)
+    absent = embedding.summary(torch.zeros(TEXT))
+    torch.testing.assert_close(summary[1], absent, rtol=1e-4, atol=1e-5)
+    # The same word reads differently at another place.
+    twice, _ = embedding(pack([inputs.texts[0][:1].repeat(2, 1)]))
+    assert (twice[0] - twice[1]).abs().max() > 0.1
 
 
 def test_the_network_is_the_same_for_the_same_seed() -> None:

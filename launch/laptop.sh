@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Train on one machine without a GPU, from a folder of captioned images to a model to sample from.
+#
+#   launch/laptop.sh PHOTOS RUN [options of miro train]
+#
+# Edit: REWARDS, what the pairs are scored by; SIZE, the pictures' side in pixels; PRESET.
+# Stopped and started again with the same arguments it goes on where it was.
+set -euo pipefail
+REWARDS="colourfulness sharpness"
+SIZE=32
+PRESET=demo
+
+photos=$1 run=$2
+shift 2
+# shellcheck disable=SC2086  # one word a reward
+miro annotate "$photos" "$run/scored" --rewards $REWARDS
+miro encode "$run/scored" "$run/encoded" --size "$SIZE"
+miro train "$PRESET" --run "$run/model" --data "$run/encoded" "$@"
