@@ -40,18 +40,18 @@ LONGEST = 64
 class FitClipConfig:
     """How the model is made. Steps are fixed, not seconds: a seed gives the same model."""
 
-    steps: int = 900
-    batch_size: int = 128
+    steps: int = 2_800
+    batch_size: int = 64
     learning_rate: float = 2e-3
     """Of words, places, gains and biases, by AdamW."""
-    matrix_rate: float = 5e-3
+    matrix_rate: float = 3e-3
     """Of matrices, by Muon (Keller Jordan 2024), which learns several times faster here."""
     warmup_steps: int = 100
     weight_decay: float = 0.01
-    trim: float = 0.4
+    trim: float = 0.45
     """Share of a batch that is left out once the model knows its way: the pairs whose captions it
     finds contradicted most. Wrong captions teach nothing, and drown what relations teach."""
-    trim_from: float = 0.25
+    trim_from: float = 0.15
     """Share of the steps after which pairs are left out."""
     hide_picture: float = 0.1
     """Share of pairs whose picture is withheld, so that the model knows captions by habit too."""

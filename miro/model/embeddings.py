@@ -41,8 +41,8 @@ class TimeEmbedding(nn.Module):
 class RewardTable(nn.Module):
     """What each reward adds to the modulation at each level: one MLP a reward, all in one product.
 
-    A level s in [0, 1] is the fraction of the data that scores lower: bin k of K is fed as
-    k / (K − 1). The last layer starts at zero, so that a fresh network ignores rewards.
+    A level s in [0, 1] is the rank of a score among the data, from worst to best: bin k of K is fed
+    as k / (K − 1). The last layer starts at zero, so that a fresh network ignores rewards.
     """
 
     def __init__(self, rewards: int, outputs: int, channels: int = 128, waves: int = 8) -> None:
