@@ -19,6 +19,7 @@ from miro.checkpoint import RunFolder, write_text
 from miro.config import differences, to_dict
 from miro.evaluate.measure import Setting
 from miro.jobs import Job, Report, run_jobs
+from miro.locks import alone_in
 from miro.presets import TrainConfig, preset
 
 PIXEL_REWARDS = ("colourfulness", "sharpness")
@@ -105,6 +106,11 @@ def run_demo(config: DemoConfig) -> Path:
     Raises:
         ValueError: the folder holds a demo of another configuration.
     """
+    with alone_in(config.folder):
+        return _run_demo(config)
+
+
+def _run_demo(config: DemoConfig) -> Path:
     folder = config.folder
     _same_demo(config)
     trained = tuple(f"train {model}" for model in MODELS)

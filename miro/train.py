@@ -22,6 +22,7 @@ from miro.conditioning import Bins, keep_rewards, keep_text, trained_rewards
 from miro.config import differences, to_dict
 from miro.data.loader import Batch, EncodedDataset, Loader
 from miro.engine import Engine
+from miro.locks import alone_in
 from miro.model.transformer import FlowTransformer, Rewards
 from miro.presets import TrainConfig
 from miro.random import generator_from, seed_from
@@ -69,7 +70,17 @@ def train(
         raise ValueError("train: data is not set; give the folder `miro encode` wrote: --data DIR")
     if config.threads:
         torch.set_num_threads(config.threads)
-    run = RunFolder(folder)
+    with alone_in(folder):
+        return _train(config, RunFolder(folder), resume, report)
+
+
+def _train(
+    config: TrainConfig,
+    run: RunFolder,
+    resume: Literal["auto", "never"],
+    report: Callable[[Progress], None],
+) -> Path:
+    assert config.data is not None
     dataset = EncodedDataset(config.data)
     pairs = dataset.scores.size // max(1, len(dataset.rewards))
     scores = dataset.scores.reshape(pairs, len(dataset.rewards))

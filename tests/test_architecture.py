@@ -29,7 +29,7 @@ FLOORS = (
     ("model",),
     ("conditioning",),
     ("flow", "latents", "muon", "report", "rewards", "text"),
-    ("checkpoint", "config", "progress", "random"),
+    ("checkpoint", "config", "locks", "progress", "random"),
 )
 FLOOR = {room: height for height, floor in enumerate(reversed(FLOORS)) for room in floor}
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
-import logging
 import os
 from pathlib import Path
 from types import TracebackType
 
 from miro.data.tar import no_space
-
-log = logging.getLogger(__name__)
+from miro.locks import lock
 
 
 class RejectedLog:
@@ -27,7 +24,11 @@ class RejectedLog:
         self.last = ""  # the reason of the latest line
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - closed by __exit__
-        self._lock()
+        try:
+            lock(self._file, path.parent)
+        except ValueError:
+            self._file.close()
+            raise
         self._file.seek(0)
         lines = self._file.read().splitlines(keepends=True)
         if lines and not lines[-1].endswith(b"\n"):  # the process died while it wrote this one
@@ -61,19 +62,6 @@ class RejectedLog:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         self._file.close()
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise ValueError(
-                f"{self.path.parent}: another process is annotating this folder; wait until it ends"
-            ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-                raise
-            log.warning("%s: this file system has no locks; run one process only", self.path)
 
     def _identity(self, line: bytes) -> tuple[str, str]:
         try:

@@ -13,16 +13,18 @@ from miro.rewards.captioner import load_captioner
 
 
 class Alignment:
-    """How well a caption fits a picture, by an open_clip CoCa fitted to the corpus, in nats.
+    """How much of what a caption says the picture bears out, by an open_clip CoCa fitted here.
 
-    The sum over the caption's words of r_w (miro.rewards.captioner): how much likelier the picture
-    makes the caption. Each word that the picture confirms adds, each wrong one costs a few nats.
+    The sum of r_w over the caption's words (miro.rewards.captioner) as a share of what the caption
+    says at all, −Σ log p(word | words before), which is normalised pointwise mutual information: 1
+    where the picture leaves no word in doubt, 0 where it tells nothing, below 0 where it speaks
+    against the caption. Without the division a long true caption would outscore every short one.
     Captions longer than the network's context are cut.
     """
 
     name = "alignment"
     reads_caption = True
-    range = (-10.0, 10.0)
+    range = (-1.0, 1.0)
 
     def __init__(self, weights: str, device: torch.device | str = "cpu") -> None:
         self._device = torch.device(device)
@@ -31,13 +33,15 @@ class Alignment:
 
     @torch.inference_mode()
     def score(self, images: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
-        """float32 (B,), in nats."""
+        """float32 (B,), a share; NaN for a caption that says nothing."""
         scores = torch.empty(len(images), device=self._device)
         for indices, pixels in same_sized(images, captions, self._device):
             said: list[str] = [captions[int(i)] for i in indices]
             words = self._model.words(said)
             given = self._model.log_likelihoods(self._model.see(pixels), words)
-            scores[indices] = (given - self._without_picture(said)).sum(1)
+            habit = self._without_picture(said).sum(1)
+            # Nothing said divided by nothing is NaN: not known.
+            scores[indices] = (given.sum(1) - habit) / -habit
         return scores
 
     def _without_picture(self, captions: Sequence[str]) -> Tensor:
