@@ -86,16 +86,18 @@ def counting(name: str) -> Iterator[Callable[[int, int | None], None]]:
 
 
 def _lines(name: str) -> Callable[[int, int | None, str], None]:
-    last, finished = -SILENCE, False
+    last, finished, said = -SILENCE, False, ""
 
     def show(done: int, total: int | None, detail: str) -> None:
-        nonlocal last, finished
+        nonlocal last, finished, said
         now = time.monotonic()
-        if finished:
+        if finished or (now - last < SILENCE and done != total):
             return
-        if now - last >= SILENCE or done == total:
-            last, finished = now, done == total
-            of = f"/{total:,}" if total is not None else ""
-            print(f"{name}: {done:,}{of} {detail}", file=sys.stderr, flush=True)
+        last, finished = now, done == total
+        of = f"/{total:,}" if total is not None else ""
+        line = f"{name}: {done:,}{of} {detail}".rstrip()
+        if line != said:
+            print(line, file=sys.stderr, flush=True)
+        said = line
 
     return show
