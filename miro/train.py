@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,17 +71,6 @@ def train(
         raise ValueError("train: data is not set; give the folder `miro encode` wrote: --data DIR")
     if config.threads:
         torch.set_num_threads(config.threads)
-    with alone_in(folder):
-        return _train(config, RunFolder(folder), resume, report)
-
-
-def _train(
-    config: TrainConfig,
-    run: RunFolder,
-    resume: Literal["auto", "never"],
-    report: Callable[[Progress], None],
-) -> Path:
-    assert config.data is not None
     dataset = EncodedDataset(config.data)
     pairs = dataset.scores.size // max(1, len(dataset.rewards))
     scores = dataset.scores.reshape(pairs, len(dataset.rewards))
@@ -92,8 +82,22 @@ def _train(
         config.conditioning.bin_law,
         optional=[n for n, told in zip(dataset.rewards, trained.tolist(), strict=True) if not told],
     )
-    _open_run(run, config, bins, dataset, resume)
+    with alone_in(folder):
+        run = RunFolder(folder)
+        _open_run(run, config, bins, dataset, resume)
+        return _train(config, run, dataset, scores, bins, trained, report)
 
+
+def _train(
+    config: TrainConfig,
+    run: RunFolder,
+    dataset: EncodedDataset,
+    scores: np.ndarray,
+    bins: Bins,
+    trained: Tensor,
+    report: Callable[[Progress], None],
+) -> Path:
+    """The loop, on checked arguments."""
     torch.manual_seed(seed_from(config.seed, "weights"))
     model = FlowTransformer(
         config.model, dataset.latent_shape, dataset.text_dim, len(dataset.rewards)

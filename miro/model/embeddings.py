@@ -100,8 +100,9 @@ def grid_positions(rows: int, columns: int, channels: int) -> Tensor:
     assert channels % 4 == 0
 
     def axis(length: int) -> Tensor:
-        slowest, fastest = math.log(math.pi / (2 * length)), math.log(math.pi / 2)
-        frequencies = torch.linspace(slowest, fastest, quarter).exp()
+        # From π / (2·length) to π / 2, evenly spaced in their logarithm.
+        share = 1 - torch.arange(quarter) / max(1, quarter - 1)
+        frequencies = math.pi / 2 * length**-share
         angles = torch.arange(length)[:, None] * frequencies
         return math.sqrt(2) * torch.cat((angles.sin(), angles.cos()), -1)
 
