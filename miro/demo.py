@@ -31,8 +31,8 @@ MODELS: Mapping[str, tuple[str, ...] | None] = {
     f"only_{SPECIALIST}": (SPECIALIST,),
 }
 # Fixed before the runs that are reported, on earlier ones and the prompts of the curves; the final
-# figures have prompts of their own. The text scale is the baseline's best there; colourfulness at
-# its very highest leaves the natural range of tints.
+# figures have prompts of their own. The text scale is the better of 3 and 5 for the baseline;
+# colourfulness at its very highest leaves the natural range of tints.
 TARGETS = {"colourfulness": 0.75}
 SETTINGS: Mapping[str, Setting] = {
     "unguided": Setting(
@@ -180,6 +180,12 @@ def _note_seconds(folder: Path, seconds: Mapping[str, float], wall: float) -> No
     write_text(path, json.dumps(record))
 
 
+def _specs(config: DemoConfig, rewards: tuple[str, ...]) -> list[str]:
+    """Rewards as the command line names them, with the folder of weights where one needs it."""
+    weights = {"alignment": f"={config.folder / 'clip'}"}
+    return [name + weights.get(name, "") for name in rewards]
+
+
 # The stages: each is what the command of its name does.
 
 
@@ -209,12 +215,10 @@ def _fit_verifier(config: DemoConfig, report: Report) -> None:
 def _annotate(config: DemoConfig, rewards: tuple[str, ...], report: Report) -> None:
     from miro.annotate import AnnotateConfig, annotate
 
-    weights = {"alignment": f"={config.folder / 'clip'}"}
-    specs = [name + weights.get(name, "") for name in rewards]
     annotate(
         config.folder / "scenes",
         config.folder / "annotated",
-        rewards=specs,
+        rewards=_specs(config, rewards),
         config=AnnotateConfig(workers=1),
         progress=lambda done, total: report(done, total, ""),
     )
@@ -244,7 +248,7 @@ def _train(config: DemoConfig, model: str, report: Report) -> None:
 def _curve(config: DemoConfig, model: str, report: Report) -> None:
     from miro.evaluate.results import CURVE_SEED, Judges, measure_weights
 
-    judges = Judges.load(config.folder)
+    judges = Judges.load(config.folder / "verifier", _specs(config, REWARDS))
     weights = RunFolder(config.folder / model).weights_written()
     for done, (images, path) in enumerate(weights):
         for name in ("unguided", "guided"):
@@ -259,7 +263,7 @@ def _curve(config: DemoConfig, model: str, report: Report) -> None:
 def _final(config: DemoConfig, model: str, report: Report) -> None:
     from miro.evaluate.results import FINAL_SEED, Judges, measure_diversity, measure_weights
 
-    judges = Judges.load(config.folder)
+    judges = Judges.load(config.folder / "verifier", _specs(config, REWARDS))
     images, path = RunFolder(config.folder / model).weights_written()[-1]
     for name, setting in SETTINGS.items():
         if name == "reward_guided" and model != "miro":

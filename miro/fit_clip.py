@@ -45,7 +45,7 @@ class FitClipConfig:
     learning_rate: float = 2e-3
     """Of words, places, gains and biases, by AdamW."""
     matrix_rate: float = 3e-3
-    """Of matrices, by Muon (Keller Jordan 2024), which learns several times faster here."""
+    """Of matrices, by Muon (Keller Jordan 2024)."""
     warmup_steps: int = 100
     weight_decay: float = 0.01
     trim: float = 0.45
@@ -239,7 +239,7 @@ def _rare_words_count_more(words: Tensor) -> Tensor:
 def _fast_arithmetic() -> Iterator[None]:
     """bf16 matrix products, and attention as plain products.
 
-    Torch's fused attention is ten times slower than that in its bf16 backward on a CPU.
+    Torch's fused attention is much slower than that in its bf16 backward on a CPU.
     """
     with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
         yield

@@ -5,9 +5,8 @@
     e ← e + (1 − d)·(w − e)                     p ← w in the parameter's dtype
 
 orthogonal(u) is u with its singular values made about 1, by five steps of a Newton-Schulz
-iteration; the factor makes an update as large as AdamW's. On the demo's transformer it reaches a
-loss in under half of AdamW's images. Sources: Keller Jordan, "Muon" (2024); the factor from
-Moonlight, arXiv 2502.16982.
+iteration; the factor makes an update as large as AdamW's. Sources: Keller Jordan, "Muon" (2024);
+the factor from Moonlight, arXiv 2502.16982.
 """
 
 from __future__ import annotations

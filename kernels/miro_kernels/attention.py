@@ -43,7 +43,7 @@ def attention_reference(
         mask = torch.cat((image, present), 1)[:, None, None]
     dtype = q.dtype
     if q.device.type == "cpu":
-        # Torch's bf16 backward is eleven times slower than its fp32 one on a CPU (2.14, AVX-512).
+        # Torch's bf16 backward is much slower than its fp32 one on a CPU (2.15, AVX-512).
         q, k, v = widen(q), widen(k), widen(v)
     heads_first = (tensor.transpose(1, 2) for tensor in (q, k, v))
     out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask)

@@ -35,11 +35,9 @@ class Judges:
     verifier: Verifier
 
     @classmethod
-    def load(cls, folder: Path) -> Judges:
-        device = torch.device("cpu")
-        specs = ("colourfulness", "sharpness", f"alignment={folder / 'clip'}")
-        rewards = tuple(build_reward(spec, device) for spec in specs)
-        return cls(rewards, load_verifier(folder / "verifier"))
+    def load(cls, verifier: Path, rewards: Sequence[str]) -> Judges:
+        """From the verifier's folder and rewards as `build_reward` takes them."""
+        return cls(tuple(build_reward(spec) for spec in rewards), load_verifier(verifier))
 
 
 def _measured(folder: Path, model: str, name: str) -> Path:

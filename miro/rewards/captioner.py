@@ -69,8 +69,7 @@ def tokenize(captions: Sequence[str], context: int) -> Tensor:
 def _grid(side: int, channels: int) -> Tensor:
     """(side², channels): rows in one half, columns in the other, as sines and cosines.
 
-    Places that start apart, and alike along a row or a column, let a relation be found in hundreds
-    of steps instead of thousands.
+    Relations are about rows and columns, so places start alike along each.
     """
     angles = torch.arange(side)[:, None] * torch.pi / side * torch.arange(1, channels // 4 + 1)
     axis = torch.cat((angles.sin(), angles.cos()), 1)
@@ -82,8 +81,8 @@ def _grid(side: int, channels: int) -> Tensor:
 class ImageTower(nn.Module):
     """Six convolutions to one token for each cell of 8 x 8 pixels, and where the cell is.
 
-    On tens of thousands of small pictures convolutions learn several times faster than CoCa's own
-    vision transformer does.
+    On tens of thousands of small pictures convolutions need fewer of them than CoCa's own vision
+    transformer.
     """
 
     def __init__(self, image_size: int, width: int, channels: int) -> None:
