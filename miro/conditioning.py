@@ -26,8 +26,10 @@ class ConditioningConfig:
     """Which rewards a run trains on, how they are binned, and how often each is withheld."""
 
     rewards: tuple[str, ...] | None = None
-    """The rewards the network is told. None: all the data has; none at all: the baseline. The
-    network has a place for every reward of the data in any case, so all of them build the same."""
+    """The rewards the network is told. None: all it has a place for; none at all: the baseline."""
+    places: tuple[str, ...] | None = None
+    """The rewards the network has a place for, told or not, so that runs of different `rewards`
+    build the same network. None: all the data has. What the data does not have is not known."""
     bins: int = 64
     bin_law: Literal["population", "width"] = "population"
     """`population`: as many samples in each bin; `width`: bins of equal width."""

@@ -83,12 +83,14 @@ class DemoConfig:
             config = replace(
                 config, model=small, images=2_560, report_every=640, checkpoint_every=1_280
             )
+        # A place for every reward, so that a run that is not told one can begin before it is scored.
+        conditioning = replace(config.conditioning, rewards=MODELS[model], places=REWARDS)
         return replace(
             config,
             data=self.folder / "encoded",
             seed=self.seed,
             weights_at=self.marks(config),
-            conditioning=replace(config.conditioning, rewards=MODELS[model]),
+            conditioning=conditioning,
         )
 
     def marks(self, config: TrainConfig) -> tuple[int, ...]:
@@ -124,7 +126,7 @@ def _run_demo(config: DemoConfig) -> Path:
         Job("annotate alignment", _annotate, (config, REWARDS), needs=("fit-clip", "encode")),
         Job("encode scores", _encode, (config,), needs=("annotate alignment",)),
         *(
-            Job(f"train {model}", _train, (config, model), needs=("encode scores",))
+            Job(f"train {model}", _train, (config, model), needs=(_scored(model),))
             for model in MODELS
         ),
         *(
@@ -152,6 +154,14 @@ def _run_demo(config: DemoConfig) -> Path:
         quick=config.quick,
     )
     return write_demo_report(folder)
+
+
+def _scored(model: str) -> str:
+    """The job after which the data holds every reward the model is told."""
+    rewards = MODELS[model]
+    return (
+        "encode" if rewards is not None and set(rewards) <= set(PIXEL_REWARDS) else "encode scores"
+    )
 
 
 def _same_demo(config: DemoConfig) -> None:

@@ -120,7 +120,7 @@ class Engine:
             if param.ndim < 2 or name.endswith(("bias", "offsets")):
                 vectors.append(param)
             else:
-                (of_blocks if name.startswith("blocks.") else matrices).append(param)
+                (of_blocks if "blocks." in name else matrices).append(param)
         muon = config.matrices == "muon"
         return (MuonEMA if muon else AdamWEMA)(
             [

@@ -84,7 +84,7 @@ def demo() -> TrainConfig:
 def small() -> TrainConfig:
     """0.36 B parameters on 32 x 32 x 4 latents, the size of the paper's model, in 256 tokens."""
     return TrainConfig(
-        model=ModelConfig(channels=1024, depth=22, heads=16, hidden=3072, patch=2),
+        model=ModelConfig(channels=1024, depth=21, heads=16, hidden=3072, patch=2),
         images=512_000_000,
         batch=1024,
         optimizer=OptimizerConfig(

@@ -71,10 +71,12 @@ def train(
         raise ValueError("train: data is not set; give the folder `miro encode` wrote: --data DIR")
     if config.threads:
         torch.set_num_threads(config.threads)
-    dataset = EncodedDataset(config.data)
+    dataset = EncodedDataset(config.data, config.conditioning.places)
     pairs = dataset.scores.size // max(1, len(dataset.rewards))
-    scores = dataset.scores.reshape(pairs, len(dataset.rewards))
     trained = trained_rewards(config.conditioning, dataset.rewards)
+    # What the network is not told is not known, so a score that comes later changes nothing.
+    known = np.where(trained.numpy(), dataset.scores, np.float32(np.nan))
+    scores = known.reshape(pairs, len(dataset.rewards))
     bins = Bins.fit(
         scores,
         dataset.rewards,

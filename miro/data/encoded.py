@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,12 @@ class EncodedDataset:
     """A folder made by `miro encode`, memory-mapped.
 
     latent_shape: (C, H, W); has_std: whether the latents are posteriors (mean and deviation);
-    text_dim; caption_kinds; rewards: names of the scores' columns;
+    text_dim; caption_kinds; rewards: names of the scores' columns, which the folder need not have;
     scores: float32 (samples, caption kinds, rewards), raw, NaN where not known.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, rewards: Sequence[str] | None = None) -> None:
+        """`rewards`: the columns of `scores`; all the folder has where it is None."""
         folder = Path(folder)
         manifest = Manifest.read(folder)
         if manifest.kind != "encoded" or manifest.encoding is None:
@@ -55,7 +57,7 @@ class EncodedDataset:
         self.folder = folder
         self.manifest = manifest
         self.caption_kinds = manifest.captions
-        self.rewards = manifest.rewards
+        self.rewards = manifest.rewards if rewards is None else tuple(rewards)
         channels, height, width = manifest.encoding["latent_shape"]
         self.latent_shape: tuple[int, int, int] = (channels, height, width)
         self.has_std = bool(manifest.encoding["has_std"])
@@ -104,7 +106,8 @@ class EncodedDataset:
         """The score table as (samples, caption kinds, rewards), in the order of the samples."""
         shape = (len(self), len(self.caption_kinds), len(self.rewards))
         scores = np.full(shape, np.nan, np.float32)
-        if not self.rewards:
+        held = set(self.rewards) & set(self.manifest.rewards)
+        if not held:
             return scores
         sample_of = {key: i for i, key in enumerate(self.keys)}
         if len(sample_of) < len(self):
@@ -122,7 +125,9 @@ class EncodedDataset:
                 f"{self.folder}: the scores name {error}, which no shard holds; run `miro encode` "
                 "again, it copies the scores anew"
             ) from None
-        scores[samples, kinds] = table.values
+        for column, name in enumerate(self.rewards):
+            if name in held:
+                scores[samples, kinds, column] = table.values[:, table.rewards.index(name)]
         return scores
 
 

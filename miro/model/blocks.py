@@ -1,8 +1,12 @@
-"""One transformer block: attention over image and text, then a SwiGLU MLP, both modulated."""
+"""Blocks of the transformer: attention over image and text, then a SwiGLU MLP.
+
+Those of the image are modulated by the transformer; those of the text come before, and are not.
+"""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miro_kernels import attention, qk_norm_rope, swiglu
@@ -60,3 +64,41 @@ class Block(nn.Module):
         super().__init__()
         self.attention = Attention(channels, heads)
         self.mlp = SwiGLU(channels, hidden)
+
+
+class TextBlock(nn.Module):
+    """Words of one text read one another, then a SwiGLU MLP; a fresh block changes nothing.
+
+    A frozen encoder's states tell "a frog left of a fish" from "a fish left of a frog" only
+    faintly. Here "frog" can learn to say which end of the relation it is.
+    """
+
+    def __init__(self, channels: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm, self.mlp_norm = nn.RMSNorm(channels), nn.RMSNorm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
+        self.out = nn.Linear(channels, channels, bias=False)
+        self.mlp = SwiGLU(channels, hidden)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.mlp.down.weight)
+
+    def forward(self, words: Tensor, places: Tensor, present: Tensor) -> Tensor:
+        """(T, D) words end to end to the same.
+
+        Args:
+            words: the texts of the batch.
+            places: (T,) where each word lies in the padded (B · longest) layout.
+            present: (B, longest) bool, which places of that layout hold a word.
+        """
+        batch, longest = present.shape
+        qkv = self.qkv(self.attention_norm(words))
+        # Attention wants a rectangle. Texts are short, and everything else here is ragged.
+        padded = qkv.new_zeros(batch * longest, qkv.shape[1]).index_copy(0, places, qkv)
+        size = words.shape[1] // self.heads
+        q, k, v = padded.view(batch, longest, 3, self.heads, size).permute(2, 0, 3, 1, 4)
+        # An absent text would be a softmax over nothing: it reads its zeros, which nobody reads.
+        readable = present | ~present.any(1, keepdim=True)
+        read = F.scaled_dot_product_attention(q, k, v, attn_mask=readable[:, None, None])
+        words = words + self.out(read.transpose(1, 2).flatten(2).flatten(0, 1)[places])
+        return words + self.mlp(self.mlp_norm(words))

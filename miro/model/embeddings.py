@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from miro.model.blocks import TextBlock
 from miro.text import PackedText
 
 
@@ -64,17 +65,21 @@ class RewardTable(nn.Module):
 
 
 class TextEmbedding(nn.Module):
-    """The text's states as the transformer reads them: projected, with each word's place in order.
+    """The text's states as the transformer reads them.
 
-    A frozen encoder's states say what a word is and only weakly where it stands; "a red frog and a
-    blue fish" hangs on it.
+    They are projected, told their place in order (a frozen encoder's states say what a word is and
+    only weakly where it stands), and read one another in blocks of their own.
     """
 
-    def __init__(self, text_channels: int, channels: int) -> None:
+    def __init__(
+        self, text_channels: int, channels: int, depth: int, heads: int, hidden: int
+    ) -> None:
         super().__init__()
+        self.blocks = nn.ModuleList(TextBlock(channels, heads, hidden) for _ in range(depth))
         self.project = nn.Sequential(nn.Linear(text_channels, channels), nn.RMSNorm(channels))
+        # The summary is added to the embedding of time, whose last bias serves both.
         self.summary = nn.Sequential(
-            nn.Linear(text_channels, channels), nn.SiLU(), nn.Linear(channels, channels)
+            nn.Linear(text_channels, channels), nn.SiLU(), nn.Linear(channels, channels, bias=False)
         )
 
     def forward(self, text: PackedText) -> tuple[Tensor, Tensor]:
@@ -85,6 +90,9 @@ class TextEmbedding(nn.Module):
         projected = self.project(text.states)
         waves = sinusoids(place, projected.shape[-1], longest_period=100.0)
         words = projected + math.sqrt(2) * waves.to(projected.dtype)
+        present = torch.arange(text.longest, device=owner.device) < lengths[:, None]
+        for block in self.blocks:
+            words = block(words, owner.long() * text.longest + place, present)
         summed = text.states.new_zeros(len(lengths), text.states.shape[1])
         mean = summed.index_add(0, owner, text.states) / lengths.clamp(min=1)[:, None]
         return words, self.summary(mean.to(text.states.dtype))

@@ -31,11 +31,14 @@ class ModelConfig:
     """Width of the SwiGLU's hidden layer."""
     patch: int
     """Side of a patch, in latent pixels."""
+    text_depth: int = 1
+    """Blocks in which the words of a text read one another, before the image reads them."""
 
     def __post_init__(self) -> None:
-        for name in ("channels", "depth", "heads", "hidden", "patch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+        least = {"channels": 1, "depth": 1, "heads": 1, "hidden": 1, "patch": 1, "text_depth": 0}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"model.{name} must be at least {low}, got {getattr(self, name)}")
         if self.channels % self.heads or self.channels // self.heads % 4:
             raise ValueError(
                 f"model: channels={self.channels} must split into heads={self.heads} "
@@ -89,7 +92,9 @@ class FlowTransformer(nn.Module):
         self.places = nn.Buffer(grid_positions(rows, columns, dim), persistent=False)
         self.cos, self.sin = nn.Buffer(cos, persistent=False), nn.Buffer(sin, persistent=False)
         self.time = TimeEmbedding(dim)
-        self.text = TextEmbedding(text_channels, dim)
+        self.text = TextEmbedding(
+            text_channels, dim, config.text_depth, config.heads, config.hidden
+        )
         # Two kinds of sites (attention and output; MLP), each with gate, shift and scale.
         self.shared = nn.Linear(dim, 2 * 3 * dim)
         self.table = RewardTable(rewards, outputs=2 * 3 * dim)

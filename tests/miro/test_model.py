@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from miro.model.blocks import TextBlock
 from miro.model.embeddings import TextEmbedding, grid_positions, rope_angles
 from miro.model.transformer import FlowTransformer, ModelConfig, Rewards
 from miro.text import PackedText, absent, pack
@@ -276,9 +277,49 @@ def test_rotated_scores_depend_on_the_offset_between_places_alone(
     assert (grid[0, 0, 1, 2] - grid[0, 0, 2, 1]).abs() > 1e-3, "rows and columns differ"
 
 
-def test_a_text_is_read_alike_wherever_it_lies_in_the_batch(inputs: Inputs) -> None:
+def text_embedding(depth: int) -> TextEmbedding:
+    """One whose words read one another, which those of a fresh one do not."""
     torch.manual_seed(0)
-    embedding = TextEmbedding(TEXT, 32)
+    embedding = TextEmbedding(TEXT, 32, depth, heads=2, hidden=24)
+    for param in embedding.blocks.parameters():
+        torch.nn.init.normal_(param, 1.0 if param.ndim == 1 else 0.0, 0.3)
+    return embedding
+
+
+def test_words_read_the_words_of_their_own_text(inputs: Inputs) -> None:
+    embedding, text = text_embedding(depth=2), pack(inputs.texts)
+    changed = text.states.clone()
+    changed[0] += 1
+
+    words, _ = embedding(text)
+    differs = embedding(PackedText(changed, text.offsets, text.longest))[0] - words
+
+    own = len(inputs.texts[0])
+    assert (differs[:own].abs().amax(1) > 1e-3).all(), "each word of the changed text"
+    torch.testing.assert_close(differs[own:], torch.zeros_like(differs[own:]), rtol=0, atol=1e-5)
+
+
+def test_fresh_text_blocks_change_nothing() -> None:
+    torch.manual_seed(0)
+    block, words = TextBlock(32, 2, 24), torch.randn(5, 32)
+    present = torch.tensor([[True] * 3, [True, True, False]])
+
+    torch.testing.assert_close(block(words, torch.tensor([0, 1, 2, 3, 4]), present), words)
+
+
+def test_the_padding_of_an_absent_text_reaches_no_gradient(inputs: Inputs) -> None:
+    embedding = text_embedding(depth=1)
+
+    words, _ = embedding(pack(inputs.texts))
+    words.square().sum().backward()
+
+    assert 0 in [len(text) for text in inputs.texts]
+    assert all(p.grad.isfinite().all() for p in embedding.blocks.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_a_text_is_read_alike_wherever_it_lies_in_the_batch(inputs: Inputs, depth: int) -> None:
+    embedding = text_embedding(depth)
 
     words, summary = embedding(pack(inputs.texts))
 
@@ -315,6 +356,7 @@ def test_places_and_angles_are_no_weights() -> None:
         ({"depth": 0}, "model.depth must be at least 1, got 0"),
         ({"hidden": -4}, "model.hidden must be at least 1, got -4"),
         ({"patch": 0}, "model.patch must be at least 1, got 0"),
+        ({"text_depth": -1}, "model.text_depth must be at least 0, got -1"),
     ],
 )
 def test_an_impossible_shape_is_named(bad: dict[str, int], words: str) -> None:

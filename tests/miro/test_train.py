@@ -136,6 +136,25 @@ def test_a_reward_without_scores_can_be_left_out_as_the_error_says(
     assert checkpoint.load(final)[0]["table.out"].shape[0] == 2
 
 
+def test_a_baseline_starts_before_a_reward_is_scored_and_resumes_after_it_was(
+    training: TrainConfig, encoded: Path, tmp_path: Path
+) -> None:
+    """It has a place for the reward, as the runs that are told it; it learns nothing of it."""
+    early = rescored(encoded, tmp_path / "early", lambda c: {"sharpness": c["sharpness"]})
+    places = ConditioningConfig(rewards=(), places=("colourfulness", "sharpness"))
+    training = replace(training, conditioning=places, images=32, weights_at=())
+
+    whole = train(replace(training, data=encoded), tmp_path / "whole")
+    train(replace(training, data=early), tmp_path / "halves")
+    shutil.rmtree(RunFolder(tmp_path / "halves").weights_at(32))
+    shutil.rmtree(RunFolder(tmp_path / "halves").checkpoint(32))
+    again = train(replace(training, data=encoded), tmp_path / "halves")
+
+    expected, found = checkpoint.load(whole)[0], checkpoint.load(again)[0]
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert expected["table.out"].shape[0] == 2
+
+
 def test_an_unknown_reward_is_refused_before_anything_is_written(
     training: TrainConfig, tmp_path: Path
 ) -> None:
