@@ -25,9 +25,9 @@ from miro.presets import TrainConfig, preset
 PIXEL_REWARDS = ("colourfulness", "sharpness")
 REWARDS = (*PIXEL_REWARDS, "alignment")
 SPECIALIST = "alignment"
-MODELS: Mapping[str, tuple[str, ...] | None] = {
+MODELS: Mapping[str, tuple[str, ...]] = {
     "baseline": (),
-    "miro": None,
+    "miro": REWARDS,
     f"only_{SPECIALIST}": (SPECIALIST,),
 }
 # Fixed before the runs that are reported, on earlier ones and the prompts of the curves; the final
@@ -83,7 +83,7 @@ class DemoConfig:
             config = replace(
                 config, model=small, images=2_560, report_every=640, checkpoint_every=1_280
             )
-        # A place for every reward, so that a run that is not told one can begin before it is scored.
+        # A place for every reward: a run that is not told one can begin before it is scored.
         conditioning = replace(config.conditioning, rewards=MODELS[model], places=REWARDS)
         return replace(
             config,
@@ -158,10 +158,7 @@ def _run_demo(config: DemoConfig) -> Path:
 
 def _scored(model: str) -> str:
     """The job after which the data holds every reward the model is told."""
-    rewards = MODELS[model]
-    return (
-        "encode" if rewards is not None and set(rewards) <= set(PIXEL_REWARDS) else "encode scores"
-    )
+    return "encode" if set(MODELS[model]) <= set(PIXEL_REWARDS) else "encode scores"
 
 
 def _same_demo(config: DemoConfig) -> None:

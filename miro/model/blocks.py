@@ -95,10 +95,14 @@ class TextBlock(nn.Module):
         qkv = self.qkv(self.attention_norm(words))
         # Attention wants a rectangle. Texts are short, and everything else here is ragged.
         padded = qkv.new_zeros(batch * longest, qkv.shape[1]).index_copy(0, places, qkv)
+        if padded.device.type == "cpu":
+            # Torch's bf16 backward is much slower than its fp32 one on a CPU.
+            padded = padded.float()
         size = words.shape[1] // self.heads
         q, k, v = padded.view(batch, longest, 3, self.heads, size).permute(2, 0, 3, 1, 4)
         # An absent text would be a softmax over nothing: it reads its zeros, which nobody reads.
         readable = present | ~present.any(1, keepdim=True)
         read = F.scaled_dot_product_attention(q, k, v, attn_mask=readable[:, None, None])
-        words = words + self.out(read.transpose(1, 2).flatten(2).flatten(0, 1)[places])
+        read = read.transpose(1, 2).flatten(2).flatten(0, 1)[places]
+        words = words + self.out(read.to(words.dtype))
         return words + self.mlp(self.mlp_norm(words))
