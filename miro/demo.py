@@ -9,7 +9,9 @@ was stopped, and what is done is not done again.
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +23,8 @@ from miro.evaluate.measure import Setting
 from miro.jobs import Job, Report, run_jobs
 from miro.locks import alone_in
 from miro.presets import TrainConfig, preset
+
+log = logging.getLogger(__name__)
 
 PIXEL_REWARDS = ("colourfulness", "sharpness")
 REWARDS = (*PIXEL_REWARDS, "alignment")
@@ -51,6 +55,8 @@ SETTINGS: Mapping[str, Setting] = {
         "the same in both branches.",
     ),
 }
+COMPILER = os.environ.get("CXX", "g++")
+"""What torch.compile translates a CPU's kernels with."""
 SPREAD = 1.19
 """Ratio of neighbouring marks of a curve: fine enough to read a crossing factor to a fifth."""
 
@@ -68,7 +74,7 @@ class DemoConfig:
 
     @property
     def samples(self) -> int:
-        return 600 if self.quick else 40_000
+        return 600 if self.quick else 60_000
 
     @property
     def prompts(self) -> tuple[int, int]:
@@ -83,6 +89,8 @@ class DemoConfig:
             config = replace(
                 config, model=small, images=2_560, report_every=640, checkpoint_every=1_280
             )
+        # Compiling takes longer than all of a quick run, and is not to keep a bare machine out.
+        compiled = config.compile and not self.quick and shutil.which(COMPILER) is not None
         # A place for every reward: a run that is not told one can begin before it is scored.
         conditioning = replace(config.conditioning, rewards=MODELS[model], places=REWARDS)
         return replace(
@@ -91,6 +99,7 @@ class DemoConfig:
             seed=self.seed,
             weights_at=self.marks(config),
             conditioning=conditioning,
+            compile=compiled,
         )
 
     def marks(self, config: TrainConfig) -> tuple[int, ...]:
@@ -115,6 +124,8 @@ def run_demo(config: DemoConfig) -> Path:
 def _run_demo(config: DemoConfig) -> Path:
     folder = config.folder
     _same_demo(config)
+    if not config.quick and shutil.which(COMPILER) is None:
+        log.warning("no C++ compiler %s: the networks are not compiled and train slower", COMPILER)
     trained = tuple(f"train {model}" for model in MODELS)
     jobs = [
         Job("scenes", _scenes, (config,)),

@@ -30,7 +30,8 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     precision: Precision = "fp32"
     compile: bool = False
-    """Compile the network with torch.compile; worth its start-up time on long runs."""
+    """Compile the network with torch.compile; worth its start-up time on long runs. On a CPU this
+    needs a C++ compiler."""
     device: str = "cpu"
     threads: int | None = None
     """CPU threads of this process; None leaves it to torch."""
@@ -63,7 +64,7 @@ def demo() -> TrainConfig:
     """Pictures of 32 x 32 pixels on two CPU cores, in minutes: shows the effect of MIRO."""
     return TrainConfig(
         model=ModelConfig(channels=192, depth=6, heads=3, hidden=512, patch=8),
-        images=115_200,
+        images=140_800,
         batch=64,
         flow=FlowConfig(predicts="sample", times="logit_normal", times_mean=1.0, weight_cap=0.3),
         optimizer=OptimizerConfig(
@@ -75,6 +76,7 @@ def demo() -> TrainConfig:
             ema_images=4_500,
         ),
         precision="bf16",
+        compile=True,
         threads=1,
         report_every=1_280,
         checkpoint_every=12_800,

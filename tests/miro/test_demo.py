@@ -56,7 +56,7 @@ def test_the_report_shows_it(folder: Path):
 def test_the_three_models_are_the_same_network_seed_and_images(folder: Path):
     configs = [json.loads((folder / model / "config.json").read_text()) for model in MODELS]
     rewards = [config["conditioning"].pop("rewards") for config in configs]
-    assert rewards == [[], None, ["alignment"]]
+    assert rewards == [[], ["colourfulness", "sharpness", "alignment"], ["alignment"]]
     assert configs[0] == configs[1] == configs[2]
 
 

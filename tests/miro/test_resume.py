@@ -57,8 +57,12 @@ def test_a_run_stopped_by_hand_and_resumed_equals_an_undisturbed_one(
     assert_same_run(tmp_path, undisturbed)
 
 
-def test_bf16_resumes_bit_for_bit_too(training: TrainConfig, tmp_path: Path) -> None:
-    training = replace(training, precision="bf16")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_bf16_resumes_bit_for_bit_too(
+    training: TrainConfig, tmp_path: Path, compiled: bool
+) -> None:
+    """As the demo trains. Compiled code must not depend on where a run began."""
+    training = replace(training, precision="bf16", compile=compiled)
     train(training, tmp_path / "undisturbed")
     with pytest.raises(KeyboardInterrupt):
         train(training, tmp_path / "stopped", report=stop_at(56))
