@@ -77,17 +77,28 @@ def counts_no_flops(*ops: Any) -> None:
 
 
 @jit
-def sum_middle_kernel(
-    parts_ptr, sums_ptr, n_parts, n_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+def fold_partials(
+    partials_ptr,
+    sum_ptr,
+    group,
+    part,
+    n_partials,
+    columns,
+    PARTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """(G, P, C) fp32 to (G, C), the sum over P in a fixed order; one program a group and block."""
-    group = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros((COLUMNS,), tl.float32)
-    for first in range(0, n_parts, ROWS):
+    """Sum (G, P, PARTS, WIDTH) fp32 partials over P at one group and part, always in one order.
+
+    Stores to sum_ptr, which points at the group's and part's row, and returns the fp32 sum.
+    """
+    inside = columns < WIDTH
+    total = tl.zeros(columns.shape, tl.float32)
+    for first in range(0, n_partials, ROWS):
         row = first + tl.arange(0, ROWS)
-        inside = (row < n_parts)[:, None] & (column < n_columns)[None, :]
-        place = (group * n_parts + row)[:, None] * n_columns + column[None, :]
-        total += tl.sum(tl.load(parts_ptr + place, mask=inside, other=0.0), 0)
-    place = group * n_columns + column
-    tl.store(sums_ptr + place, total.to(sums_ptr.dtype.element_ty), mask=column < n_columns)
+        place = (group.to(tl.int64) * n_partials + row) * PARTS + part
+        place = place[:, None] * WIDTH + columns[None, :]
+        mask = (row < n_partials)[:, None] & inside[None, :]
+        total += tl.sum(tl.load(partials_ptr + place, mask=mask, other=0.0), 0)
+    tl.store(sum_ptr + columns, total.to(sum_ptr.dtype.element_ty), mask=inside)
+    return total

@@ -23,8 +23,8 @@ VARIABLE = "MIRO_TILES"
 # walks over up to `tokens` tokens of one sample, so that the modulation it sums in registers, and
 # the partial sums its backward writes, are shared by that many rows; at least `programs` programs
 # are made where the batch has that many rows, which is one wave of two a multiprocessor.
-NORM_FORWARD = {"elements": 4096, "tokens": 64, "programs": 256, "warps": 8}
-NORM_BACKWARD = {"elements": 4096, "tokens": 64, "programs": 256, "warps": 8}
+NORM_FORWARD = {"rows": 4, "tokens": 64, "programs": 256, "warps": 8, "stages": 2}
+NORM_BACKWARD = {"rows": 4, "tokens": 64, "programs": 256, "warps": 8, "stages": 2}
 
 # Queries and keys. `rows` (token, head) pairs a step; the same places of up to `samples` samples
 # are walked over by one program, so that their angles are read once for all of them.
@@ -46,11 +46,46 @@ _STREAMS: dict[str, Tile] = {
     "adamw_ema": ADAMW,
 }
 
+
+def _attention(**rows: tuple[int, int, int, int, int]) -> dict[str, Tile]:
+    names = ("queries", "keys", "text", "warps", "stages")
+    return {
+        f"attention_{kernel}": dict(zip(names, row, strict=True)) for kernel, row in rows.items()
+    }
+
+
+_ATTENTION = _attention(
+    forward_32=(128, 64, 64, 8, 2),
+    forward_64=(128, 64, 32, 8, 2),
+    forward_96=(128, 64, 64, 8, 2),
+    forward_128=(128, 64, 32, 8, 2),
+    queries_32=(128, 64, 32, 4, 2),
+    queries_64=(128, 64, 32, 8, 2),
+    queries_96=(128, 64, 64, 8, 2),
+    queries_128=(128, 64, 32, 8, 2),
+    keys_32=(64, 128, 64, 8, 2),
+    keys_64=(64, 128, 64, 8, 2),
+    keys_96=(64, 128, 64, 8, 2),
+    keys_128=(64, 64, 64, 8, 2),
+    forward_32_fp32=(64, 32, 32, 4, 2),
+    forward_64_fp32=(64, 32, 32, 4, 2),
+    forward_96_fp32=(64, 32, 32, 4, 2),
+    forward_128_fp32=(64, 32, 32, 8, 2),
+    queries_32_fp32=(64, 32, 32, 4, 2),
+    queries_64_fp32=(64, 32, 32, 4, 2),
+    queries_96_fp32=(64, 32, 32, 4, 2),
+    queries_128_fp32=(64, 32, 32, 8, 2),
+    keys_32_fp32=(32, 64, 64, 4, 2),
+    keys_64_fp32=(32, 64, 64, 4, 2),
+    keys_96_fp32=(32, 64, 64, 8, 2),
+    keys_128_fp32=(32, 64, 64, 8, 2),
+)
+
 TILES: dict[str, dict[str, Tile]] = {
-    "sm_80": {**_STREAMS},
-    "sm_90": {**_STREAMS},
-    "sm_100": {**_STREAMS},
-    "gfx942": {**_STREAMS},
+    "sm_80": {**_STREAMS, **_ATTENTION},
+    "sm_90": {**_STREAMS, **_ATTENTION},
+    "sm_100": {**_STREAMS, **_ATTENTION},
+    "gfx942": {**_STREAMS, **_ATTENTION},
 }
 
 
