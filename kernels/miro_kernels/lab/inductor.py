@@ -20,9 +20,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from functorch.compile import aot_function, make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor
 from torch._dynamo.device_interface import CudaInterface
+from torch._functorch.aot_autograd import aot_function, make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table

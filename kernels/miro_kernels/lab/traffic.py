@@ -27,6 +27,7 @@ from unittest import mock
 
 import numpy as np
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -246,7 +247,9 @@ class Instruments:
     def call(self, executor: GridExecutor, *arguments: Any, **options: Any) -> None:
         given = tensors_in((*arguments, *options.values(), *self.extra))
         self.recorder = Recorder(executor.fn.__name__, list(given))
-        self.executor_call(executor, *arguments, **options)
+        # The interpreter moves arguments by torch operations that no launch has.
+        with _disable_current_modes():
+            self.executor_call(executor, *arguments, **options)
         grid = interpreter.interpreter_builder.grid_dim
         self.traffic.launches.append(self.recorder.launch(grid))
         self.recorder = None

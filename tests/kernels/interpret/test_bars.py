@@ -1,0 +1,24 @@
+"""Bytes and errors of every op at the preset's shapes, against the bars they must reach."""
+
+import pytest
+import torch
+
+from miro_kernels.lab import measure, testing
+from miro_kernels.lab.cases import CASES, MOST_BYTES, Case
+
+pytestmark = pytest.mark.usefixtures("count")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.op)
+def test_bytes(case: Case) -> None:
+    moved = measure.bytes_moved(case, torch.bfloat16)
+
+    assert moved.keys() == set(case.directions)
+    for direction, found in moved.items():
+        most = MOST_BYTES.get((case.op, direction), float("inf"))
+        assert 0.999 < found.distinct / found.least and found.kernels / found.least <= most
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.op)
+def test_errors(case: Case) -> None:
+    assert max(measure.errors(case, torch.bfloat16).values()) <= testing.BAR
