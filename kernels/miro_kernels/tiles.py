@@ -28,8 +28,8 @@ NORM_BACKWARD = {"rows": 4, "tokens": 64, "programs": 256, "warps": 8, "stages":
 
 # Queries and keys. `rows` (token, head) pairs a step; the same places of up to `samples` samples
 # are walked over by one program, so that their angles are read once for all of them.
-QK_FORWARD = {"rows": 32, "samples": 8, "programs": 512, "warps": 4}
-QK_BACKWARD = {"rows": 32, "samples": 16, "programs": 512, "warps": 4}
+QK_FORWARD = {"elements": 1024, "samples": 8, "programs": 512, "warps": 4, "stages": 2}
+QK_BACKWARD = {"elements": 1024, "samples": 16, "programs": 512, "warps": 4, "stages": 2}
 
 # Streams without reductions: enough independent 16-byte accesses a thread to hide the latency of
 # one, few enough registers to keep all warps resident.
