@@ -24,6 +24,11 @@ if TYPE_CHECKING or AVAILABLE:
 else:
     triton = tl = None
     INTERPRETING = False
+if INTERPRETING:
+    # As it comes, the interpreter multiplies the bits of bf16 numbers, and says nothing.
+    from miro_kernels.lab.interpret import correct
+
+    correct()
 
 
 def jit(function: Callable[..., Any]) -> Any:

@@ -23,6 +23,7 @@ from miro_kernels.lab.cases import BATCH, Arguments, Case, Make
 from miro_kernels.lab.compiled import Compiled, capture
 from miro_kernels.lab.eager import EagerBytes, eager_bytes
 from miro_kernels.lab.inductor import generate
+from miro_kernels.lab.interpret import correct
 from miro_kernels.lab.traffic import count
 
 
@@ -111,6 +112,7 @@ def bytes_moved(case: Case, dtype: torch.dtype) -> dict[str, Moved]:
 
 def errors(case: Case, dtype: torch.dtype) -> dict[str, float]:
     """The largest error over eager's of each direction's results, in the interpreter."""
+    correct()
     # Two samples show what many do, and the oracle takes its time.
     arguments = case.arguments(Make("cpu", dtype), min(case.batch, 2))
 
