@@ -18,6 +18,7 @@ On leaving, KernelFault is raised with every access that a GPU would punish or, 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +27,8 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
@@ -212,6 +214,16 @@ def tensors_in(arguments: Any) -> Iterator[Tensor]:
             yield argument
 
 
+def pointed_to(tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors whose addresses stand in the int64 ones among `tensors`: tables of pointers."""
+    tables = [tensor for tensor in tensors if tensor.dtype == torch.int64]
+    addresses = {value for table in tables for value in table.flatten().tolist()} - {0}
+    if not addresses:
+        return []
+    living = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
+    return [tensor for tensor in living if tensor.data_ptr() in addresses]
+
+
 def _poison(dtype: Any, shape: tuple[int, ...]) -> TensorHandle:
     """What idle lanes of a load hold: NaN, or the largest integer."""
     kind = interpreter._get_np_dtype(dtype)
@@ -227,9 +239,8 @@ def _poison(dtype: Any, shape: tuple[int, ...]) -> TensorHandle:
 class Instruments:
     """The interpreter's entry points, with a Recorder listening; `originals` do the work."""
 
-    def __init__(self, traffic: Traffic, extra: tuple[Tensor, ...]) -> None:
+    def __init__(self, traffic: Traffic) -> None:
         self.traffic = traffic
-        self.extra = extra
         self.recorder: Recorder | None = None
         self.unfilled = False
         self.semantic_load = interpreter.interpreter_semantic.load
@@ -245,8 +256,8 @@ class Instruments:
         self.executor_call = GridExecutor.__call__
 
     def call(self, executor: GridExecutor, *arguments: Any, **options: Any) -> None:
-        given = tensors_in((*arguments, *options.values(), *self.extra))
-        self.recorder = Recorder(executor.fn.__name__, list(given))
+        given = list(tensors_in((*arguments, *options.values())))
+        self.recorder = Recorder(executor.fn.__name__, given + pointed_to(given))
         # The interpreter moves arguments by torch operations that no launch has.
         with _disable_current_modes():
             self.executor_call(executor, *arguments, **options)
@@ -313,18 +324,16 @@ def _method(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def count(*extra: Tensor, check: bool = True) -> Iterator[Traffic]:
+def count(check: bool = True) -> Iterator[Traffic]:
     """Count the traffic of every kernel launched inside, and raise KernelFault for its faults.
 
     Args:
-        extra: tensors a kernel reaches other than through its arguments, as through pointers that
-            lie in memory.
         check: whether to raise; the faults are listed in the result in any case.
     """
     assert interpreting(), "traffic is counted in the interpreter: set TRITON_INTERPRET=1"
     correct()
     traffic = Traffic()
-    instruments = Instruments(traffic, extra)
+    instruments = Instruments(traffic)
     builder = partial(mock.patch.object, InterpreterBuilder)
     with (
         mock.patch.object(GridExecutor, "__call__", _method(instruments.call)),

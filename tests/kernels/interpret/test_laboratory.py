@@ -56,6 +56,15 @@ def accumulate_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def table_kernel(table_ptr, BLOCK: tl.constexpr):
+    """y = x, for the x and y whose addresses the table holds."""
+    i = tl.arange(0, BLOCK)
+    x_ptr = tl.load(table_ptr).to(tl.pointer_type(tl.float32))
+    y_ptr = tl.load(table_ptr + 1).to(tl.pointer_type(tl.float32))
+    tl.store(y_ptr + i, tl.load(x_ptr + i))
+
+
+@triton.jit
 def descriptor_kernel(x, y, ROWS: tl.constexpr):
     row = tl.program_id(0) * ROWS
     y.store([row, 0], x.load([row, 0]))
@@ -170,6 +179,18 @@ def test_tensor_descriptors_are_counted_and_clipped(count: Count, rows: int) -> 
         descriptor_kernel[(4,)](source, target, ROWS=16)
 
     assert torch.equal(x, y) and traffic.bytes == 2 * rows * 32 * 4
+
+
+@pytest.mark.parametrize(("size", "faults"), [(64, 0), (63, 2)])
+def test_tensors_behind_a_table_of_pointers_are_checked(
+    count: Count, size: int, faults: int
+) -> None:
+    x, y = torch.zeros(size), torch.empty(size)
+
+    with count(check=False) as traffic:
+        table_kernel[(1,)](torch.tensor([x.data_ptr(), y.data_ptr()]), BLOCK=64)
+
+    assert len(traffic.faults) == faults
 
 
 def test_a_descriptor_larger_than_its_tensor_is_caught(count: Count) -> None:
