@@ -3,14 +3,15 @@
 A tile decides the order of sums, so all ranks of a run must use the same one: it is a function of
 the family and of shapes, and nothing is timed during a run. `MIRO_TILES` may name a JSON file,
 {family: {kernel: {setting: number}}}, whose entries replace the table's; ranks that read one file
-use the same tiles. `tune` writes such a file on a machine with a GPU.
+use the same tiles. `python -m miro_kernels.tune` writes such a file on a machine with a GPU.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from miro_kernels import _triton
@@ -18,6 +19,8 @@ from miro_kernels import _triton
 Tile = Mapping[str, int]
 
 VARIABLE = "MIRO_TILES"
+COUNTS = ("programs", "samples", "stages")
+"""Settings that may be any number; the others are sizes of tiles, powers of 2."""
 
 # Norms. A step takes `rows` rows of up to 256 channels a warp, 16 bytes of each row a thread in
 # bf16, so that a sum over channels crosses few warps and a sum over rows none; wider rows take more
@@ -59,12 +62,19 @@ def _attention(**rows: tuple[int, int, int, int, int]) -> dict[str, Tile]:
     }
 
 
+# Attention, by direction and head size. `queries` and `keys` are rows of a tile, `text` those of a
+# tile of text keys: short, since what a text does not fill is computed for nothing. 128 rows that a
+# program keeps read those it walks over 128 times less often than one; eight warps on them leave at
+# most 128 registers a thread for two programs a multiprocessor where the head size allows, and
+# never spill. A matrix unit of sm_90 and sm_100 takes 64 rows at least, so the rows kept by the
+# kernel that makes dk and dv are 64 in a tile of text too. Head size 96 has 32 channels on its own,
+# which 32 rows would spread over eight warps in less than 16 bytes a thread: 64.
 _ATTENTION = _attention(
-    forward_32=(128, 64, 64, 8, 2),
+    forward_32=(128, 64, 32, 8, 2),
     forward_64=(128, 64, 32, 8, 2),
     forward_96=(128, 64, 64, 8, 2),
     forward_128=(128, 64, 32, 8, 2),
-    queries_32=(128, 64, 32, 4, 2),
+    queries_32=(128, 64, 32, 8, 2),
     queries_64=(128, 64, 32, 8, 2),
     queries_96=(128, 64, 64, 8, 2),
     queries_128=(128, 64, 32, 8, 2),
@@ -72,22 +82,20 @@ _ATTENTION = _attention(
     keys_64=(64, 128, 64, 8, 2),
     keys_96=(64, 128, 64, 8, 2),
     keys_128=(64, 64, 64, 8, 2),
-    forward_32_fp32=(64, 32, 32, 4, 2),
-    forward_64_fp32=(64, 32, 32, 4, 2),
-    forward_96_fp32=(64, 32, 32, 4, 2),
-    forward_128_fp32=(64, 32, 32, 8, 2),
-    queries_32_fp32=(64, 32, 32, 4, 2),
-    queries_64_fp32=(64, 32, 32, 4, 2),
-    queries_96_fp32=(64, 32, 32, 4, 2),
-    queries_128_fp32=(64, 32, 32, 8, 2),
-    keys_32_fp32=(32, 64, 64, 4, 2),
-    keys_64_fp32=(32, 64, 64, 4, 2),
-    keys_96_fp32=(32, 64, 64, 8, 2),
-    keys_128_fp32=(32, 64, 64, 8, 2),
+    # fp32 is multiplied without tensor cores, in unrolled code that grows with the tile.
+    **{
+        f"{d}_{n}_fp32": (32, 32, 32, 8, 1)
+        for d in ("forward", "queries", "keys")
+        for n in (32, 64, 96, 128)
+    },
+)
+# On sm_80 accumulators and operands are all registers: wider heads keep smaller tiles.
+_ATTENTION_SM_80 = _ATTENTION | _attention(
+    queries_128=(128, 32, 32, 8, 2), keys_96=(32, 64, 32, 4, 2)
 )
 
 TILES: dict[str, dict[str, Tile]] = {
-    "sm_80": {**_STREAMS, **_ATTENTION},
+    "sm_80": {**_STREAMS, **_ATTENTION_SM_80},
     "sm_90": {**_STREAMS, **_ATTENTION},
     "sm_100": {**_STREAMS, **_ATTENTION},
     "gfx942": {**_STREAMS, **_ATTENTION},
@@ -97,14 +105,40 @@ TILES: dict[str, dict[str, Tile]] = {
 def tile(kernel: str, target: _triton.Target | None = None) -> Tile:
     """The settings of `kernel` for `target`, or for the target of this process."""
     family = (target or _triton.target()).family
-    return _replaced.get(family, {}).get(kernel) or TILES[family][kernel]
+    found = _replaced.get(family, {}).get(kernel) or TILES[family][kernel]
+    if _asked is not None:
+        _asked[kernel] = found
+    return found
+
+
+def used_by(run: Callable[[], object]) -> dict[str, Tile]:
+    """The tiles of every kernel that `run` launches."""
+    global _asked
+    _asked = found = {}
+    try:
+        run()
+    finally:
+        _asked = None
+    return found
+
+
+@contextmanager
+def replaced(entries: dict[str, dict[str, Tile]]) -> Iterator[None]:
+    """Let `entries`, {family: {kernel: tile}}, stand for the table's inside the block."""
+    global _replaced
+    before, _replaced = _replaced, entries
+    try:
+        yield
+    finally:
+        _replaced = before
 
 
 def read_tiles(path: Path) -> dict[str, dict[str, Tile]]:
     """The file of MIRO_TILES.
 
     Raises:
-        ValueError: it names a family, kernel or setting there is not; the message says which.
+        ValueError: it names a family, kernel or setting there is not, or gives one a value that is
+            no size of a tile; the message says which.
     """
     found = json.loads(path.read_text())
     for family, kernels in found.items():
@@ -117,7 +151,15 @@ def read_tiles(path: Path) -> dict[str, dict[str, Tile]]:
                     f"{path}: {family}.{kernel} must be one of {', '.join(TILES[family])} with "
                     f"its settings {', '.join(known or ())}, got {', '.join(settings)}"
                 )
+            for name, value in settings.items():
+                whole = isinstance(value, int) and value > 0
+                if not whole or (name not in COUNTS and value & (value - 1)):
+                    kind = "whole number above 0" if name in COUNTS else "power of 2"
+                    raise ValueError(
+                        f"{path}: {family}.{kernel}.{name} must be a {kind}, got {value!r}"
+                    )
     return found
 
 
 _replaced = read_tiles(Path(os.environ[VARIABLE])) if VARIABLE in os.environ else {}
+_asked: dict[str, Tile] | None = None
