@@ -165,7 +165,7 @@ def test_no_error_is_swallowed_unseen() -> None:
     assert wrong == []
 
 
-@pytest.mark.parametrize("name", miro_kernels.__all__)
+@pytest.mark.parametrize("name", sorted(set(miro_kernels.__all__) - {"prewarm", "use_backend"}))
 def test_every_public_kernel_is_documented_and_has_its_reference(name: str) -> None:
     public = getattr(miro_kernels, name)
     module = importlib.import_module(public.__module__)

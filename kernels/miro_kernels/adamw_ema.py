@@ -70,10 +70,8 @@ def _kernel(
     """CHUNK elements of one parameter; param_like_ptr and grad_like_ptr only say their dtypes."""
     row = table_ptr + tl.load(chunks_ptr + 2 * tl.program_id(0)) * 7
     first = tl.load(chunks_ptr + 2 * tl.program_id(0) + 1) * CHUNK
-    param_type: tl.constexpr = param_like_ptr.dtype
-    grad_type: tl.constexpr = grad_like_ptr.dtype
-    param_ptr = tl.load(row).to(param_type)
-    grad_ptr = tl.load(row + 1).to(grad_type)
+    param_ptr = tl.load(row).to(param_like_ptr.dtype)
+    grad_ptr = tl.load(row + 1).to(grad_like_ptr.dtype)
     weight_ptr = tl.load(row + 2).to(tl.pointer_type(tl.float32))
     mean_ptr = tl.load(row + 3).to(tl.pointer_type(tl.float32))
     square_ptr = tl.load(row + 4).to(tl.pointer_type(tl.float32))
@@ -85,7 +83,7 @@ def _kernel(
         weight_ptr, mean_ptr = tl.multiple_of(weight_ptr, 16), tl.multiple_of(mean_ptr, 16)
         square_ptr, ema_ptr = tl.multiple_of(square_ptr, 16), tl.multiple_of(ema_ptr, 16)
         size = tl.multiple_of(size, 16)
-    for start in range(0, CHUNK, BLOCK):
+    for start in range(0, tl.minimum(CHUNK, size - first), BLOCK):
         place = first + start + tl.arange(0, BLOCK)
         mask = place < size
         grad = tl.load(grad_ptr + place, mask=mask, other=0.0).to(tl.float32)
@@ -104,7 +102,7 @@ def _kernel(
         tl.store(square_ptr + place, square, mask=mask)
         tl.store(ema_ptr + place, ema, mask=mask)
         if COPY:
-            tl.store(param_ptr + place, weight.to(param_type.element_ty), mask=mask)
+            tl.store(param_ptr + place, weight.to(param_ptr.dtype.element_ty), mask=mask)
 
 
 @lru_cache(maxsize=64)

@@ -15,6 +15,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ from miro_kernels import _triton
 
 log = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "triton", "torch", "flash_attn")
+Backend = Literal["auto", "triton", "torch", "flash_attn"]
+BACKENDS = get_args(Backend)
 VARIABLE = "MIRO_KERNELS"
 
 # Module globals and no context variable: torch.compile guards on them, and compiles anew when the
@@ -107,17 +109,18 @@ def chosen(op: str, tensor: Tensor, unsupported: str | None = None) -> str:
     if reason is None and tensor.device.type != "cuda":
         reason = "the tensors are on the CPU"
     choice = "triton" if reason is None else "torch"
-    # Dynamo cannot trace logging; a compiled run has said it in its eager first call, or in `say`.
+    # Dynamo cannot trace logging; a run that compiles calls `ready` first.
     if not torch.compiler.is_compiling():
         _say(op, choice, reason)
     return choice
 
 
-def say(device: torch.device | str) -> None:
-    """Log what `auto` chooses for fp32 and bf16 tensors of a device, once per process."""
-    device = torch.device(device)
-    if backend() in ("auto", "flash_attn"):
-        chosen("miro_kernels", torch.empty(0, device=device))
+def ready(device: torch.device | str) -> None:
+    """Raise ValueError if the backend asked for cannot compute there; say once what `auto` chose.
+
+    For a run to call before its first step: nothing can be said from inside a compiled one.
+    """
+    chosen("miro_kernels", torch.empty(0, device=torch.device(device)))
 
 
 def _say(op: str, choice: str, reason: str | None) -> None:

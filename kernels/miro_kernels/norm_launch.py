@@ -78,14 +78,14 @@ def _reward_arguments(rewards: Rewards | None) -> dict[str, Any]:
         zero = ("table_reward", "levels", "REWARDS", "BLOCK_STRIDE", "LEVEL_STRIDE", "PART_STRIDE")
         return {**dict.fromkeys(absent), **dict.fromkeys(zero, 0)}
     block, table = _rows_last(rewards.block), _rows_last(rewards.table)
-    keep = rewards.keep.contiguous()
+    keep = rewards.keep if rewards.keep.dtype == torch.bool else rewards.keep != 0
     return {
         "block_ptr": block,
         "table_ptr": table,
         "table_reward": table.stride(0),
         "levels": table.shape[1],
         "bins_ptr": rewards.bins.contiguous(),
-        "keep_ptr": keep.view(torch.uint8) if keep.dtype == torch.bool else keep,
+        "keep_ptr": keep.contiguous().view(torch.uint8),
         "BLOCK_STRIDE": block.stride(0),
         "LEVEL_STRIDE": table.stride(1),
         "PART_STRIDE": table.stride(2),
