@@ -1,13 +1,15 @@
 """What every kernel moves, computes and compiles to, found without a GPU: one table.
 
-    python profiling/kernel_report.py [--ops adaln swiglu] [--out profiling/results]
+    python profiling/kernel_report.py [--out profiling/results] [--ops adaln swiglu]
 
 Bytes are counted in Triton's interpreter at the shapes of the 0.36 B preset, in sectors of 32 bytes
 of every load and store, nothing cached (`distinct`: each sector of a launch once); over the least
 possible, over what eager torch moves and over what Inductor would. Errors are the largest of the
 results' against an fp64 oracle, over eager's. Resources are those of the shipped tiles: the worst
-kernel's registers, shared memory and occupancy, the sums of the rest. Writes kernels.json and
-kernels.md; exits 1 where a bar is missed that lab.cases.SHORTFALLS does not explain.
+kernel's registers, shared memory and occupancy, the sums of the rest.
+
+Writes kernels.json, kernels.md and the figures of kernels/README.md, unless only some ops are asked
+for; exits 1 where a bar is missed that lab.cases.SHORTFALLS does not explain.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ from miro_kernels.lab.cases import CASES, MOST_BYTES, MOST_OVER_INDUCTOR, SHORTF
 from miro_kernels.lab.compiled import MACHINES, Compiled
 from miro_kernels.lab.interpret import interpreting
 
+ROOT = Path(__file__).parent.parent
+README = ROOT / "kernels" / "README.md"
 DTYPE = torch.bfloat16
 HEADINGS = (
     "op", "direction", "bytes/least", "distinct/least", "bytes/eager", "bytes/Inductor",
@@ -164,11 +168,34 @@ Short of a bar: {"none." if not short else ""}
 """
 
 
+def summary(rows: list[dict[str, Any]]) -> str:
+    """The table of kernels/README.md."""
+    figures = ("bytes_over_least", "bytes_over_eager", "bytes_over_inductor", "error_over_eager")
+    lines = [
+        "| op | direction | bytes/least | /eager | /Inductor | error | registers | occupancy |",
+        "|" + "---|" * 8,
+    ]
+    for row in rows:
+        found = [row["compiled"][target] for target in ("sm_80", "sm_90", "sm_100")]
+        cells = [row["op"], row["direction"], *(f"{row[name]:.2f}" for name in figures)]
+        cells.append(" / ".join(str(f["registers"]) for f in found))
+        cells.append(" / ".join(f"{f['occupancy']:.2f}" for f in found))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def with_figures(text: str, rows: list[dict[str, Any]]) -> str:
+    """The README's text with its figures replaced."""
+    before, rest = text.split("-->\n", 1)
+    after = rest[rest.index("<!-- end") :]
+    return f"{before}-->\n\n{summary(rows)}\n\n{after}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = [case.op for case in CASES]
     parser.add_argument("--ops", nargs="*", choices=names, default=names)
-    parser.add_argument("--out", type=Path, help="folder for kernels.json and kernels.md")
+    parser.add_argument("--out", type=Path, default=ROOT / "profiling" / "results")
     parser.add_argument("--interpreted", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     cases = [case for case in CASES if case.op in options.ops]
@@ -190,11 +217,12 @@ def main() -> int:
                 f"{row['op']} {row['direction']}, {name} {value}: {reason or 'UNEXPLAINED'}"
             )
     print("\n".join(short) if short else "every bar is met")
-    if options.out:
+    if len(cases) == len(CASES):
         options.out.mkdir(parents=True, exist_ok=True)
         kept = [{k: v for k, v in row.items() if k != "distinct_over_least"} for row in rows]
         (options.out / "kernels.json").write_text(json.dumps({"rows": kept}, indent=1) + "\n")
         (options.out / "kernels.md").write_text(page(rows, body, short))
+        README.write_text(with_figures(README.read_text(), rows))
     return 1 if unexplained else 0
 
 

@@ -42,16 +42,19 @@ Arguments = dict[str, Any]
 
 
 class Make:
-    """Random arguments of one device and dtype, the same every time."""
+    """Random arguments of one device and dtype, the same every time; or memory as it is found."""
 
-    def __init__(self, device: str, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
+    def __init__(self, device: str, dtype: torch.dtype, *, filled: bool = True) -> None:
+        self.device, self.dtype, self.filled = device, dtype, filled
         self.generator = torch.Generator(device).manual_seed(5)
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0) -> Tensor:
         """Numbers of deviation `scale`, to be differentiated."""
+        dtype = dtype or self.dtype
+        if not self.filled:
+            return torch.empty(shape, dtype=dtype, device=self.device, requires_grad=True)
         values = torch.randn(shape, generator=self.generator, device=self.device)
-        return (values * scale).to(dtype or self.dtype).requires_grad_()
+        return (values * scale).to(dtype).requires_grad_()
 
     def integers(self, high: int, *shape: int) -> Tensor:
         return torch.randint(high, shape, generator=self.generator, device=self.device)

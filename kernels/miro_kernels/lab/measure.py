@@ -128,7 +128,7 @@ def errors(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, flo
 
 def compiled(case: Case, dtype: torch.dtype, target: str) -> dict[str, list[Compiled]]:
     """The kernels of each direction at the preset's whole batch, for `target`."""
-    arguments = case.arguments(Make("cpu", dtype), BATCH)
+    arguments = case.arguments(Make("cpu", dtype, filled=False), BATCH)
     run = case.prepare(arguments) if case.prepared else None
     with capture(target) as forward:
         result = (run or case.prepare(arguments))()
@@ -136,7 +136,7 @@ def compiled(case: Case, dtype: torch.dtype, target: str) -> dict[str, list[Comp
     if "backward" in case.directions:
         outputs = outputs_of(result)
         with capture(target) as backward:
-            gradients = [torch.zeros_like(output) for output in outputs]
+            gradients = [torch.empty_like(output) for output in outputs]
             torch.autograd.grad(outputs, leaves_of(arguments), gradients)
         found["backward"] = backward
     return found

@@ -54,6 +54,7 @@ class Launch:
     distinct_loaded: int
     distinct_stored: int
     atomics: int
+    products: int  # multiplications of matrix products
     faults: tuple[str, ...]
 
 
@@ -74,6 +75,11 @@ class Traffic:
     @property
     def atomics(self) -> int:
         return sum(launch.atomics for launch in self.launches)
+
+    @property
+    def products(self) -> int:
+        """Multiplications of the matrix products, those of masked elements included."""
+        return sum(launch.products for launch in self.launches)
 
     @property
     def faults(self) -> list[str]:
@@ -116,7 +122,7 @@ class Recorder:
         self.written_regions: set[int] = set()
         self.loads: list[tuple[tuple, np.ndarray, set[int]]] = []
         self.stores: list[tuple[tuple, np.ndarray]] = []
-        self.atomics = 0
+        self.atomics = self.products = 0
         self.faults: dict[str, str] = {}  # by kind: the first of each is enough
 
     def fault(self, kind: str, program: tuple, text: str) -> None:
@@ -199,6 +205,7 @@ class Recorder:
             distinct_loaded=distinct["load"],
             distinct_stored=distinct["store"],
             atomics=self.atomics,
+            products=self.products,
             faults=tuple(self.faults.values()),
         )
 
@@ -251,6 +258,7 @@ class Instruments:
                 "create_masked_store",
                 "create_atomic_rmw",
                 "create_atomic_cas",
+                "create_dot",
             )
         }
         self.executor_call = GridExecutor.__call__
@@ -307,6 +315,11 @@ class Instruments:
         self.recorder.atomic(pointer.data, np.ones(pointer.data.shape, bool), size, program)
         return self.originals["create_atomic_cas"](builder, pointer, compare, value, *rest)
 
+    def dot(self, builder: Any, a: Any, b: Any, *rest: Any) -> Any:
+        assert self.recorder is not None
+        self.recorder.products += a.data.size * b.data.shape[-1]
+        return self.originals["create_dot"](builder, a, b, *rest)
+
     def _access(self, builder: Any, kind: str, pointers: Any, mask: Any, size: int) -> np.ndarray:
         assert self.recorder is not None
         program = tuple(builder.grid_idx)
@@ -342,6 +355,7 @@ def count(check: bool = True) -> Iterator[Traffic]:
         builder("create_masked_store", _method(instruments.masked_store)),
         builder("create_atomic_rmw", _method(instruments.atomic_rmw)),
         builder("create_atomic_cas", _method(instruments.atomic_cas)),
+        builder("create_dot", _method(instruments.dot)),
     ):
         yield traffic
     if check and traffic.faults:
