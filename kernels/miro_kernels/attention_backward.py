@@ -132,14 +132,16 @@ def _key_gradients(
 @jit
 def _attention_backward_keys_kernel(
     q_ptr, k_ptr, v_ptr, text_k_ptr, text_v_ptr, offsets_ptr, dout_ptr, lse_ptr, delta_ptr,
-    dk_ptr, dv_ptr, dtext_k_ptr, dtext_v_ptr, N, HEADS, text_tiles, scale, scale_log2,
+    dk_ptr, dv_ptr, dtext_k_ptr, dtext_v_ptr, N, HEADS, batch, scale, scale_log2,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     text_k_row, text_k_head, text_v_row, text_v_head, dout_batch, dout_row, dout_head,
     SIZE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
     RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr,
 ):  # fmt: skip
     image_tiles = tl.cdiv(N, BLOCK_K)
-    tile, head, sample = program(image_tiles + text_tiles, HEADS)
+    # The tiles of a head follow from the grid: as an argument, a number that differs in every batch
+    # would be compiled for anew where it is 1 or a multiple of 16.
+    tile, head, sample = program(tl.num_programs(0) // (HEADS * batch), HEADS)
     q_ptr += sample * q_batch + head * q_head
     dout_ptr += sample * dout_batch + head * dout_head
     lse_ptr += (sample * HEADS + head) * N
@@ -198,11 +200,11 @@ def attention_backward(
         **given, out_ptr=out, dq_ptr=dq,
     )  # fmt: skip
     tile = attention_tile("keys", q)
-    text_tiles = ceil_div(min(longest_text, len(text_k)), tile["text"])
-    tiles = ceil_div(tokens, tile["keys"]) + text_tiles
+    tiles = ceil_div(tokens, tile["keys"])
+    tiles += ceil_div(min(longest_text, len(text_k)), tile["text"])
     _attention_backward_keys_kernel[(tiles * heads * batch,)](
         **shared_arguments(q, k, v, text_k, text_v, offsets, tile),
-        **given, text_tiles=text_tiles,
+        **given, batch=batch,
         dk_ptr=dk, dv_ptr=dv, dtext_k_ptr=dtext_k, dtext_v_ptr=dtext_v,
     )  # fmt: skip
     return dq, dk, dv, dtext_k, dtext_v

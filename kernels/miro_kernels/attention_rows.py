@@ -163,6 +163,12 @@ def batch_strides(name: str, tensor: Tensor) -> dict[str, int]:
 
 
 def attention_tile(kernel: str, q: Tensor) -> Tile:
-    """The tile of `kernel` (forward, queries or keys) for q's head size and dtype."""
+    """The tile of `kernel` (forward, queries or keys) for q's head size, dtype and tokens."""
+    _, tokens, _, size = q.shape
     wide = "_fp32" if q.dtype == torch.float32 else ""
-    return tiles.tile(f"attention_{kernel}_{q.shape[-1]}{wide}")
+    tile = tiles.tile(f"attention_{kernel}_{size}{wide}")
+    # An image of fewer tokens than half a tile of queries takes a smaller one: the same rows of
+    # each warp, down to the 64 rows of a matrix unit.
+    while kernel != "keys" and tile["queries"] >= max(128, 2 * tokens):
+        tile = {**tile, "queries": tile["queries"] // 2, "warps": tile["warps"] // 2}
+    return tile

@@ -35,9 +35,10 @@ NORM_BACKWARD = {"rows": 4, "tokens": 64, "programs": 1, "warps": 8, "stages": 2
 
 # Queries and keys. `elements` of each half of the heads a step, 16 bytes a thread; the same places
 # of up to `samples` samples are walked over by one program, so that their angles are read once for
-# all of them, if that leaves `programs` programs.
-QK_FORWARD = {"elements": 1024, "samples": 8, "programs": 512, "warps": 4, "stages": 2}
-QK_BACKWARD = {"elements": 1024, "samples": 16, "programs": 512, "warps": 4, "stages": 2}
+# all of them, if that leaves `programs` programs. At the preset these are all resident at once:
+# four a multiprocessor forward, and two backward, whose sums take more registers.
+QK_FORWARD = {"elements": 1024, "samples": 16, "programs": 512, "warps": 4, "stages": 2}
+QK_BACKWARD = {"elements": 1024, "samples": 32, "programs": 256, "warps": 4, "stages": 2}
 
 # Streams without reductions: enough independent 16-byte accesses a thread to hide the latency of
 # one, few enough registers to keep all warps resident.
@@ -94,9 +95,13 @@ _ATTENTION_SM_80 = _ATTENTION | _attention(
     queries_128=(128, 32, 32, 8, 2), keys_96=(32, 64, 32, 4, 2)
 )
 
+# On sm_90 sixteen warps fit a program: at 256 tokens each key is read once, and bytes, which weigh as
+# much as arithmetic there, are the least. Elsewhere they spill.
+_ATTENTION_SM_90 = _ATTENTION | _attention(forward_64=(256, 64, 32, 16, 2))
+
 TILES: dict[str, dict[str, Tile]] = {
     "sm_80": {**_STREAMS, **_ATTENTION_SM_80},
-    "sm_90": {**_STREAMS, **_ATTENTION},
+    "sm_90": {**_STREAMS, **_ATTENTION_SM_90},
     "sm_100": {**_STREAMS, **_ATTENTION},
     "gfx942": {**_STREAMS, **_ATTENTION},
 }
