@@ -160,12 +160,14 @@ def backward_kernel(
 
 @jit
 def fold_kernel(
-    partials_ptr, dgate_ptr, dshift_ptr, dscale_ptr, sums_ptr, n_chunks, STRIDE: tl.constexpr,
-    PARTS: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    partials_ptr, dgate_ptr, dshift_ptr, dscale_ptr, sums_ptr, bins_ptr, keep_ptr, held_ptr,
+    n_chunks, REWARDS: tl.constexpr, STRIDE: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Partials (B, chunks, K, D) to the gradients of a sample's gate, shift and scale.
 
-    sums_ptr, where given, receives the same in fp32 as (B, K, D).
+    With rewards, sums_ptr receives the same in fp32 as (B, K, D), and held_ptr (R, B) the level of
+    each known reward, -1 of others: what the table's kernel reads again and again, side by side.
     """
     sample = tl.program_id(0)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -180,6 +182,12 @@ def fold_kernel(
         row = sums_ptr + sample.to(tl.int64) * PARTS * D + columns
         tl.store(row + (PARTS - 2) * D, dshift, mask=columns < D)
         tl.store(row + (PARTS - 1) * D, dscale, mask=columns < D)
+        if tl.program_id(1) == 0:
+            for reward in tl.static_range(REWARDS):
+                level = tl.load(bins_ptr + sample * REWARDS + reward)
+                known = tl.load(keep_ptr + sample * REWARDS + reward) != 0
+                held = tl.where(known, level, -1).to(tl.int32)
+                tl.store(held_ptr + reward * tl.num_programs(0) + sample, held)
     if dgate_ptr is not None:
         dgate = fold_partials(
             partials_ptr, dgate_ptr + out, sample, 0, n_chunks, columns, PARTS, D, ROWS
@@ -190,7 +198,7 @@ def fold_kernel(
 
 @jit
 def table_kernel(
-    sums_ptr, bins_ptr, keep_ptr, dblock_ptr, dtable_ptr, n_samples, levels,
+    sums_ptr, held_ptr, dblock_ptr, dtable_ptr, n_samples, levels,
     REWARDS: tl.constexpr, WIDTH: tl.constexpr, SAMPLES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One row of dtable: the sum over the samples at this reward's level, in their order.
@@ -206,11 +214,9 @@ def table_kernel(
     for first in range(0, n_samples, SAMPLES):
         sample = first + tl.arange(0, SAMPLES)
         present = sample < n_samples
-        place = sample * REWARDS + reward
         ranked = present & (of_block == 0)
-        at_level = tl.load(bins_ptr + place, mask=ranked, other=-1) == level
-        known = tl.load(keep_ptr + place, mask=ranked, other=0) != 0
-        chosen = present & (of_block | (at_level & known))
+        held = tl.load(held_ptr + reward * n_samples + sample, mask=ranked, other=-1)
+        chosen = present & (of_block | (held == level))
         place = sample.to(tl.int64)[:, None] * WIDTH + columns[None, :]
         mask = chosen[:, None] & inside[None, :]
         total += tl.sum(tl.load(sums_ptr + place, mask=mask, other=0.0), 0)

@@ -156,10 +156,8 @@ def backward(
     batch, tokens, channels = x.shape
     walk = _walk(x, tile("norm_backward"))
     parts = 2 if branch is None else 3
-    dx = torch.empty_like(x)
-    dbranch = (
-        None if branch is None else torch.empty_like(branch, memory_format=torch.contiguous_format)
-    )
+    dx = x.new_empty(x.shape)
+    dbranch = None if branch is None else branch.new_empty(branch.shape)
     partials = x.new_empty((batch, walk.chunks, parts, channels), dtype=torch.float32)
     scale = _rows_last(scale)
     gate = None if gate is None else _rows_last(gate)
@@ -187,22 +185,22 @@ def backward(
 
 
 def fold(
-    partials: Tensor,
-    dgate: Tensor | None,
-    dshift: Tensor,
-    dscale: Tensor,
-    sums: Tensor | None = None,
+    partials: Tensor, dgate: Tensor | None, dshift: Tensor, dscale: Tensor, **rewards: Any
 ) -> None:
-    """Sum partials over chunks into dgate, dshift, dscale (B, D), all of one row stride."""
+    """Sum partials over chunks into dgate, dshift, dscale (B, D), all of one row stride.
+
+    `rewards` are the kernel's reward arguments, for fold_rewards alone.
+    """
     batch, chunks, parts, channels = partials.shape
     columns = min(256, power_of_2(channels))
+    absent = dict.fromkeys(("sums_ptr", "bins_ptr", "keep_ptr", "held_ptr"))
     fold_kernel[(batch, ceil_div(channels, columns))](
         partials_ptr=partials,
         dgate_ptr=dgate,
         dshift_ptr=dshift,
         dscale_ptr=dscale,
-        sums_ptr=sums,
         n_chunks=chunks,
+        **(rewards or {**absent, "REWARDS": 0}),
         STRIDE=dshift.stride(0),
         PARTS=parts,
         D=channels,
@@ -212,26 +210,41 @@ def fold(
     )
 
 
-def fold_rewards(sums: Tensor, rewards: Rewards) -> tuple[Tensor, Tensor]:
-    """dblock (K, D) and dtable (R, L, K, D) from every sample's sums (B, K, D)."""
+def fold_rewards(partials: Tensor, base: Tensor, rewards: Rewards) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of base (B, K, D), block (K, D) and table (R, L, K, D) from the partials."""
     given = _reward_arguments(rewards)
-    dblock = torch.empty_like(rewards.block, memory_format=torch.contiguous_format)
-    dtable = torch.empty_like(rewards.table, memory_format=torch.contiguous_format)
+    dbase = base.new_empty(base.shape)
+    dblock = rewards.block.new_empty(rewards.block.shape)
+    dtable = rewards.table.new_empty(rewards.table.shape)
     count, levels = rewards.table.shape[:2]
+    # The sums over samples start from fp32, and not from dbase, which is rounded.
+    sums = base.new_empty(base.shape, dtype=torch.float32)
+    held = base.new_empty((count, len(base)), dtype=torch.int32)
+    *dgate, dshift, dscale = dbase.unbind(1)
+    fold(
+        partials,
+        dgate[0] if dgate else None,
+        dshift,
+        dscale,
+        sums_ptr=sums,
+        bins_ptr=given["bins_ptr"],
+        keep_ptr=given["keep_ptr"],
+        held_ptr=held,
+        REWARDS=count,
+    )
     width = dblock.numel()
     columns = min(512, power_of_2(width))
     table_kernel[(count * levels + 1, ceil_div(width, columns))](
         sums_ptr=sums,
-        bins_ptr=given["bins_ptr"],
-        keep_ptr=given["keep_ptr"],
+        held_ptr=held,
         dblock_ptr=dblock,
         dtable_ptr=dtable,
         n_samples=len(sums),
-        levels=levels,
+        levels=max(1, levels),
         REWARDS=count,
         WIDTH=width,
         SAMPLES=16,
         COLUMNS=columns,
         num_warps=4,
     )
-    return dblock, dtable
+    return dbase, dblock, dtable

@@ -106,7 +106,7 @@ def _reward_adaln_backward(
     """Gradients of x, base, block and table."""
     rewards = Rewards(block, table, bins, keep)
     dx, _, partials = norm_launch.backward(x, None, dh, None, None, base[:, 1], rewards, stats)
-    return dx, *_fold(partials, base, rewards)
+    return dx, *norm_launch.fold_rewards(partials, base, rewards)
 
 
 @torch.library.custom_op("miro::reward_gated_residual_adaln_backward", mutates_args=())
@@ -128,17 +128,7 @@ def _reward_gated_backward(
         total, branch, dh, dtotal, base[:, 0], base[:, 2], rewards, stats
     )
     assert dbranch is not None
-    return dx, dbranch, *_fold(partials, base, rewards)
-
-
-def _fold(partials: Tensor, base: Tensor, rewards: Rewards) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of base, block and table."""
-    dbase = base.new_empty(base.shape)
-    # The sums over samples start from fp32, and not from dbase, which is rounded.
-    sums = base.new_empty(base.shape, dtype=torch.float32)
-    *dgate, dshift, dscale = dbase.unbind(1)
-    norm_launch.fold(partials, dgate[0] if dgate else None, dshift, dscale, sums)
-    return dbase, *norm_launch.fold_rewards(sums, rewards)
+    return dx, dbranch, *norm_launch.fold_rewards(partials, base, rewards)
 
 
 @_reward_adaln.register_fake
