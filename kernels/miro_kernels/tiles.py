@@ -95,8 +95,8 @@ _ATTENTION_SM_80 = _ATTENTION | _attention(
     queries_128=(128, 32, 32, 8, 2), keys_96=(32, 64, 32, 4, 2)
 )
 
-# On sm_90 sixteen warps fit a program: at 256 tokens each key is read once, and bytes, which weigh as
-# much as arithmetic there, are the least. Elsewhere they spill.
+# On sm_90 sixteen warps fit a program: at 256 tokens each key is read once, and bytes, which weigh
+# as much as arithmetic there, are the least. On sm_80 and sm_100 the registers do not suffice.
 _ATTENTION_SM_90 = _ATTENTION | _attention(forward_64=(256, 64, 32, 16, 2))
 
 TILES: dict[str, dict[str, Tile]] = {
