@@ -37,7 +37,7 @@ from miro_kernels import backend
 
 @dataclass(frozen=True)
 class Machine:
-    """What one multiprocessor has; sizes in bytes. CUDA C++ Programming Guide, section 20.2."""
+    """What one multiprocessor has, by the CUDA C++ Programming Guide; sizes in bytes."""
 
     target: GPUTarget
     warps: int
@@ -259,14 +259,17 @@ def _gcn_accesses(text: str) -> Iterator[tuple[Place, int]]:
 def _widths(
     kernel: CompiledKernel, accesses: Iterator[tuple[Place, int]], threads: int
 ) -> tuple[int, int]:
-    """How many accesses are wide and how many narrow; `threads` of a warp."""
+    """How many accesses are wide and how many narrow; `threads` of a warp.
+
+    One whose tile is not found counts as narrow: it shall be looked at, and not be missed.
+    """
     metadata: Any = kernel.metadata
     tiles = tile_sizes(str(kernel.asm["ttgir"]))
     wide = narrow = 0
     for place, size in accesses:
         if size >= WIDE:
             wide += 1
-        elif tiles.get(place, 0) >= WIDE * threads * metadata.num_warps:
+        elif tiles.get(place, math.inf) >= WIDE * threads * metadata.num_warps:
             narrow += 1
     return wide, narrow
 
@@ -285,8 +288,9 @@ def tile_sizes(ttgir: str) -> dict[Place, int]:
     sizes: dict[Place, int] = {}
     for shape, kind, name in re.findall(
         r"(?:tt\.load|tt\.store|async_copy_global_to_local|buffer_load|buffer_store)[ _].*?"
-        r" : tensor<([\dx]+)x(?:!tt\.ptr<)?[a-z]+(\d+).* loc\((#loc\d*)\)$", ttgir, re.M
+        r" : (?:tensor<([\dx]+)x)?(?:!tt\.ptr<)?[a-z]+(\d+).* loc\((#loc\d*)\)$", ttgir, re.M
     ):  # fmt: skip
-        size = math.prod(map(int, shape.split("x"))) * int(kind) // 8
+        # A scalar has no shape.
+        size = math.prod(map(int, shape.split("x"))) * int(kind) // 8 if shape else 0
         sizes[place(name)] = max(sizes.get(place(name), 0), size)
     return sizes
