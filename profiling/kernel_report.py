@@ -45,6 +45,7 @@ HEADINGS = (
 
 def interpreted(case: Case) -> dict[str, dict[str, float]]:
     """Bytes and errors of each direction; for a process with TRITON_INTERPRET=1."""
+    print(f"{case.op}: interpreting", file=sys.stderr)
     errors = measure.errors(case, DTYPE)
     return {
         direction: asdict(moved) | {"error_over_eager": errors[direction]}
@@ -75,6 +76,7 @@ def resources(kernels: list[Compiled]) -> dict[str, float]:
 
 
 def rows_of(case: Case, moved: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+    print(f"{case.op}: compiling", file=sys.stderr)
     inductor = measure.inductor_bytes(case, DTYPE)
     compiled = {target: measure.compiled(case, DTYPE, target) for target in MACHINES}
     rows = []

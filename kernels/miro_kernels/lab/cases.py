@@ -294,7 +294,7 @@ CASES = (
     ),
     Case(
         "qk_norm_rope", QKV, _qk_arguments, qk_norm_rope, qk_norm_rope_reference, _qk_least,
-        batch=16,
+        batch=4,
     ),
     Case(
         "attention", f"{QKV} text 0-{LONGEST_TEXT}", _attention_arguments, attention,
