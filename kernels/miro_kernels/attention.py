@@ -199,7 +199,8 @@ def attention(
         text_k, text_v: (T, heads, head size), the texts of the batch end to end.
         text_offsets: (B + 1,) int32; sample b's text is rows offsets[b] to offsets[b + 1].
         longest_text: a bound on every text's length. Read from the offsets, which waits for the
-            device, where it is not given; then, and on a CPU, the offsets are checked too.
+            device, where it is not given; then, and on a CPU, the offsets are checked too. Inside
+            torch.compile nothing is read, and T is the bound where none is given.
 
     Returns:
         (B, N, heads, head size) in q's dtype.

@@ -83,7 +83,8 @@ _ATTENTION = _attention(
     keys_64=(64, 128, 64, 8, 2),
     keys_96=(64, 128, 64, 8, 2),
     keys_128=(64, 64, 64, 8, 2),
-    # fp32 is multiplied without tensor cores, in unrolled code that grows with the tile.
+    # fp32 is multiplied without tensor cores, in unrolled code that grows with the tile. A thread
+    # keeps a whole row of q and of do, so that dq of head size 128 spills in any tile.
     **{
         f"{d}_{n}_fp32": (32, 32, 32, 8, 1)
         for d in ("forward", "queries", "keys")
