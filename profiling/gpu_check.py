@@ -31,6 +31,8 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.exc import InductorError
 from torch.utils.flop_counter import FlopCounterMode
 
 from miro import flow
@@ -49,6 +51,8 @@ LATENTS, TEXT_CHANNELS, REWARDS, LEVELS = (4, 32, 32), 2048, 7, 64
 STEP_BATCH = 64
 WITHOUT_TEXT = "attention without text"
 RIVALS = ("kernels", "eager", "torch.compile", "flash-attn", "Liger")
+
+NOT_COMPILED = (InductorError, TorchDynamoException)
 
 Run = Callable[[], Any]
 
@@ -120,19 +124,17 @@ def variants(case: Case, given: Arguments, left_out: list[str]) -> Iterator[Vari
     yield Variant("eager", by_backend("torch", case.prepare(given)), leaves)
     compiled = torch.compile(case.reference)
     yield Variant("torch.compile", lambda: compiled(**given), leaves)
-    try:
-        if case.op == "swiglu":
+    if case.op == WITHOUT_TEXT:
+        yield Variant("flash-attn", by_backend("flash_attn", case.prepare(given)), leaves)
+    if case.op == "swiglu":
+        try:
             swiglu = importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction
-            # It takes the halves apart, and what parting them costs is not counted.
-            halves = [
-                h.detach().contiguous().requires_grad_() for h in given["packed"].chunk(2, -1)
-            ]
-            yield Variant("Liger", lambda: swiglu.apply(*halves), halves)
-        if case.op == WITHOUT_TEXT:
-            flash = importlib.import_module("flash_attn").flash_attn_func
-            yield Variant("flash-attn", lambda: flash(*leaves[:3]), leaves[:3])
-    except ImportError as error:
-        left_out.append(f"{case.op}: {error}")
+        except ImportError as error:
+            left_out.append(f"{case.op}, Liger: {error}")
+            return
+        # It takes the halves apart, and what parting them costs is not counted.
+        halves = [h.detach().contiguous().requires_grad_() for h in given["packed"].chunk(2, -1)]
+        yield Variant("Liger", lambda: swiglu.apply(*halves), halves)
 
 
 def time_case(case: Case, clock: Clock, left_out: list[str]) -> list[dict[str, Any]]:
@@ -145,19 +147,29 @@ def time_case(case: Case, clock: Clock, left_out: list[str]) -> list[dict[str, A
     least = case.least(given, outputs)
     rows = []
     for variant in variants(case, given, left_out):
-        runs = {"forward": variant.run}
-        if "backward" in case.directions:
-            results = outputs_of(variant.run())
-            runs["backward"] = partial(
-                torch.autograd.grad, results, variant.leaves, gradients_for(results),
-                retain_graph=True, allow_unused=True,
-            )  # fmt: skip
-        for direction, run in runs.items():
-            row = {"op": case.op, "direction": direction, "variant": variant.name}
-            row |= {"bytes": least[direction], "flops": flops[direction]}
-            rows.append(row | clock(run))
+        try:
+            for direction, run in directions_of(case, variant).items():
+                row = {"op": case.op, "direction": direction, "variant": variant.name}
+                row |= {"bytes": least[direction], "flops": flops[direction]}
+                rows.append(row | clock(run))
+        except (*NOT_COMPILED, ValueError) as error:
+            # A rival that does not import or compile is no failure of ours.
+            if variant.name == "kernels":
+                raise
+            left_out.append(f"{case.op}, {variant.name}: {str(error).strip().splitlines()[0]}")
     torch.cuda.empty_cache()
     return rows
+
+
+def directions_of(case: Case, variant: Variant) -> dict[str, Run]:
+    if "backward" not in case.directions:
+        return {"forward": variant.run}
+    results = outputs_of(variant.run())
+    backward = partial(
+        torch.autograd.grad, results, variant.leaves, gradients_for(results),
+        retain_graph=True, allow_unused=True,
+    )  # fmt: skip
+    return {"forward": variant.run, "backward": backward}
 
 
 def without_text(case: Case) -> Case:

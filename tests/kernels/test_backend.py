@@ -4,14 +4,12 @@ import logging
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from miro.presets import TrainConfig
-from miro.train import train
+from miro import cli
 from miro_kernels import backend, swiglu, use_backend
 
 X = torch.ones(2, 4)
@@ -90,10 +88,17 @@ def test_ops_import_and_compute_without_triton() -> None:
     assert "Triton is not installed" in found.stderr
 
 
-def test_a_run_whose_kernels_cannot_be_had_does_not_begin(
-    training: TrainConfig, tmp_path: Path
-) -> None:
+def test_a_run_whose_kernels_cannot_be_had_does_not_begin(encoded: Path, tmp_path: Path) -> None:
+    options = ["demo", "--run", str(tmp_path / "run"), "--data", str(encoded)]
+
     with pytest.raises(ValueError, match="triton was asked for.*cpu"):
-        train(replace(training, kernels="triton"), tmp_path / "run")
+        cli.train([*options, "--kernels", "triton"])
 
     assert not (tmp_path / "run").exists()
+
+
+def test_the_command_line_offers_the_backends(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        cli.train(["demo", "--kernels", "cuda"])
+
+    assert all(name in capsys.readouterr().err for name in backend.BACKENDS)

@@ -65,4 +65,4 @@ def test_a_network_is_traced_whole(device: str) -> None:
 
     for a, b, c in zip(eager, compiled, reference, strict=True):
         torch.testing.assert_close(b, a)
-        torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(a, c, rtol=1e-4, atol=2e-5 * float(c.abs().max()))
