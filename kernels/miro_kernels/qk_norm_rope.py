@@ -10,7 +10,8 @@ Backward, dy = (c, d): the rotation turns back, then the norm's gradient with g 
 
 Saved for backward: q and k as they were given. Bytes an element in bf16, the least possible:
 forward 4 (read, written), backward 6; the angles are read once for `samples` samples, and weight
-gradients are fp32 partials of each program, folded in a fixed order.
+gradients are fp32 partials of each program, folded in a fixed order. Accesses are 16 bytes wide
+where half a head is a multiple of that.
 
 The norm keeps attention logits bounded (arXiv 2302.05442), the rotation encodes the place of an
 image token (RoFormer, arXiv 2104.09864; the angles of a 2-D grid are the caller's).

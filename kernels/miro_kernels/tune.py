@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,9 +34,10 @@ def milliseconds(run: Callable[[], object]) -> float:
     from triton.testing import do_bench
 
     try:
-        return float(do_bench(run, return_mode="median"))
+        median: Any = do_bench(run, return_mode="median")
     except (OutOfResources, CompilationError):
         return float("inf")
+    return median
 
 
 def tune(

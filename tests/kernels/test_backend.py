@@ -101,4 +101,5 @@ def test_the_command_line_offers_the_backends(capsys: pytest.CaptureFixture) -> 
     with pytest.raises(SystemExit):
         cli.train(["demo", "--kernels", "cuda"])
 
-    assert all(name in capsys.readouterr().err for name in backend.BACKENDS)
+    message = capsys.readouterr().err
+    assert all(name in message for name in backend.BACKENDS)

@@ -24,7 +24,7 @@ def norm(make: Callable[..., Tensor], channels: int) -> Any:
 
 
 def rotation(make: Callable[..., Tensor], channels: int) -> Any:
-    size = 40 if channels == 200 else 96 if channels == 1152 else 128
+    size = {200: 32, 1152: 96, 2048: 128}[channels]
     q, k, _ = make(BATCH, TOKENS, 3, channels // size, size).unbind(2)
     angles = torch.empty(TOKENS, size // 2)
     return qk_norm_rope(q, k, make(size), make(size), angles, angles)
