@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test gpu-check lint clean
 
 setup: $(STAMP)
 
@@ -16,8 +16,15 @@ $(STAMP): pyproject.toml
 demo: setup
 	$(BIN)/miro demo
 
+# Three lanes, each a process: Triton interprets or compiles, and that is settled at its import.
 test: setup lint
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/interpret
+	$(BIN)/python -m pytest tests/kernels/compiled
+
+# Proves and times the kernels on a GPU; exits 2 on a machine without one.
+gpu-check: setup
+	$(BIN)/python profiling/gpu_check.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ from miro.config import unknown_name
 from miro.engine import OptimizerConfig, Precision
 from miro.flow import FlowConfig
 from miro.model.transformer import ModelConfig
+from miro_kernels.backend import Backend
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class TrainConfig:
     compile: bool = False
     """Compile the network with torch.compile; worth its start-up time on long runs. On a CPU this
     needs a C++ compiler."""
+    kernels: Backend = "auto"
+    """What computes the fused operations. auto leaves it to the variable MIRO_KERNELS and then to
+    the device: Triton on a GPU, torch elsewhere."""
     device: str = "cpu"
     threads: int | None = None
     """CPU threads of this process; None leaves it to torch."""

@@ -22,12 +22,13 @@ from miro.checkpoint import RunFolder
 from miro.conditioning import Bins, keep_rewards, keep_text, trained_rewards
 from miro.config import differences, to_dict
 from miro.data.loader import Batch, EncodedDataset, Loader
-from miro.engine import Engine
+from miro.engine import DTYPES, Engine
 from miro.locks import alone_in
 from miro.model.transformer import FlowTransformer, Rewards
 from miro.presets import TrainConfig
 from miro.random import generator_from, seed_from
 from miro.report.metrics import MetricsWriter
+from miro_kernels import backend, prewarm, use_backend
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,8 @@ def train(
         report: called at each report.
 
     Raises:
-        ValueError: the configuration is impossible, or the folder holds another run.
+        ValueError: the configuration is impossible, on this machine or at all, or the folder holds
+            another run.
         FloatingPointError: the loss is no longer a number; no checkpoint holds what it led to.
     """
     if config.data is None:
@@ -84,10 +86,12 @@ def train(
         config.conditioning.bin_law,
         optional=[n for n, told in zip(dataset.rewards, trained.tolist(), strict=True) if not told],
     )
-    with alone_in(folder):
-        run = RunFolder(folder)
-        _open_run(run, config, bins, dataset, resume)
-        return _train(config, run, dataset, scores, bins, trained, report)
+    with use_backend(config.kernels):
+        backend.ready(config.device)
+        with alone_in(folder):
+            run = RunFolder(folder)
+            _open_run(run, config, bins, dataset, resume)
+            return _train(config, run, dataset, scores, bins, trained, report)
 
 
 def _train(
@@ -111,6 +115,15 @@ def _train(
         total_images=config.images,
         precision=config.precision,
         compiled=config.compile,
+        device=config.device,
+    )
+    prewarm(
+        config.model,
+        batch=config.batch,
+        tokens=len(model.places),
+        rewards=len(dataset.rewards),
+        levels=len(bins.levels()),
+        dtype=DTYPES[config.precision],
         device=config.device,
     )
     images = 0

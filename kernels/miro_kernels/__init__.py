@@ -1,12 +1,15 @@
 """Fused operations of the MIRO flow transformer: functions without parameters.
 
 Every operation has a `<name>_reference` in plain torch beside it, which is its specification, the
-path a CPU takes and the oracle of its tests.
+path a CPU takes and the oracle of its tests. `use_backend`, or the variable MIRO_KERNELS, says
+which of the two computes, and `prewarm` compiles the kernels of a run before its first step.
 """
 
 from miro_kernels.adaln import adaln, gated_residual_adaln
 from miro_kernels.adamw_ema import AdamWEMA
 from miro_kernels.attention import attention
+from miro_kernels.backend import use_backend
+from miro_kernels.prewarm import prewarm
 from miro_kernels.qk_norm_rope import qk_norm_rope
 from miro_kernels.reward_adaln import reward_adaln
 from miro_kernels.swiglu import swiglu
@@ -16,7 +19,9 @@ __all__ = [
     "adaln",
     "attention",
     "gated_residual_adaln",
+    "prewarm",
     "qk_norm_rope",
     "reward_adaln",
     "swiglu",
+    "use_backend",
 ]

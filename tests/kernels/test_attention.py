@@ -1,14 +1,20 @@
 """Attention over image and ragged text, against a softmax written out for each sample alone."""
 
+import sys
 from collections.abc import Callable
 from itertools import accumulate
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from miro_kernels import attention
+from miro_kernels import attention, use_backend
+from miro_kernels.attention import attention_op
 
 Draw = Callable[..., Tensor]
 LENGTHS = {
@@ -154,3 +160,97 @@ def test_offsets_of_another_integer_are_refused(draw: Draw) -> None:
 
     with pytest.raises(ValueError, match=r"text_offsets must be int32, got torch\.int64"):
         attention(**given)
+
+
+@pytest.mark.parametrize("changed", ["k", "v", "text_k", "text_v"])
+def test_an_argument_of_another_dtype_is_named(draw: Draw, changed: str) -> None:
+    given = arguments(draw, [3, 0, 2])
+    given[changed] = given[changed].float()
+
+    with pytest.raises(ValueError, match=f"{changed} must have q's dtype .*64, got .*32"):
+        attention(**given)
+
+
+@pytest.mark.parametrize("changed", ["k", "v", "text_k", "text_v", "text_offsets"])
+def test_an_argument_on_another_device_is_named(draw: Draw, changed: str) -> None:
+    given = arguments(draw, [3, 0, 2])
+    given[changed] = given[changed].to("meta")
+
+    with pytest.raises(ValueError, match=f"attention: {changed} must be on cpu as q is, got meta"):
+        attention(**given)
+
+
+@pytest.mark.parametrize("offsets", [[1, 3, 3, 5], [0, 3, 3, 4], [0, 4, 3, 5], [0, 3, 3, 6]])
+def test_offsets_that_do_not_rise_over_the_text_are_refused(draw: Draw, offsets: list[int]) -> None:
+    given = arguments(draw, [3, 0, 2])
+    given["text_offsets"] = torch.tensor(offsets, dtype=torch.int32)
+
+    with pytest.raises(ValueError, match="text_offsets must rise from 0 to the 5 rows") as error:
+        attention(**given)
+
+    assert str(offsets) in str(error.value)
+
+
+def test_a_bound_below_the_longest_text_is_refused(draw: Draw) -> None:
+    with pytest.raises(ValueError, match="longest_text must bound .* longest is 3, got 2"):
+        attention(**arguments(draw, [3, 0, 2]), longest_text=2)
+
+
+def test_triton_asked_for_in_vain_says_why(draw: Draw) -> None:
+    with use_backend("triton"), pytest.raises(ValueError, match="attention: .* triton .* but"):
+        attention(**arguments(draw, [3, 0, 2], size=32, dtype=torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "dtype", "reason"),
+    [
+        ([3, 0, 2], torch.bfloat16, "no ragged text beside the image, got 5 tokens"),
+        ([0, 0], torch.float32, "bf16 and fp16 on a CUDA device, got torch.float32 on cpu"),
+        ([0, 0], torch.bfloat16, "bf16 and fp16 on a CUDA device, got torch.bfloat16 on cpu"),
+    ],
+)
+def test_flash_attn_asked_for_in_vain_says_why(
+    draw: Draw, lengths: list[int], dtype: torch.dtype, reason: str
+) -> None:
+    with use_backend("flash_attn"), pytest.raises(ValueError, match=reason):
+        attention(**arguments(draw, lengths, dtype=dtype))
+
+
+@pytest.mark.parametrize("version", [2, 4])
+def test_flash_attn_serves_attention_without_text(
+    monkeypatch: pytest.MonkeyPatch, version: int
+) -> None:
+    """On tensors that say they are on a device; flash-attn 2 returns o, 4 returns (o, lse)."""
+
+    served = []
+
+    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor) -> Tensor | tuple[Tensor, None]:
+        served.append(q)
+        out = F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, k, v)))
+        out = out.transpose(1, 2)
+        return out if version == 2 else (out, None)
+
+    package, cute = ModuleType("flash_attn"), ModuleType("flash_attn.cute")
+    for module in (package, cute)[: version // 2]:
+        monkeypatch.setattr(module, "flash_attn_func", flash_attn_func, raising=False)
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", cute if version == 4 else None)
+
+    with FakeTensorMode(), use_backend("flash_attn"):
+        q = torch.empty(2, 5, 3, 32, dtype=torch.bfloat16, device="cuda")
+        text = q.new_empty(0, 3, 32)
+        offsets = torch.empty(3, dtype=torch.int32, device="cuda")
+        assert attention(q, q, q, text, text, offsets, 0).shape == q.shape
+        assert len(served) == 1
+
+
+def test_flops_are_those_of_the_keys_each_query_meets() -> None:
+    batch, tokens, text, heads, size = 3, 5, 7, 2, 32
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        q = torch.empty(batch, tokens, heads, size, requires_grad=True)
+        words = torch.empty(text, heads, size, requires_grad=True)
+        offsets = torch.empty(batch + 1, dtype=torch.int32)
+        attention_op(q, q, q, words, words, offsets, 4)[0].sum().backward()
+
+    met = tokens * (batch * tokens + text)
+    assert counter.get_total_flops() == (2 + 5) * 2 * met * heads * size

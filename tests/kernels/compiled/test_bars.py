@@ -1,0 +1,32 @@
+"""What every op compiles to at the preset's shapes, with the tiles that are shipped."""
+
+import pytest
+import torch
+
+from miro_kernels.lab import measure
+from miro_kernels.lab.cases import CASES, Case
+from miro_kernels.lab.compiled import MACHINES
+
+MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC"}
+
+
+@pytest.mark.parametrize("target", MACHINES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.op)
+def test_compiled_code(case: Case, target: str) -> None:
+    found = measure.compiled(case, torch.bfloat16, target)
+
+    assert found.keys() == set(case.directions) and all(found.values())
+    for kernel in (kernel for kernels in found.values() for kernel in kernels):
+        assert kernel.fits and kernel.occupancy > 0, kernel
+        assert kernel.atomics == 0, kernel
+        if target in MATRIX:
+            assert kernel.spills == 0 and kernel.narrow == 0, kernel
+
+
+@pytest.mark.parametrize("target", MATRIX)
+def test_attention_multiplies_on_the_matrix_unit_of_its_target(target: str) -> None:
+    (case,) = (case for case in CASES if case.op == "attention")
+
+    for direction, kernels in measure.compiled(case, torch.bfloat16, target).items():
+        names = {name for kernel in kernels for name in kernel.matrix}
+        assert names and all(name.startswith(MATRIX[target]) for name in names), direction

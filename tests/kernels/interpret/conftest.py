@@ -1,0 +1,53 @@
+"""The interpreter lane: kernels run on a CPU, every access checked; or on the device of a machine
+that has one."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+import torch
+
+from miro_kernels.lab import interpret, traffic
+
+HERE = Path(__file__).parent
+DEVICE = "cpu" if interpret.interpreting() else "cuda"
+
+
+def pytest_configure() -> None:
+    if DEVICE == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError(
+            f"{HERE} needs a GPU or the interpreter, which is chosen before triton is imported: "
+            "TRITON_INTERPRET=1 python -m pytest tests/kernels/interpret"
+        )
+    if DEVICE == "cpu":
+        interpret.correct()
+
+
+@pytest.fixture
+def device() -> str:
+    """Where this lane's tensors are to lie."""
+    return DEVICE
+
+
+@pytest.fixture
+def count() -> Callable[..., AbstractContextManager[traffic.Traffic]]:
+    """lab.traffic.count; a test that counts is skipped on a device, where nothing can."""
+    if DEVICE != "cpu":
+        pytest.skip("traffic is counted in the interpreter")
+    return traffic.count
+
+
+@pytest.fixture(autouse=True)
+def checked(request: pytest.FixtureRequest):
+    """Every kernel of every test has its accesses checked, unless the test counts by itself.
+
+    What torch.empty returns holds NaN, so that a result nobody wrote is seen.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    if DEVICE == "cuda" or "count" in request.fixturenames:
+        yield
+        return
+    with traffic.count():
+        yield

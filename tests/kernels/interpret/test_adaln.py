@@ -1,0 +1,129 @@
+"""adaLN's kernels, alone and gated, against the reference: outputs and every gradient."""
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from miro_kernels import adaln, gated_residual_adaln, use_backend
+from miro_kernels.adaln import adaln_reference, gated_residual_adaln_reference
+from miro_kernels.lab import testing
+
+Draw = Callable[..., Tensor]
+# Tiny; odd; prime and longer than a program's walk; not a power of two, and wide.
+SHAPES = [(1, 1, 8), (2, 5, 24), (2, 67, 200), (1, 3, 1152)]
+OPS = {
+    "adaln": (adaln, adaln_reference),
+    "gated": (gated_residual_adaln, gated_residual_adaln_reference),
+}
+
+
+@pytest.fixture(autouse=True)
+def triton() -> Iterator[None]:
+    with use_backend("triton"):
+        yield
+
+
+def arguments(draw: Draw, device: str, op: str, shape: tuple, dtype: torch.dtype) -> dict[str, Any]:
+    batch, _, channels = shape
+    made: dict[str, Any] = {"x": draw(*shape)}
+    if op == "gated":
+        made |= {"branch": draw(*shape), "gate": draw(batch, channels)}
+    made |= {"shift": draw(batch, channels), "scale": draw(batch, channels)}
+    made = {name: z.to(device, dtype).requires_grad_() for name, z in made.items()}
+    return made | {"eps": 1e-5}
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(draw: Draw, device: str, op: str, shape: tuple) -> None:
+    given = arguments(draw, device, op, shape, torch.float32)
+
+    testing.assert_close(*OPS[op], given, gradient=testing.transposed_gradient)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(draw: Draw, device: str, op: str, dtype: torch.dtype) -> None:
+    given = arguments(draw, device, op, (2, 7, 200), dtype)
+    given["shift"] = given["shift"].detach().float().requires_grad_()
+
+    testing.assert_close(*OPS[op], given)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 3e4), (torch.bfloat16, 1e15)])
+def test_large_values(draw: Draw, device: str, op: str, dtype: torch.dtype, size: float) -> None:
+    given = arguments(draw, device, op, (2, 3, 40), dtype)
+    given["x"] = (given["x"].detach() * size).requires_grad_()
+
+    testing.assert_close(*OPS[op], given)
+
+
+def test_slices_and_transposes(draw: Draw, device: str) -> None:
+    given = arguments(draw, device, "gated", (2, 5, 24), torch.float32)
+    modulation = draw(2, 3, 24).to(device, torch.float32)
+    for number, name in enumerate(("gate", "shift", "scale")):
+        given[name] = modulation[:, number].requires_grad_()
+    given["x"] = draw(24, 5, 2).to(device, torch.float32).transpose(0, 2).requires_grad_()
+
+    testing.assert_close(*OPS["gated"], given)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8)], ids=str)
+def test_nothing_gives_nothing(draw: Draw, device: str, op: str, shape: tuple) -> None:
+    found = testing.evaluate(OPS[op][0], arguments(draw, device, op, shape, torch.float32))
+
+    assert all(not tensor.any() for tensor in found.values())
+    assert found["d x"].shape == shape and found["d shift"].shape == (shape[0], 8)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_two_runs_are_equal_bit_for_bit(draw: Draw, device: str, op: str) -> None:
+    given = arguments(draw, device, op, (2, 67, 64), torch.bfloat16)
+
+    testing.assert_repeats(OPS[op][0], given)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_nan_stays_in_its_sample(draw: Draw, device: str, op: str) -> None:
+    given = arguments(draw, device, op, (3, 6, 16), torch.float32)
+    clean = testing.evaluate(OPS[op][0], given)
+    given["x"].data[1, 2, 3] = torch.nan
+
+    found = testing.evaluate(OPS[op][0], given)
+
+    assert found["d x"][1].isnan().any() and found["d scale"][1].isnan().any()
+    for name, tensor in found.items():
+        assert torch.equal(tensor[[0, 2]], clean[name][[0, 2]]), name
+
+
+def test_either_output_may_be_used_alone(draw: Draw, device: str) -> None:
+    given = arguments(draw, device, "gated", (2, 5, 24), torch.float32)
+    for number in (0, 1):
+        op, reference = (
+            lambda f=f, **given: f(**given)[number]  # noqa: B023, called in this turn
+            for f in OPS["gated"]
+        )
+        testing.assert_close(op, reference, given)
+
+
+def test_the_registered_ops_are_what_they_say(draw: Draw, device: str) -> None:
+    module = sys.modules["miro_kernels.adaln"]
+    given = arguments(draw, device, "adaln", (2, 3, 8), torch.float32)
+    torch.library.opcheck(module._adaln, tuple(given.values()))
+    given = arguments(draw, device, "gated", (2, 3, 8), torch.float32)
+    torch.library.opcheck(module._gated, tuple(given.values()))
+
+
+def test_what_the_kernels_cannot_take_is_refused(draw: Draw, device: str) -> None:
+    given = arguments(draw, device, "adaln", (1, 2, 8), torch.float64)
+    with pytest.raises(ValueError, match="adaln: the backend triton.*fp32, bf16 and fp16.*float64"):
+        adaln(**given)
+    wide = arguments(draw, device, "adaln", (1, 1, 8193), torch.float32)
+    with pytest.raises(ValueError, match="adaln: the backend triton.*8192 channels, not 8193"):
+        adaln(**wide)

@@ -1,0 +1,68 @@
+"""The trainer on the kernels: the same losses as on torch, and a network that compiles whole."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from miro.checkpoint import RunFolder
+from miro.model.transformer import FlowTransformer, ModelConfig, Rewards
+from miro.presets import TrainConfig
+from miro.text import PackedText
+from miro.train import train
+from miro_kernels import use_backend
+
+
+def losses(run: Path) -> list[float]:
+    lines = RunFolder(run).metrics.read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_few_steps_lose_what_they_lose_on_torch(
+    training: TrainConfig, tmp_path: Path, device: str, optimizer: str
+) -> None:
+    few = replace(training, images=24, checkpoint_every=24, weights_at=(), device=device)
+    few = replace(few, model=replace(few.model, heads=1))
+    few = replace(few, optimizer=replace(few.optimizer, matrices=optimizer))
+
+    for kernels in ("torch", "triton"):
+        train(replace(few, kernels=kernels), tmp_path / kernels)
+
+    torch.testing.assert_close(
+        torch.tensor(losses(tmp_path / "triton")),
+        torch.tensor(losses(tmp_path / "torch")),
+        rtol=2e-5,
+        atol=0,
+    )
+
+
+def test_a_network_is_traced_whole(device: str) -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(channels=32, depth=1, heads=1, hidden=16, patch=2)
+    model = FlowTransformer(config, (1, 4, 4), 8, rewards=2).to(device)
+    for param in model.parameters():
+        torch.nn.init.normal_(param, std=0.3)
+    text = PackedText(torch.randn(3, 8), torch.tensor([0, 3, 3], dtype=torch.int32), 3).to(device)
+    bins = torch.tensor([[0, 1], [2, 1]])
+    rewards = Rewards(torch.arange(3) / 2, bins, bins > 0)
+    rewards = Rewards(*(tensor.to(device) for tensor in rewards))
+    x, t = torch.randn(2, 1, 4, 4, device=device), torch.rand(2, device=device)
+
+    def gradients(predict: object) -> list[torch.Tensor]:
+        model.zero_grad()
+        out = predict(x, t, rewards, model.read_text(text))  # type: ignore[operator]
+        out.square().sum().backward()
+        return [out.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    with use_backend("triton"):
+        eager = gradients(model)
+        compiled = gradients(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    with use_backend("torch"):
+        reference = gradients(model)
+
+    for a, b, c in zip(eager, compiled, reference, strict=True):
+        torch.testing.assert_close(b, a)
+        torch.testing.assert_close(a, c, rtol=1e-4, atol=2e-5 * float(c.abs().max()))

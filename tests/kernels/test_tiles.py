@@ -1,0 +1,67 @@
+"""The table of tiles, and files that replace its entries."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from miro_kernels import tiles
+from miro_kernels._triton import Target
+
+GOOD = {"rows": 2, "tokens": 32, "programs": 1, "warps": 4, "stages": 1}
+
+
+@pytest.mark.parametrize(
+    ("target", "family"),
+    [
+        (Target("cuda", 80), "sm_80"),
+        (Target("cuda", 86), "sm_80"),
+        (Target("cuda", 90), "sm_90"),
+        (Target("cuda", 103), "sm_100"),
+        (Target("cuda", 120), "sm_80"),
+        (Target("hip", "gfx950"), "gfx942"),
+    ],
+)
+def test_every_target_has_its_row(target: Target, family: str) -> None:
+    assert target.family == family
+    for kernel, settings in tiles.TILES[family].items():
+        assert tiles.tile(kernel, target) == settings
+
+
+def test_all_families_have_the_same_kernels_and_settings() -> None:
+    forms = {
+        family: {kernel: sorted(settings) for kernel, settings in kernels.items()}
+        for family, kernels in tiles.TILES.items()
+    }
+    assert all(form == forms["sm_90"] for form in forms.values())
+
+
+def test_a_file_replaces_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "tiles.json"
+    file.write_text(json.dumps({"sm_90": {"norm_backward": GOOD}}))
+    monkeypatch.setattr(tiles, "_replaced", tiles.read_tiles(file))
+
+    assert tiles.tile("norm_backward", Target("cuda", 90)) == GOOD
+    assert tiles.tile("norm_backward", Target("cuda", 80)) == tiles.TILES["sm_80"]["norm_backward"]
+    assert tiles.tile("norm_forward", Target("cuda", 90)) == tiles.TILES["sm_90"]["norm_forward"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"sm_91": {}}, "no family 'sm_91'; known: sm_80"),
+        ({"sm_90": {"norm": GOOD}}, "sm_90.norm must be one of norm_forward"),
+        ({"sm_90": {"norm_backward": {"rows": 2}}}, "rows, tokens, programs, warps, stages"),
+        (
+            {"sm_90": {"norm_backward": {**GOOD, "rows": 3}}},
+            "norm_backward.rows.*power of 2, got 3",
+        ),
+        ({"sm_90": {"norm_backward": {**GOOD, "rows": "4"}}}, "power of 2, got '4'"),
+    ],
+)
+def test_a_wrong_file_is_refused_by_name(tmp_path: Path, content: dict, words: str) -> None:
+    file = tmp_path / "tiles.json"
+    file.write_text(json.dumps(content))
+
+    with pytest.raises(ValueError, match=words):
+        tiles.read_tiles(file)
