@@ -321,8 +321,9 @@ MOST_OVER_INDUCTOR = {(op, "backward"): 0.65 for op in NORMS}
 
 _MODULATION = (
     "a sample's rows of modulation (base, block, up to 7 of the table for each part) are summed "
-    "anew by each of its 4 programs; with every sector counted once the bar is met (distinct), and "
-    "the second-level cache holds them. Fewer programs would leave multiprocessors idle"
+    "anew by each of its 4 programs; with every sector counted once the bar is met (distinct). "
+    "Chunks of 128 tokens would halve this, but make one program for each multiprocessor of an "
+    "H100, which is not chosen without a device to time it on"
 )
 # By op, direction and figure: why a bar is missed, and what was tried.
 SHORTFALLS: dict[tuple[str, str, str], str] = {
