@@ -130,10 +130,12 @@ def cells(row: dict[str, Any]) -> list[list[str]]:
     figures = [f"{row[key]:.3f}" for key in row if "_over_" in key]
     lines, left = [], [row["op"], row["direction"], *figures]
     for target, found in row["compiled"].items():
-        share = f"{found['occupancy']:.2f}"
-        lines.append(
-            [*left, target, *(str({**found, "occupancy": share}[h]) for h in HEADINGS[8:])]
-        )
+        limit = MACHINES[target].shared_per_program / 1024
+        shown = found | {
+            "shared": f"{found['shared'] / 1024:.1f} of {limit:.0f} KiB",
+            "occupancy": f"{found['occupancy']:.2f}",
+        }
+        lines.append([*left, target, *(str(shown[heading]) for heading in HEADINGS[8:])])
         left = [""] * len(left)
     return lines
 

@@ -16,6 +16,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from miro_kernels import attention, backend, tiles
 from miro_kernels.lab import testing
@@ -76,9 +77,32 @@ def eager_as_on_a_gpu() -> Iterator[None]:
 
 def bytes_moved(case: Case, dtype: torch.dtype) -> dict[str, Moved]:
     """The bytes of each direction, in the interpreter."""
-    arguments = case.arguments(Make("cpu", dtype), case.batch)
+    *few, batch = case.batches
+    found = counted(case, dtype, batch)
+    if not few:
+        return found
+    # A fixed part and one that grows with the samples: carried on to the whole batch.
+    before, steps = counted(case, dtype, few[0]), (BATCH - batch) / (batch - few[0])
+    least = least_of_whole_batch(case, dtype)
+
+    def carried(direction: str, name: str) -> int:
+        last = getattr(found[direction], name)
+        return round(last + steps * (last - getattr(before[direction], name)))
+
+    return {
+        direction: Moved(
+            *(carried(direction, name) for name in ("kernels", "distinct", "eager")),
+            least=least[direction],
+        )
+        for direction in found
+    }
+
+
+def counted(case: Case, dtype: torch.dtype, batch: int) -> dict[str, Moved]:
+    """The bytes of each direction for a batch, its programs shaped as for a whole one."""
+    arguments = case.arguments(Make("cpu", dtype), batch)
     leaves = leaves_of(arguments)
-    with shaped_for_whole_batch(case.batch), backend.use_backend("triton"):
+    with shaped_for_whole_batch(batch), backend.use_backend("triton"):
         run = case.prepare(arguments)
         with count() as forward, EagerBytes() as beside:
             result = run()
@@ -112,7 +136,7 @@ def bytes_moved(case: Case, dtype: torch.dtype) -> dict[str, Moved]:
 def errors(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, float]:
     """The largest error over eager's of each direction's results."""
     # Two samples show what many do, and the oracle takes its time.
-    arguments = case.arguments(Make(device, dtype), min(case.batch, 2))
+    arguments = case.arguments(Make(device, dtype), min(case.batches[-1], 2))
 
     def kernel(**given: Any) -> Any:
         with backend.use_backend("triton"):
@@ -142,14 +166,22 @@ def compiled(case: Case, dtype: torch.dtype, target: str) -> dict[str, list[Comp
     return found
 
 
+def least_of_whole_batch(case: Case, dtype: torch.dtype) -> dict[str, int]:
+    arguments = case.arguments(Make("cpu", dtype, filled=False), BATCH)
+    with FakeTensorMode() as mode:
+        fakes = {
+            n: mode.from_tensor(v) if isinstance(v, Tensor) else v for n, v in arguments.items()
+        }
+        outputs = outputs_of(case.reference(**fakes))
+    return case.least(arguments, outputs)
+
+
 def inductor_bytes(case: Case, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
     """Of each direction: the bytes of what Inductor would generate, and the least."""
-    arguments = case.arguments(Make("cpu", dtype), case.batch)
+    arguments = case.arguments(Make("cpu", dtype, filled=False), BATCH)
     with eager_as_on_a_gpu():
         forward, backward = generate(case.reference, arguments)
-        with torch.no_grad():
-            outputs = outputs_of(case.reference(**arguments))
-    least = case.least(arguments, outputs)
+    least = least_of_whole_batch(case, dtype)
     found = {"forward": (forward.bytes, least["forward"])}
     if backward is not None:
         found["backward"] = (backward.bytes, least["backward"])
