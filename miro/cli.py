@@ -166,6 +166,8 @@ def train(args: Sequence[str]) -> None:
         default=_Train(preset(args[0]), tyro.MISSING),
         args=[f"--{word}" if SETTING.fullmatch(word) else word for word in args[1:]],
         prog=f"miro train {args[0]}",
+        # So that compile=False can be written like every other key=value.
+        config=(tyro.conf.FlagConversionOff,),
     )
     from miro.train import Progress
     from miro.train import train as run

@@ -14,6 +14,7 @@ from miro.cli import COMMANDS, main
 TINY = [
     "model.channels=32", "model.depth=1", "model.heads=1", "model.hidden=32", "images=128",
     "batch=32", "report_every=64", "checkpoint_every=64", "optimizer.warmup_images=32",
+    "compile=False",
 ]  # fmt: skip
 
 
