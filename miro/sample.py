@@ -78,13 +78,16 @@ def _reward_input(branches: Sequence[_Branch], batch: int, device: torch.device)
     """Each branch's levels as an index into the distinct levels that occur."""
     asked = [[level for level in branch.target.levels] for branch in branches]
     levels = sorted({level for row in asked for level in row if level is not None} or {0.0})
-    index = torch.tensor([[0 if v is None else levels.index(v) for v in row] for row in asked])
-    keep = torch.tensor([[v is not None for v in row] for row in asked])
+    # Typed, because of no rewards torch would make floating-point numbers.
+    index = torch.tensor(
+        [[0 if v is None else levels.index(v) for v in row] for row in asked], dtype=torch.int64
+    )
+    keep = torch.tensor([[v is not None for v in row] for row in asked], dtype=torch.bool)
 
     def repeated(rows: Tensor) -> Tensor:
         return rows.reshape(len(branches), -1).repeat_interleave(batch, 0).to(device)
 
-    return Rewards(torch.tensor(levels, device=device), repeated(index), repeated(keep).bool())
+    return Rewards(torch.tensor(levels, device=device), repeated(index), repeated(keep))
 
 
 def _stack_text(keys: TextKeys, branches: Sequence[_Branch], batch: int, tokens: int) -> TextKeys:
