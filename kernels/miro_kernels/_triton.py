@@ -36,6 +36,18 @@ def jit(function: Callable[..., Any]) -> Any:
     return triton.jit(function) if AVAILABLE else function
 
 
+def jit_for_any(*varying: str) -> Callable[[Callable[..., Any]], Any]:
+    """As `jit`, for kernels whose integers `varying` differ from one step to the next.
+
+    Triton compiles anew for a number that is 1 or a multiple of 16; these it takes as they come.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        return triton.jit(do_not_specialize=varying)(function) if AVAILABLE else function
+
+    return decorate
+
+
 class Target(NamedTuple):
     """What a launch is compiled for."""
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from miro_kernels import backend
 from miro_kernels._shapes import check_floats, widen
-from miro_kernels._triton import ceil_div, counts_no_flops, jit, power_of_2, tl
+from miro_kernels._triton import ceil_div, counts_no_flops, jit, jit_for_any, power_of_2, tl
 from miro_kernels.tiles import Tile, tile
 
 
@@ -29,7 +29,8 @@ def swiglu_reference(packed: Tensor) -> Tensor:
     return (F.silu(widen(gate)) * widen(value)).to(packed.dtype)
 
 
-@jit
+# Rows are the words of a batch where a text's MLP computes: another number at every step.
+@jit_for_any("n_rows")
 def _forward_kernel(
     packed_ptr, out_ptr, n_rows, FEATURES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -42,7 +43,7 @@ def _forward_kernel(
     tl.store(out_ptr + row * FEATURES + column, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@jit
+@jit_for_any("n_rows")
 def _backward_kernel(
     packed_ptr, dout_ptr, dpacked_ptr, n_rows,
     FEATURES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
