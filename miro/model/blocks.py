@@ -67,7 +67,7 @@ class Block(nn.Module):
 
 
 class TextBlock(nn.Module):
-    """Words of one text read one another, then a SwiGLU MLP; a fresh block changes nothing.
+    """Words of one text read one another, then a SwiGLU MLP.
 
     A frozen encoder's states tell "a frog left of a fish" from "a fish left of a frog" only
     faintly. Here "frog" can learn to say which end of the relation it is.
@@ -80,8 +80,6 @@ class TextBlock(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels, bias=False)
         self.out = nn.Linear(channels, channels, bias=False)
         self.mlp = SwiGLU(channels, hidden)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.mlp.down.weight)
 
     def forward(self, words: Tensor, places: Tensor, present: Tensor) -> Tensor:
         """(T, D) words end to end to the same.
