@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test gpu-check lint clean
+.PHONY: setup demo test test-long gpu-check lint clean
 
 setup: $(STAMP)
 
@@ -21,6 +21,10 @@ test: setup lint
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/interpret
 	$(BIN)/python -m pytest tests/kernels/compiled
+
+# What takes minutes: every stage, world and accumulation, twenty kills, all changes of the world.
+test-long: setup
+	$(BIN)/python -m pytest -m long
 
 # Proves and times the kernels on a GPU; exits 2 on a machine without one.
 gpu-check: setup

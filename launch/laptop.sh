@@ -6,6 +6,7 @@
 # Edit: REWARDS, what the pairs are scored by; SIZE, the pictures' side in pixels; PRESET.
 # Stopped and started again with the same arguments it goes on where it was.
 set -euo pipefail
+. "$(dirname "$0")/dry_run.sh"
 REWARDS="colourfulness sharpness"
 SIZE=32
 PRESET=demo
@@ -13,6 +14,6 @@ PRESET=demo
 photos=$1 run=$2
 shift 2
 # shellcheck disable=SC2086  # one word a reward
-miro annotate "$photos" "$run/scored" --rewards $REWARDS
-miro encode "$run/scored" "$run/encoded" --size "$SIZE"
-miro train "$PRESET" --run "$run/model" --data "$run/encoded" "$@"
+run miro annotate "$photos" "$run/scored" --rewards $REWARDS
+run miro encode "$run/scored" "$run/encoded" --size "$SIZE"
+run miro train "$PRESET" --run "$run/model" --data "$run/encoded" "$@"

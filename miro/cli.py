@@ -1,6 +1,7 @@
 """The command line: one command a stage, each usable alone on a user's own files.
 
     miro scenes | annotate | fit-clip | fit-verifier | encode | train | sample | evaluate | report
+    miro export | launch
     miro demo                                              walks them all
 
 Options are the fields of the configuration classes; `miro COMMAND --help` lists them. Those of
@@ -11,7 +12,6 @@ a command line that cannot be read exits with 2.
 from __future__ import annotations
 
 import logging
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,17 +22,17 @@ import tyro
 from rich.logging import RichHandler
 
 from miro.annotate import AnnotateConfig
+from miro.cli_train import export, launch, train
 from miro.config import unknown_name
 from miro.demo import DemoConfig
 from miro.encode import EncodeConfig
 from miro.evaluate.verifier import VerifierConfig
 from miro.fit_clip import FitClipConfig
-from miro.presets import PRESETS, TrainConfig, preset
 from miro.progress import bar, console, counting
+from miro.ranks import EXIT_STOPPED, Stopped
 
 Inline = tyro.conf.arg(name="")
 Positional = tyro.conf.Positional
-SETTING = re.compile(r"[A-Za-z_][\w.\-]*=.*", re.DOTALL)
 
 
 def scenes(
@@ -138,48 +138,6 @@ def encode(
         summary = run(source, dest, config=config, progress=progress)
     cut = f", {summary.cut} captions cut to the encoder's length" if summary.cut else ""
     console.print(f"{dest}: {summary.samples} samples{cut}, {summary.images_per_second:.0f}/s")
-
-
-@dataclass(frozen=True)
-class _Train:
-    config: Annotated[TrainConfig, Inline]
-    run: Path
-    """The run's folder: configuration, metrics, checkpoints and weights."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto goes on from the newest whole checkpoint in the folder, if there is one."""
-
-
-def train(args: Sequence[str]) -> None:
-    """Train a model: miro train PRESET --run DIR --data DIR [options]."""
-    if not args or args[0] in ("-h", "--help"):
-        console.print(
-            f"usage: miro train PRESET --run DIR --data DIR [options]\n\nPresets: "
-            f"{', '.join(PRESETS)}. `miro train PRESET --help` lists every option.",
-            markup=False,
-            highlight=False,
-        )
-        if not args:
-            raise SystemExit(2)
-        return
-    options = tyro.cli(
-        _Train,
-        default=_Train(preset(args[0]), tyro.MISSING),
-        args=[f"--{word}" if SETTING.fullmatch(word) else word for word in args[1:]],
-        prog=f"miro train {args[0]}",
-        # So that compile=False can be written like every other key=value.
-        config=(tyro.conf.FlagConversionOff,),
-    )
-    from miro.train import Progress
-    from miro.train import train as run
-
-    with bar("train", options.config.images) as show:
-
-        def report(progress: Progress) -> None:
-            detail = f"loss {progress.loss:.4f}  {progress.images_per_second:,.0f} images/s"
-            show(progress.images, progress.total, detail)
-
-        weights = run(options.config, options.run, resume=options.resume, report=report)
-    console.print(f"weights are in {weights}; sample with `miro sample {options.run} --prompt ...`")
 
 
 def _levels(pairs: Sequence[str], option: str) -> dict[str, float | None]:
@@ -330,6 +288,8 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
     "sample": sample,
     "evaluate": evaluate,
     "report": report,
+    "export": export,
+    "launch": launch,
     "demo": demo,
 }
 
@@ -366,6 +326,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         console.print(f"[bold red]miro {name}:[/] ", end="")
         console.print(str(error), markup=False, highlight=False)
         raise SystemExit(1) from error
+    except Stopped as told:
+        console.print(f"miro {name}: {told}")
+        raise SystemExit(EXIT_STOPPED) from None
     except KeyboardInterrupt:
         console.print(f"miro {name}: stopped; the same command goes on where it was")
         raise SystemExit(130) from None

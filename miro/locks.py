@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
+import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,4 +38,13 @@ def alone_in(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "ab") as file:
         lock(file, folder)
+        yield
+
+
+@contextmanager
+def one_at_a_time(name: str) -> Iterator[None]:
+    """Wait until no other process of this user and machine is inside a block of this name."""
+    path = Path(tempfile.gettempdir()) / f"{name}.{os.getuid()}.lock"
+    with open(path, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -63,6 +63,10 @@ class MuonEMA(AdamWEMA):
         if not group.get("orthogonal"):
             super()._update(group, params)
             return
+        # Read on the host, as the reference of AdamWEMA does.
+        scale = 1.0 if self.grad_scale is None else self.grad_scale.item()
+        if not scale >= 0:
+            return
         alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
         for param in params:
             alike[param.shape].append(param)
@@ -71,7 +75,7 @@ class MuonEMA(AdamWEMA):
             states = [self.state[param] for param in chosen]
             masters = [self.master(param) for param in chosen]
             momenta = [state["exp_avg"] for state in states]
-            grads = [param.grad.float() for param in chosen if param.grad is not None]
+            grads = [scale * param.grad.float() for param in chosen if param.grad is not None]
             torch._foreach_lerp_(momenta, grads, 1 - self._momentum)
             steps = orthogonal(torch.stack(torch._foreach_lerp(grads, momenta, self._momentum)))
             size = 0.2 * max(chosen[0].shape) ** 0.5

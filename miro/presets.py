@@ -8,9 +8,11 @@ from pathlib import Path
 
 from miro.conditioning import ConditioningConfig
 from miro.config import unknown_name
-from miro.engine import OptimizerConfig, Precision
+from miro.engine import Precision, ShardingConfig
 from miro.flow import FlowConfig
 from miro.model.transformer import ModelConfig
+from miro.optimizer import OptimizerConfig
+from miro.saving import OnFailure
 from miro_kernels.backend import Backend
 
 
@@ -29,6 +31,7 @@ class TrainConfig:
     flow: FlowConfig = field(default_factory=FlowConfig)
     conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
     precision: Precision = "fp32"
     compile: bool = False
     """Compile the network with torch.compile; worth its start-up time on long runs. On a CPU this
@@ -44,6 +47,12 @@ class TrainConfig:
     checkpoint_every: int = 32_000
     """Images between checkpoints to resume from."""
     keep_checkpoints: int = 2
+    """The last ones, to resume from."""
+    keep_every: int | None = None
+    """Checkpoints at multiples of as many images are kept for good."""
+    on_failed_save: OnFailure = "stop"
+    """What a run does that cannot write a checkpoint, its disk being full: stop, or continue to the
+    next one. Checkpoints before are untouched in both."""
     weights_at: tuple[int, ...] = ()
     """Images after which the averaged weights are kept for evaluation, beside those of the end."""
 
@@ -51,8 +60,8 @@ class TrainConfig:
         for name in ("images", "batch", "report_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("report_every", "checkpoint_every", "images"):
-            if getattr(self, name) % self.batch:
+        for name in ("report_every", "checkpoint_every", "images", "keep_every"):
+            if (getattr(self, name) or 0) % self.batch:
                 raise ValueError(
                     f"{name}={getattr(self, name)} must be a multiple of batch={self.batch}"
                 )

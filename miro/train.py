@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import logging
-import math
+import os
 import platform
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,33 +19,37 @@ from torch import Tensor
 
 from miro import checkpoint, flow
 from miro.checkpoint import RunFolder
-from miro.conditioning import Bins, keep_rewards, keep_text, trained_rewards
+from miro.conditioning import Bins, trained_rewards
 from miro.config import differences, to_dict
-from miro.data.loader import Batch, EncodedDataset, Loader
-from miro.engine import DTYPES, Engine
-from miro.locks import alone_in
-from miro.model.transformer import FlowTransformer, Rewards
+from miro.data.encoded import EncodedDataset
+from miro.engine import DTYPES, Engine, Layout, deepspeed_config, lay_out
+from miro.locks import alone_in, one_at_a_time
+from miro.memory import choose_stage
+from miro.meter import Meter, Progress
+from miro.model.transformer import FlowTransformer
 from miro.presets import TrainConfig
-from miro.random import generator_from, seed_from
+from miro.random import seed_from
+from miro.ranks import Ranks, Stopped, StopSignal, join, ranks_of
 from miro.report.metrics import MetricsWriter
+from miro.saving import Saver
+from miro.visits import Visit, Visits
 from miro_kernels import backend, prewarm, use_backend
+
+__all__ = ["Progress", "train"]
 
 log = logging.getLogger(__name__)
 
 # What may differ between a run and its resumption: none of it changes a result.
-FREE_TO_CHANGE = ("report_every", "checkpoint_every", "keep_checkpoints", "data")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a report says."""
-
-    images: int
-    total: int
-    loss: float
-    gradient_norm: float
-    images_per_second: float
-    seconds_left: float
+FREE_TO_CHANGE = (
+    "report_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "keep_every",
+    "on_failed_save",
+    "data",
+    "sharding",
+    "threads",
+)
 
 
 def train(
@@ -67,12 +71,15 @@ def train(
     Raises:
         ValueError: the configuration is impossible, on this machine or at all, or the folder holds
             another run.
-        FloatingPointError: the loss is no longer a number; no checkpoint holds what it led to.
+        FloatingPointError: too many steps in a row had to be skipped; no checkpoint holds them.
+        Stopped: SIGTERM was received; the run is saved.
     """
     if config.data is None:
         raise ValueError("train: data is not set; give the folder `miro encode` wrote: --data DIR")
     if config.threads:
         torch.set_num_threads(config.threads)
+    ranks = ranks_of(os.environ)
+    device = ranks.device(config.device)
     dataset = EncodedDataset(config.data, config.conditioning.places)
     pairs = dataset.scores.size // max(1, len(dataset.rewards))
     trained = trained_rewards(config.conditioning, dataset.rewards)
@@ -86,152 +93,159 @@ def train(
         config.conditioning.bin_law,
         optional=[n for n, told in zip(dataset.rewards, trained.tolist(), strict=True) if not told],
     )
-    with use_backend(config.kernels):
-        backend.ready(config.device)
-        with alone_in(folder):
-            run = RunFolder(folder)
+    visits = Visits(config, dataset, trained, scores, bins)
+    run = RunFolder(folder)
+    layout = lay_out(
+        config.sharding,
+        batch=config.batch,
+        world=ranks.world,
+        stage=choose_stage(
+            config, dataset.latent_shape, dataset.text_dim, len(dataset.rewards), ranks, device
+        ),
+    )
+    with use_backend(config.kernels), ExitStack() as stack:
+        backend.ready(device)
+        _prewarm(config, dataset, layout, len(bins.levels()), device)
+        join(config.device)
+
+        def open_run() -> None:
+            stack.enter_context(alone_in(folder))
             _open_run(run, config, bins, dataset, resume)
-            return _train(config, run, dataset, scores, bins, trained, report)
+            told = deepspeed_config(layout, config.precision, device.type)
+            checkpoint.write_text(run.deepspeed, json.dumps(told, indent=2))
+            checkpoint.clear_unfinished(run.checkpoints)
+
+        ranks.on_first(open_run)
+        engine = _engine(config, dataset, layout, device, ranks)
+        return _train(config, run, dataset, bins, engine, visits, report)
 
 
 def _train(
     config: TrainConfig,
     run: RunFolder,
     dataset: EncodedDataset,
-    scores: np.ndarray,
     bins: Bins,
-    trained: Tensor,
+    engine: Engine,
+    visits: Visits,
     report: Callable[[Progress], None],
 ) -> Path:
     """The loop, on checked arguments."""
-    torch.manual_seed(seed_from(config.seed, "weights"))
-    model = FlowTransformer(
-        config.model, dataset.latent_shape, dataset.text_dim, len(dataset.rewards)
-    )
-    engine = Engine(
-        model,
-        config.optimizer,
-        batch=config.batch,
-        total_images=config.images,
-        precision=config.precision,
-        compiled=config.compile,
-        device=config.device,
-    )
-    prewarm(
-        config.model,
-        batch=config.batch,
-        tokens=len(model.places),
-        rewards=len(dataset.rewards),
-        levels=len(bins.levels()),
-        dtype=DTYPES[config.precision],
-        device=config.device,
-    )
-    images = 0
-    if (saved := checkpoint.load_latest(run.checkpoints)) is not None:
-        engine.load_state(*saved)
-        images = int(saved[1]["images"])
-        log.info("resumed at %d images", images)
-
-    loader = Loader(dataset, config.batch, config.seed)
-    binned, known = (table.view(dataset.scores.shape) for table in bins.assign(scores))
-    step = _Step(config, engine, trained, bins.levels())
-    metrics = MetricsWriter(run.metrics, run.tensorboard, images)
-    meter = _Meter(config, images, metrics, report)
-    batches = loader.prefetch(images, config.batch)
-    try:
+    ranks, layout = engine.ranks, engine.layout
+    images = _resume(run, engine)
+    with ExitStack() as stack:
+        metrics = None
+        if ranks.first:
+            metrics = stack.enter_context(
+                closing(MetricsWriter(run.metrics, run.tensorboard, images))
+            )
+        saver = stack.enter_context(
+            Saver(
+                run,
+                ranks,
+                keep_last=config.keep_checkpoints,
+                keep_every=config.keep_every,
+                on_failure=config.on_failed_save,
+            )
+        )
+        stop = stack.enter_context(StopSignal(ranks))
+        ahead = stack.enter_context(closing(visits.ahead(layout, ranks.rank, images)))
+        meter = Meter(
+            engine, metrics, report, lambda start: visits.keys(layout, ranks.rank, start), images
+        )
         while images < config.images:
-            batch = next(batches)
-            chosen = batch.scores_index, batch.caption_index
-            loss, norm = step(batch, binned[chosen], known[chosen], images)
+            losses = [
+                _learn(config, engine, v) for v in itertools.islice(ahead, layout.accumulation)
+            ]
+            meter.add(images, losses, engine.step(images))
             images += config.batch
-            done = images == config.images
-            meter.add(loss, norm, images, due=done or images % config.report_every == 0)
+            done, stopped = images == config.images, stop.after_step()
+            if done or images % config.report_every == 0:
+                meter.tell(images, config.images)
             if done or images in config.weights_at:
                 meter.check(images)
-                _save_weights(run, engine, config, dataset, bins, images)
-            if done or images % config.checkpoint_every == 0:
-                meter.check(images)
-                metrics.flush()
-                tensors, numbers = engine.state()
-                checkpoint.save(run.checkpoint(images), tensors, {**numbers, "images": images})
-                checkpoint.keep_last(run.checkpoints, images, config.keep_checkpoints)
-    finally:
-        batches.close()
-        metrics.close()
+                saver.weights(
+                    images, engine.averaged(), _inference_state(config, dataset, bins, images)
+                )
+            if (done or stopped or images % config.checkpoint_every == 0) and meter.check(images):
+                if metrics is not None:
+                    metrics.flush()
+                pieces, numbers = engine.state()
+                # With it a checkpoint can be exported without its data.
+                encoding = dataset.manifest.encoding
+                saver.checkpoint(images, pieces, {**numbers, "encoding": encoding})
+            if stopped and not done:
+                saver.wait()
+                raise Stopped(
+                    f"stopped after {images:,} images, and saved; the same command goes on"
+                )
+        saver.wait()
     return run.weights_at(images)
 
 
-class _Step:
-    """One optimizer step: noise, dropout, forward, backward, update."""
-
-    def __init__(
-        self, config: TrainConfig, engine: Engine, trained: Tensor, levels: Tensor
-    ) -> None:
-        self.config, self.engine = config, engine
-        self.trained, self.levels = trained, levels.to(config.device)
-
-    def __call__(
-        self, batch: Batch, bins: Tensor, known: Tensor, images: int
-    ) -> tuple[Tensor, Tensor]:
-        config, device = self.config, self.config.device
-        generator = generator_from(config.seed, "step", images)
-        latents = batch.latents
-        if batch.std is not None:
-            # The autoencoder's posterior is drawn anew at each visit.
-            latents = latents + batch.std * torch.randn(latents.shape, generator=generator)
-        noise = torch.randn(latents.shape, generator=generator)
-        t = flow.draw_times(config.flow, len(batch), generator)
-        keep = keep_rewards(config.conditioning, known, self.trained, generator)
-        text = batch.text.keep(keep_text(config.conditioning, len(batch), generator))
-        x, noise, t = (z.to(device, non_blocking=True) for z in (latents, noise, t))
-        rewards = Rewards(self.levels, bins.to(device), keep.to(device))
-        prediction = self.engine.predict(flow.noised(x, noise, t), t, rewards, text.to(device))
-        loss = flow.velocity_errors(config.flow, prediction, x, noise, t).mean()
-        return loss.detach(), self.engine.step(loss, images)
+def _learn(config: TrainConfig, engine: Engine, visit: Visit) -> Tensor:
+    """Add the gradients of a micro-batch; its losses (micro-batch,), on the device."""
+    visit = visit.to(engine.device)
+    x, noise, t = visit.x, visit.noise, visit.t
+    prediction = engine.predict(flow.noised(x, noise, t), t, visit.rewards, visit.text)
+    losses = flow.velocity_errors(config.flow, prediction, x, noise, t)
+    engine.backward(losses.mean())
+    return losses.detach()
 
 
-class _Meter:
-    """Means between reports. Sums stay on the device, so that only a report waits for it."""
+def _prewarm(
+    config: TrainConfig, dataset: EncodedDataset, layout: Layout, levels: int, device: torch.device
+) -> None:
+    """Compile the kernels before the ranks meet, so that none keeps the others waiting.
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        images: int,
-        metrics: MetricsWriter,
-        report: Callable[[Progress], None],
-    ) -> None:
-        self.config, self.metrics, self.report = config, metrics, report
-        self._begin(images)
-
-    def _begin(self, images: int) -> None:
-        self.start, self.clock, self.steps = images, time.perf_counter(), 0
-        self.sums = torch.zeros(2, device=self.config.device)
-
-    def add(self, loss: Tensor, norm: Tensor, images: int, due: bool) -> None:
-        self.sums += torch.stack((loss, norm.float()))
-        self.steps += 1
-        if not due:
-            return
-        loss_mean, norm_mean = self.check(images)
-        rate = (images - self.start) / (time.perf_counter() - self.clock)
-        left = (self.config.images - images) / rate
-        progress = Progress(images, self.config.images, loss_mean, norm_mean, rate, left)
-        self.metrics.write(
-            images,
-            {"loss": loss_mean, "gradient_norm": norm_mean, "images_per_second": rate},
+    One process of a machine compiles, and the others find the kernels in Triton's cache.
+    """
+    _, height, width = dataset.latent_shape
+    with one_at_a_time("miro-prewarm"):
+        prewarm(
+            config.model,
+            batch=layout.micro_batch,
+            tokens=(height // config.model.patch) * (width // config.model.patch),
+            rewards=len(dataset.rewards),
+            levels=levels,
+            dtype=DTYPES[config.precision],
+            device=device,
+            optimized=layout.optimized(config.precision),
         )
-        self.report(progress)
-        self._begin(images)
 
-    def check(self, images: int) -> tuple[float, float]:
-        """The mean loss and gradient norm since the last report; both must be numbers."""
-        loss, norm = (self.sums / max(1, self.steps)).tolist()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise FloatingPointError(
-                f"the loss is {loss} after {images} images (gradient norm {norm}); the checkpoints "
-                "before are untouched: train in another folder with a lower optimizer.learning_rate"
-            )
-        return loss, norm
+
+def _engine(
+    config: TrainConfig,
+    dataset: EncodedDataset,
+    layout: Layout,
+    device: torch.device,
+    ranks: Ranks,
+) -> Engine:
+    """The engine of a new run; every rank begins with the same weights."""
+    torch.manual_seed(seed_from(config.seed, "weights"))
+    return Engine(
+        FlowTransformer(config.model, dataset.latent_shape, dataset.text_dim, len(dataset.rewards)),
+        config.optimizer,
+        layout,
+        total_images=config.images,
+        precision=config.precision,
+        compiled=config.compile,
+        device=device,
+        ranks=ranks,
+    )
+
+
+def _resume(run: RunFolder, engine: Engine) -> int:
+    """Take up the newest checkpoint that is whole; the images it was saved after, or 0."""
+    ranks = engine.ranks
+    reader = checkpoint.open_newest(run.checkpoints, ranks.rank, ranks.world, ranks.all_true)
+    if reader is None:
+        return 0
+    engine.load_state(
+        lambda key, piece: reader.read(key, piece.name, piece.start, piece.size), reader.state
+    )
+    images = int(reader.state["images"])
+    log.info("resumed at %d images", images)
+    return images
 
 
 def _open_run(
@@ -275,19 +289,13 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), "machine": platform.machine(), **found}
 
 
-def _save_weights(
-    run: RunFolder,
-    engine: Engine,
-    config: TrainConfig,
-    dataset: EncodedDataset,
-    bins: Bins,
-    images: int,
-) -> None:
-    """The averaged weights with all that sampling from them needs."""
-    state: dict[str, Any] = {
+def _inference_state(
+    config: TrainConfig, dataset: EncodedDataset, bins: Bins, images: int
+) -> dict[str, Any]:
+    """All that sampling needs beside the weights."""
+    return {
         "images": images,
         "config": to_dict(config),
         "bins": json.loads(bins.to_json()),
         "encoding": dataset.manifest.encoding,
     }
-    checkpoint.save(run.weights_at(images), engine.averaged(), state)

@@ -25,7 +25,7 @@ from torch._inductor.exc import InductorError
 
 from miro import flow
 from miro.conditioning import keep_rewards
-from miro.engine import Engine
+from miro.engine import Engine, Layout
 from miro.model.transformer import FlowTransformer, Rewards
 from miro.presets import TrainConfig, preset
 from miro.random import generator_from
@@ -60,7 +60,8 @@ def step(engine: Engine, config: TrainConfig, number: int) -> float:
     started = time.perf_counter()
     prediction = engine.predict(flow.noised(x, noise, t), t, rewards, text)
     loss = flow.velocity_errors(config.flow, prediction, x, noise, t).mean()
-    engine.step(loss, 64_000)
+    engine.backward(loss)
+    engine.step(64_000)
     return time.perf_counter() - started
 
 
@@ -70,7 +71,7 @@ def make(config: TrainConfig, precision: Any, compiled: bool) -> Engine:
     return Engine(
         model,
         config.optimizer,
-        batch=config.batch,
+        Layout(stage=0, world=1, micro_batch=config.batch, accumulation=1),
         total_images=config.images,
         precision=precision,
         compiled=compiled,

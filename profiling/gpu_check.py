@@ -36,7 +36,7 @@ from torch._inductor.exc import InductorError
 from torch.utils.flop_counter import FlopCounterMode
 
 from miro import flow
-from miro.engine import Engine
+from miro.engine import Engine, Layout
 from miro.model.transformer import FlowTransformer, Rewards
 from miro.presets import preset
 from miro.text import pack
@@ -199,8 +199,8 @@ def training_steps(name: str, steps: int = 12) -> dict[str, float]:
     torch.manual_seed(0)
     model = FlowTransformer(config.model, LATENTS, TEXT_CHANNELS, REWARDS)
     engine = Engine(
-        model, config.optimizer, batch=STEP_BATCH, total_images=config.images, precision="bf16",
-        compiled=compiled, device=DEVICE,
+        model, config.optimizer, Layout(0, 1, STEP_BATCH, 1), total_images=config.images,
+        precision="bf16", compiled=compiled, device=DEVICE,
     )  # fmt: skip
     draw = torch.Generator(DEVICE).manual_seed(1)
     x, noise = (torch.randn(STEP_BATCH, *LATENTS, generator=draw, device=DEVICE) for _ in range(2))
@@ -217,7 +217,8 @@ def training_steps(name: str, steps: int = 12) -> dict[str, float]:
             started = time.perf_counter()
             predicted = engine.predict(flow.noised(x, noise, t), t, rewards, text)
             loss = flow.velocity_errors(config.flow, predicted, x, noise, t).mean()
-            engine.step(loss, config.optimizer.warmup_images)
+            engine.backward(loss)
+            engine.step(config.optimizer.warmup_images)
             torch.cuda.synchronize()
             times.append((time.perf_counter() - started) * 1e3)
     return {

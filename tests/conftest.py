@@ -1,7 +1,10 @@
 """What several test files share: random tensors, a small encoded dataset, and a short run on it."""
 
+import os
+import shutil
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,14 +15,16 @@ from miro.annotate import annotate
 from miro.checkpoint import RunFolder
 from miro.data.scenes import write_scenes
 from miro.encode import encode
-from miro.engine import OptimizerConfig
 from miro.flow import FlowConfig
 from miro.model.transformer import ModelConfig
+from miro.optimizer import OptimizerConfig
 from miro.presets import TrainConfig
 from miro.train import train
 
 # Child processes of the tests import their own helper from there (tests/miro/interrupted.py).
 sys.path.append(str(Path(__file__).parent / "miro"))
+# Training is on the CPU here, whatever the machine has; read at DeepSpeed's first import.
+os.environ["DS_ACCELERATOR"] = "cpu"
 # Tensors are tiny here: a second thread only waits for the first.
 torch.set_num_threads(1)
 
@@ -69,3 +74,15 @@ def undisturbed(training: TrainConfig, tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("undisturbed")
     train(training, folder)
     return RunFolder(folder)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 32 MB; skips where this process may not mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)

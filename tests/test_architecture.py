@@ -21,15 +21,16 @@ MAX_LINES = 400
 FLOORS = (
     ("__main__",),
     ("cli",),
-    ("demo",),
-    ("annotate", "draw", "encode", "evaluate", "fit_clip", "jobs", "train"),
+    ("cli_train", "demo"),
+    ("annotate", "draw", "encode", "evaluate", "export", "fit_clip", "jobs", "launcher", "train"),
+    ("memory", "meter", "visits"),
     ("data", "sample"),
     ("presets",),
-    ("engine",),
-    ("model",),
-    ("conditioning",),
+    ("engine", "saving"),
+    ("model", "partition"),
+    ("conditioning", "optimizer"),
     ("flow", "latents", "muon", "report", "rewards", "text"),
-    ("checkpoint", "config", "locks", "progress", "random"),
+    ("checkpoint", "config", "locks", "progress", "random", "ranks"),
 )
 FLOOR = {room: height for height, floor in enumerate(reversed(FLOORS)) for room in floor}
 

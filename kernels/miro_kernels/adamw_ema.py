@@ -13,6 +13,9 @@ possible. One launch updates all parameters of a group that share their dtypes: 
 memory says where each one's tensors are. It is written anew at each step, some kilobytes through
 pinned memory that nothing waits for, since gradients are; so no pointer can be stale. Step and
 rates are numbers of the launch: nothing waits for the device.
+
+What clips gradients, or skips a step that would hurt, is a number on the device that the kernel
+reads: g is multiplied by it on its way, and a number below 0 (or NaN) leaves everything as it was.
 """
 
 from __future__ import annotations
@@ -44,9 +47,19 @@ def adamw_ema_reference(
     eps: float,
     weight_decay: float,
     ema_decay: float,
+    grad_scale: Tensor | None = None,
 ) -> None:
-    """One step in place, over lists of tensors; everything but params and grads is fp32."""
+    """One step in place, over lists of tensors; everything but params and grads is fp32.
+
+    grad_scale: a number g is multiplied by; below 0 or NaN, nothing changes. It is read here, so
+    that a GPU is waited for.
+    """
     wide = [grad.float() for grad in grads]
+    if grad_scale is not None:
+        scale = grad_scale.item()
+        if not scale >= 0:
+            return
+        wide = list(torch._foreach_mul(wide, scale))
     torch._foreach_lerp_(exp_avgs, wide, 1 - betas[0])
     torch._foreach_mul_(exp_avg_sqs, betas[1])
     torch._foreach_addcmul_(exp_avg_sqs, wide, wide, 1 - betas[1])
@@ -63,9 +76,10 @@ def adamw_ema_reference(
 
 @jit
 def _kernel(
-    table_ptr, chunks_ptr, param_like_ptr, grad_like_ptr, keep_weight, rate, eps, grad_share,
-    keep_square, square_share, root, ema_share,
-    COPY: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    table_ptr, chunks_ptr, scale_ptr, param_like_ptr, grad_like_ptr, keep_weight, rate, eps,
+    grad_share, keep_square, square_share, root, ema_share,
+    SCALED: tl.constexpr, COPY: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """CHUNK elements of one parameter; param_like_ptr and grad_like_ptr only say their dtypes."""
     row = table_ptr + tl.load(chunks_ptr + 2 * tl.program_id(0)) * 7
@@ -83,10 +97,16 @@ def _kernel(
         weight_ptr, mean_ptr = tl.multiple_of(weight_ptr, 16), tl.multiple_of(mean_ptr, 16)
         square_ptr, ema_ptr = tl.multiple_of(square_ptr, 16), tl.multiple_of(ema_ptr, 16)
         size = tl.multiple_of(size, 16)
-    for start in range(0, tl.minimum(CHUNK, size - first), BLOCK):
+    count = tl.minimum(CHUNK, size - first)
+    scale = 1.0
+    if SCALED:
+        scale = tl.load(scale_ptr)
+        # A step to skip, NaN included, has nothing to do.
+        count = tl.where(scale >= 0, count, 0)
+    for start in range(0, count, BLOCK):
         place = first + start + tl.arange(0, BLOCK)
         mask = place < size
-        grad = tl.load(grad_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + place, mask=mask, other=0.0).to(tl.float32) * scale
         weight = tl.load(weight_ptr + place, mask=mask, other=0.0)
         mean = tl.load(mean_ptr + place, mask=mask, other=0.0)
         square = tl.load(square_ptr + place, mask=mask, other=0.0)
@@ -129,6 +149,7 @@ def _adamw_ema(
     eps: float,
     weight_decay: float,
     ema_decay: float,
+    grad_scale: Tensor | None = None,
 ) -> None:
     """The reference's step, in one launch for all parameters whose dtypes and alignment agree."""
     alike: dict[Any, list[tuple[Tensor, ...]]] = defaultdict(list)
@@ -145,6 +166,7 @@ def _adamw_ema(
         _kernel[(len(chunks),)](
             table_ptr=table.to(device, non_blocking=True),
             chunks_ptr=chunks,
+            scale_ptr=grad_scale,
             param_like_ptr=rows[0][0],
             grad_like_ptr=rows[0][1],
             keep_weight=1.0 - lr * weight_decay,
@@ -155,6 +177,7 @@ def _adamw_ema(
             square_share=1.0 - beta2,
             root=(1.0 - beta2**step) ** 0.5,
             ema_share=1.0 - ema_decay,
+            SCALED=grad_scale is not None,
             COPY=dtype != torch.float32,
             ALIGNED=aligned,
             CHUNK=settings["chunk"],
@@ -178,6 +201,10 @@ class AdamWEMA(torch.optim.Optimizer):
         params: tensors or groups, as every torch optimizer takes them; fp32, bf16 or fp16.
         lr, betas, eps, weight_decay: as in torch.optim.AdamW.
         ema_decay: d above; a group's value may be changed between steps. 0 keeps no average.
+
+    `grad_scale`, if set, is a number on the device (fp32, of no dimension) that gradients are
+    multiplied by; below 0 or NaN, `step` changes no tensor. It is for clipping, and for skipping a
+    step, without waiting for the device.
 
     State of each parameter: `master` (fp32, only where the parameter is not), `exp_avg`,
     `exp_avg_sq`, `ema` (all fp32), and `step` (int).
@@ -203,6 +230,7 @@ class AdamWEMA(torch.optim.Optimizer):
                 raise ValueError(f"AdamWEMA: {name} must be in [0, 1), got {value}")
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, ema_decay=ema_decay)
         super().__init__(params, defaults)
+        self.grad_scale: Tensor | None = None
 
     def master(self, param: Tensor) -> Tensor:
         """The fp32 weights behind `param`: its master, or itself where it is fp32."""
@@ -261,6 +289,7 @@ class AdamWEMA(torch.optim.Optimizer):
                 [state["ema"] for state in states],
             )
             rates = {name: group[name] for name in ("lr", "eps", "weight_decay", "ema_decay")}
+            rates["grad_scale"] = self.grad_scale
             if backend.chosen("AdamWEMA", chosen[0], _unsupported(*lists)) == "triton":
                 beta1, beta2 = group["betas"]
                 _adamw_ema(*lists, step=step, beta1=beta1, beta2=beta2, **rates)

@@ -41,6 +41,7 @@ def prewarm(
     dtype: torch.dtype,
     device: str | torch.device,
     text: int = 16,
+    optimized: tuple[torch.dtype, torch.dtype] | None = None,
 ) -> None:
     """Launch every kernel of a block and of the optimizer once, forward and backward.
 
@@ -54,6 +55,8 @@ def prewarm(
         dtype: of parameters and activations.
         device: where the run computes.
         text: tokens of each sample's text; their number compiles nothing anew.
+        optimized: dtypes of the parameters and of the gradients that the optimizer sees; None where
+            both are `dtype`, as they are where nothing is sharded or accumulated.
     """
     some = torch.empty(0, dtype=dtype, device=device)
     if INTERPRETING or backend.chosen("prewarm", some) != "triton":
@@ -86,7 +89,11 @@ def prewarm(
     for outputs in ((h, *both, hidden), both[1:]):
         torch.autograd.backward(outputs, [torch.zeros_like(z) for z in outputs], retain_graph=True)
     # The optimizer's kernel has a form for sizes that are no multiple of 16.
-    params = [nn.Parameter(some.new_zeros(size)) for size in (16, 1)]
+    held, gradients = optimized or (dtype, dtype)
+    params = [nn.Parameter(some.new_zeros(size, dtype=held)) for size in (16, 1)]
     for param in params:
-        param.grad = torch.zeros_like(param)
-    AdamWEMA(params).step()
+        param.grad_dtype = gradients
+        param.grad = torch.zeros_like(param, dtype=gradients)
+    optimizer = AdamWEMA(params)
+    optimizer.grad_scale = torch.ones((), device=device)
+    optimizer.step()

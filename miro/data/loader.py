@@ -1,20 +1,21 @@
-"""Batches of an encoded dataset, as a pure function of (seed, rank, world, images).
+"""Batches of an encoded dataset, as a pure function of (seed, position).
 
 The training set is read as an endless row: epoch after epoch, each a permutation of all samples
-drawn from (seed, epoch). A step that begins at `images` reads the batch_size * world positions from
-there on, and rank r its own contiguous slice of them. So a resumed run needs no state of the
-loader, and a run that goes on at another world size reads the same row. Shards are memory-mapped: a
-batch is one copy out of the page cache, no worker processes.
+drawn from (seed, epoch). A step that begins after `images` images reads the row from there on, cut
+among ranks and micro-batches. So a resumed run needs no state of the loader, and a run that goes on
+at another world size reads the same row. Shards are memory-mapped: a batch is one copy out of the
+page cache, no worker processes.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,10 +27,12 @@ from miro.text import PackedText
 
 __all__ = ["Batch", "EncodedDataset", "Loader"]
 
+T = TypeVar("T")
+
 
 @dataclass
 class Batch:
-    """One rank's part of a step.
+    """What is learned from at a time.
 
     keys: of the B samples; latents: float32 (B, C, H, W), the posterior's mean where there is one;
     std: float32 (B, C, H, W), its standard deviation, or None;
@@ -50,23 +53,14 @@ class Batch:
 
 
 class Loader:
-    """Random access to the batches of a run: `batch_at(images)` depends on nothing else.
+    """Random access to the row of a run: `batch_at(position, size)` depends on nothing else.
 
-    batch_size: samples a rank reads at a time. A data set smaller than a step is read around.
+    A data set smaller than a batch is read around.
     """
 
-    def __init__(
-        self, dataset: EncodedDataset, batch_size: int, seed: int, rank: int = 0, world: int = 1
-    ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if not 0 <= rank < world:
-            raise ValueError(f"rank must be 0 to world - 1 = {world - 1}, got {rank}")
+    def __init__(self, dataset: EncodedDataset, seed: int) -> None:
         self.dataset = dataset
-        self.batch_size = batch_size
         self.seed = seed
-        self.rank = rank
-        self.world = world
         # A batch touches one epoch, or two at their seam.
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
@@ -78,11 +72,11 @@ class Loader:
         chosen = torch.randint(2**31 - 1, (n,), generator=draws, dtype=torch.int32).numpy()
         return order, self.dataset.choose_captions(order, chosen)
 
-    def visits_at(self, images: int) -> tuple[np.ndarray, np.ndarray]:
-        """(samples, caption kinds), int64 (batch_size,) each, of this rank's part of a step."""
-        if images < 0:
-            raise ValueError(f"images must not be negative, got {images}")
-        at, left = images + self.rank * self.batch_size, self.batch_size
+    def visits_at(self, position: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """(samples, caption kinds), int64 (size,) each, of the row from `position` on."""
+        if position < 0 or size < 1:
+            raise ValueError(f"position must not be negative and size above 0: {position}, {size}")
+        at, left = position, size
         samples, captions = [], []
         while left:
             epoch, offset = divmod(at, len(self.dataset))
@@ -93,10 +87,10 @@ class Loader:
             at, left = at + len(samples[-1]), left - len(samples[-1])
         return np.concatenate(samples), np.concatenate(captions)
 
-    def batch_at(self, images: int) -> Batch:
-        """This rank's batch of the step that begins after `images` images of all ranks."""
+    def batch_at(self, position: int, size: int) -> Batch:
+        """The `size` visits of the row from `position` on."""
         data = self.dataset
-        samples, captions = self.visits_at(images)
+        samples, captions = self.visits_at(position, size)
         shape = (
             (len(samples), 2, *data.latent_shape)
             if data.has_std
@@ -121,18 +115,22 @@ class Loader:
             caption_index=torch.from_numpy(captions),
         )
 
-    def prefetch(self, start: int, step: int, depth: int = 2) -> Generator[Batch, None, None]:
-        """batch_at(start), batch_at(start + step), ... without end, made ahead by one thread.
 
-        An error in the thread is raised here, at the batch it belongs to. `close()`, or letting go
-        of the generator, ends the thread.
-        """
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="miro-loader") as thread:
-            ahead = deque(thread.submit(self.batch_at, start + step * k) for k in range(depth))
-            try:
-                for k in itertools.count(depth):
-                    batch = ahead.popleft().result()
-                    ahead.append(thread.submit(self.batch_at, start + step * k))
-                    yield batch
-            finally:
-                thread.shutdown(cancel_futures=True)
+def made_ahead(
+    make: Callable[[int], T], positions: Iterable[int], depth: int = 2
+) -> Generator[T, None, None]:
+    """make(position) of each, made ahead by one thread.
+
+    An error in the thread is raised here, at the position it belongs to. `close()`, or letting go
+    of the generator, ends the thread.
+    """
+    coming = iter(positions)
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="miro-loader") as thread:
+        ahead = deque(thread.submit(make, at) for at in itertools.islice(coming, depth))
+        try:
+            while ahead:
+                made = ahead.popleft().result()
+                ahead.extend(thread.submit(make, at) for at in itertools.islice(coming, 1))
+                yield made
+        finally:
+            thread.shutdown(cancel_futures=True)

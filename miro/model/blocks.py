@@ -13,6 +13,24 @@ from miro_kernels import attention, qk_norm_rope, swiglu
 from miro_kernels.qk_norm_rope import rms_norm_reference
 
 
+class TextProjection(nn.Module):
+    """(T, D) text states to keys and values, each (T, heads, head size).
+
+    Called long before the attention it belongs to, so a module of its own: ZeRO gathers weights
+    where a module begins and lets go of them where it ends.
+    """
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.kv = nn.Linear(channels, 2 * channels, bias=False)
+        self.k_norm = nn.Parameter(torch.ones(channels // heads))
+
+    def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = self.kv(states).unflatten(-1, (2, self.heads, -1)).unbind(1)
+        return rms_norm_reference(k, self.k_norm).to(v.dtype), v
+
+
 class Attention(nn.Module):
     """Self-attention of image tokens with the text's keys and values beside their own."""
 
@@ -21,16 +39,10 @@ class Attention(nn.Module):
         size = channels // heads
         self.heads = heads
         self.qkv = nn.Linear(channels, 3 * channels, bias=False)
-        self.text_kv = nn.Linear(channels, 2 * channels, bias=False)
+        self.text = TextProjection(channels, heads)
         self.q_norm = nn.Parameter(torch.ones(size))
         self.k_norm = nn.Parameter(torch.ones(size))
-        self.text_k_norm = nn.Parameter(torch.ones(size))
         self.out = nn.Linear(channels, channels, bias=False)
-
-    def text(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """(T, D) text states to keys and values, each (T, heads, head size)."""
-        k, v = self.text_kv(states).unflatten(-1, (2, self.heads, -1)).unbind(1)
-        return rms_norm_reference(k, self.text_k_norm).to(v.dtype), v
 
     def forward(
         self,

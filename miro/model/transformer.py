@@ -7,6 +7,7 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from miro.model.blocks import Block
 from miro.model.embeddings import (
@@ -86,6 +87,7 @@ class FlowTransformer(nn.Module):
         if height % side or width % side:
             raise ValueError(f"model: patch={side} does not divide latents of {height}x{width}")
         self.config, self.latent_shape = config, latent_shape
+        self.recompute = False  # Whether backward computes the blocks again, to save memory.
         rows, columns = height // side, width // side
         self.patches = nn.Linear(channels * side * side, dim)
         cos, sin = rope_angles(rows, columns, dim // config.heads)
@@ -136,12 +138,21 @@ class FlowTransformer(nn.Module):
             out = reward_adaln(x, *modulation, rewards.bins, rewards.keep, branch=branch)
             return out if isinstance(out, tuple) else (x, out)
 
-        branch = None
-        for index, (block, keys) in enumerate(zip(self._blocks(), text.blocks, strict=True)):
+        def through(
+            index: int, block: Block, keys: tuple[Tensor, Tensor], x: Tensor, branch: Tensor | None
+        ) -> tuple[Tensor, Tensor]:
             x, h = site(2 * index, x, branch)
             branch = block.attention(h, (self.cos, self.sin), keys, text.offsets, text.longest)
             x, h = site(2 * index + 1, x, branch)
-            branch = block.mlp(h)
+            return x, block.mlp(h)
+
+        branch = None
+        for index, (block, keys) in enumerate(zip(self._blocks(), text.blocks, strict=True)):
+            inputs = index, block, keys, x, branch
+            if self.recompute and torch.is_grad_enabled():
+                x, branch = checkpoint(through, *inputs, use_reentrant=False)
+            else:
+                x, branch = through(*inputs)
         _, h = site(2 * self.config.depth, x, branch)
         return self._unpatchify(self.out(h)).float()
 

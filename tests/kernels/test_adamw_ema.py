@@ -128,3 +128,45 @@ def test_a_saved_and_loaded_state_goes_on_bit_for_bit(draw: Draw, dtype: torch.d
 def test_impossible_rates_are_named(bad: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         AdamWEMA([nn.Parameter(torch.zeros(2))], **bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_scaled_by_a_number_on_the_device(draw: Draw, dtype: torch.dtype) -> None:
+    plain, scaled = parameters(draw, dtype), []
+    scaled = [nn.Parameter(param.detach().clone()) for param in plain]
+    grads = [draw(*param.shape, dtype=dtype) for param in plain]
+    optimizers = AdamWEMA(groups(plain), **RATES), AdamWEMA(groups(scaled), **RATES)
+    optimizers[1].grad_scale = torch.tensor(0.25)
+
+    for _ in range(3):
+        for params, factor in (plain, 0.25), (scaled, 1.0):
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = factor * grad
+        for optimizer in optimizers:
+            optimizer.step()
+
+    for a, b in zip(plain, scaled, strict=True):
+        torch.testing.assert_close(optimizers[1].master(b), optimizers[0].master(a))
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("scale", [-1.0, float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_to_skip_changes_no_tensor(draw: Draw, dtype: torch.dtype, scale: float) -> None:
+    params = parameters(draw, dtype)
+    optimizer = AdamWEMA(groups(params), **RATES)
+    for param in params:
+        param.grad = draw(*param.shape, dtype=dtype)
+    optimizer.step()
+    before = deepcopy([(p.detach(), optimizer.state[p]) for p in params])
+    for param in params:
+        param.grad = torch.full_like(param, torch.nan)
+    optimizer.grad_scale = torch.tensor(scale)
+
+    optimizer.step()
+
+    for param, (weights, state) in zip(params, before, strict=True):
+        assert torch.equal(param, weights)
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                assert torch.equal(optimizer.state[param][key], value)

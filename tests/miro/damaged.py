@@ -1,10 +1,11 @@
-"""Pictures, good and bad, as bytes. Imported by the tests of bad input."""
+"""Pictures, good and bad, as bytes, and files that rot. Imported by the tests of bad input."""
 
 from __future__ import annotations
 
 import io
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -39,3 +40,9 @@ def bomb(side: int) -> bytes:
         + chunk(b"IDAT", zlib.compress(bytes(1000)))
         + chunk(b"IEND", b"")
     )
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 0x10
+    path.write_bytes(bytes(data))

@@ -78,15 +78,15 @@ def test_a_damaged_checkpoint_is_refused_by_name(
 def test_a_checkpoint_of_a_newer_version_says_so(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "1", tensors(), NUMBERS)
     manifest = json.loads((tmp_path / "1" / MANIFEST).read_text())
-    (tmp_path / "1" / MANIFEST).write_text(json.dumps(manifest | {"version": 2}))
+    (tmp_path / "1" / MANIFEST).write_text(json.dumps(manifest | {"version": 3}))
 
-    with pytest.raises(CheckpointError, match="version 2, not 1"):
+    with pytest.raises(CheckpointError, match="version 3, not 2"):
         checkpoint.load(tmp_path / "1")
 
 
 def test_a_manifest_that_vouches_for_too_little_is_refused(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "1", tensors(), NUMBERS)
-    (tmp_path / "1" / MANIFEST).write_text('{"version": 1, "sha256": {}}')
+    (tmp_path / "1" / MANIFEST).write_text('{"version": 2, "sha256": {}}')
 
     with pytest.raises(CheckpointError, match=str(tmp_path / "1")):
         checkpoint.load(tmp_path / "1")
@@ -95,7 +95,7 @@ def test_a_manifest_that_vouches_for_too_little_is_refused(tmp_path: Path) -> No
 def test_no_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nothing"):
         checkpoint.load(tmp_path / "nothing")
-    assert checkpoint.load_latest(tmp_path / "nothing") is None
+    assert checkpoint.open_newest(tmp_path / "nothing") is None
 
 
 def test_the_newest_whole_one_is_taken_and_damaged_ones_are_named(
@@ -107,10 +107,10 @@ def test_the_newest_whole_one_is_taken_and_damaged_ones_are_named(
     (tmp_path / "110" / MANIFEST).unlink()
     (tmp_path / ".2000.writing").mkdir()
 
-    found = checkpoint.load_latest(tmp_path)
+    found = checkpoint.open_newest(tmp_path)
 
-    assert found is not None and found[1] == {"images": 100}
-    assert torch.equal(found[0]["plain"], tensors(100)["plain"])
+    assert found is not None and found.state == {"images": 100}
+    assert torch.equal(checkpoint.load(found.folder)[0]["plain"], tensors(100)["plain"])
     assert str(tmp_path / "1000" / TENSORS) in caplog.text and str(tmp_path / "110") in caplog.text
 
 
@@ -123,17 +123,20 @@ def test_a_damaged_checkpoint_is_replaced_by_a_new_one_of_its_number(tmp_path: P
     assert torch.equal(checkpoint.load(tmp_path / "640")[0]["plain"], tensors(1)["plain"])
 
 
-def test_only_the_last_few_are_kept(tmp_path: Path) -> None:
-    for number in (90, 100, 1000, 3000):
+@pytest.mark.parametrize(("every", "for_good"), [(None, []), (50, ["000000000050"]), (70, [])])
+def test_the_last_few_are_kept_and_those_at_marks(
+    tmp_path: Path, every: int | None, for_good: list[str]
+) -> None:
+    for number in (50, 90, 100, 1000, 3000):
         checkpoint.save(tmp_path / f"{number:012d}", tensors(), {})
     (tmp_path / ".000000002000.writing").mkdir()
     (tmp_path / "notes.txt").touch()
 
     # The run stands at 1000: one beyond it was damaged, and does not count.
-    checkpoint.keep_last(tmp_path, images=1000, count=2)
+    checkpoint.keep(tmp_path, images=1000, last=2, every=every)
 
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["000000000100", "000000001000", "000000003000", "notes.txt"]
+    assert names == [*for_good, "000000000100", "000000001000", "000000003000", "notes.txt"]
 
 
 def test_a_small_file_is_replaced_at_once(tmp_path: Path) -> None:
@@ -181,8 +184,8 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_says_so(small_disk: Path,
     for part in (str(small_disk / "2"), "MiB free", "earlier checkpoints are untouched"):
         assert part in str(error.value)
     assert sorted(path.name for path in small_disk.iterdir()) == ["1", "filler"]
-    found = checkpoint.load_latest(small_disk)
-    assert found is not None and found[1] == {"images": 1}
+    found = checkpoint.open_newest(small_disk)
+    assert found is not None and found.state == {"images": 1}
 
     filler.unlink()
     checkpoint.save(small_disk / "2", tensors(2, size=150_000), {"images": 2})

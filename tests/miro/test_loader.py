@@ -1,5 +1,6 @@
 """Batches: the same for the same (seed, rank, world, images), in whatever order they are asked."""
 
+import itertools
 import json
 import threading
 from collections import Counter
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from miro.data.loader import Batch, EncodedDataset, Loader
+from miro.data.loader import Batch, EncodedDataset, Loader, made_ahead
 from miro.data.npy import npy_bytes
 from miro.data.shards import Manifest, scores_path, write_scores, write_shard
 from miro.random import seed_from
@@ -80,7 +81,7 @@ def assert_equal(a: Batch, b: Batch) -> None:
 
 
 def test_a_batch_holds_what_the_shards_hold(dataset):
-    batch = Loader(dataset, 8, seed=1).batch_at(0)
+    batch = Loader(dataset, seed=1).batch_at(0, 8)
     assert batch.latents.dtype == torch.float32
     assert batch.std is None
     assert batch.text.states.dtype == torch.float16
@@ -99,7 +100,7 @@ def test_a_batch_holds_what_the_shards_hold(dataset):
 
 def test_scores_belong_to_the_sample_and_the_caption_whatever_the_order_of_the_table(dataset):
     assert dataset.scores.shape == (SAMPLES, 3, 2)
-    batch = Loader(dataset, SAMPLES, seed=2).batch_at(0)
+    batch = Loader(dataset, seed=2).batch_at(0, SAMPLES)
     scores = dataset.scores[batch.scores_index, batch.caption_index]
     expected = [
         [n, n + k / 10] if (n, k) != (4, 1) else [np.nan, np.nan]
@@ -114,16 +115,20 @@ def test_a_score_that_is_in_no_table_is_not_known(dataset):
 
 
 def test_a_batch_depends_on_its_position_and_not_on_what_was_read_before(dataset):
-    walked, jumped = Loader(dataset, 8, seed=3), Loader(dataset, 8, seed=3)
-    history = [walked.batch_at(images) for images in range(0, 80, 8)]
+    walked, jumped = Loader(dataset, seed=3), Loader(dataset, seed=3)
+    history = [walked.batch_at(images, 8) for images in range(0, 80, 8)]
     for index in (7, 0, 9, 7):
-        assert_equal(jumped.batch_at(8 * index), history[index])
+        assert_equal(jumped.batch_at(8 * index, 8), history[index])
 
 
 def test_each_epoch_shows_every_sample_once_in_an_order_of_its_own(dataset):
-    loader = Loader(dataset, 7, seed=4)
+    loader = Loader(dataset, seed=4)
     epochs = [
-        [key for images in range(e * SAMPLES, (e + 1) * SAMPLES, 7) for key in keys(loader, images)]
+        [
+            key
+            for images in range(e * SAMPLES, (e + 1) * SAMPLES, 7)
+            for key in keys(loader, images, 7)
+        ]
         for e in range(3)
     ]
     assert all(Counter(epoch) == Counter(dataset.keys) for epoch in epochs)
@@ -131,41 +136,42 @@ def test_each_epoch_shows_every_sample_once_in_an_order_of_its_own(dataset):
     assert epochs[0] != dataset.keys
 
 
-def keys(loader: Loader, images: int) -> list[str]:
-    return loader.batch_at(images).keys
+def keys(loader: Loader, position: int, size: int) -> list[str]:
+    return loader.batch_at(position, size).keys
 
 
 def test_a_batch_over_the_seam_of_two_epochs_is_full(dataset):
-    loader = Loader(dataset, 8, seed=5)
-    row = [key for images in range(0, 168, 8) for key in keys(loader, images)]
+    loader = Loader(dataset, seed=5)
+    row = [key for images in range(0, 168, 8) for key in keys(loader, images, 8)]
     for start in range(0, 168, SAMPLES):
         assert Counter(row[start : start + SAMPLES]) == Counter(dataset.keys)
 
 
 def test_a_step_may_be_larger_than_the_data_set(dataset):
-    counts = Counter(keys(Loader(dataset, 3 * SAMPLES, seed=6), 0))
+    counts = Counter(keys(Loader(dataset, seed=6), 0, 3 * SAMPLES))
     assert set(counts.values()) == {3}
 
 
 @pytest.mark.parametrize("images", [0, 12, 18, 600])
-def test_ranks_share_a_step_and_the_world_does_not_change_what_is_read(dataset, images):
-    whole = Loader(dataset, 12, seed=7).batch_at(images)
-    ranks = [Loader(dataset, 4, seed=7, rank=r, world=3).batch_at(images) for r in range(3)]
-    assert [key for batch in ranks for key in batch.keys] == whole.keys
-    assert torch.equal(torch.cat([batch.latents for batch in ranks]), whole.latents)
-    assert torch.equal(torch.cat([b.text.states for b in ranks]), whole.text.states)
+def test_a_batch_is_what_its_parts_are(dataset, images):
+    loader = Loader(dataset, seed=7)
+    whole = loader.batch_at(images, 12)
+    parts = [loader.batch_at(images + 4 * part, 4) for part in range(3)]
+    assert [key for batch in parts for key in batch.keys] == whole.keys
+    assert torch.equal(torch.cat([batch.latents for batch in parts]), whole.latents)
+    assert torch.equal(torch.cat([b.text.states for b in parts]), whole.text.states)
 
 
 def test_another_seed_is_another_order(dataset):
-    orders = {tuple(keys(Loader(dataset, SAMPLES, seed=seed), 0)) for seed in range(4)}
+    orders = {tuple(keys(Loader(dataset, seed=seed), 0, SAMPLES)) for seed in range(4)}
     assert len(orders) == 4
 
 
 def test_every_caption_kind_is_drawn_equally_often_and_anew_at_each_visit(dataset):
-    loader = Loader(dataset, SAMPLES, seed=8)
+    loader = Loader(dataset, seed=8)
     drawn: dict[int, list[int]] = {n: [] for n in range(SAMPLES)}
     for epoch in range(60):
-        batch = loader.batch_at(epoch * SAMPLES)
+        batch = loader.batch_at(epoch * SAMPLES, SAMPLES)
         pairs = zip(batch.scores_index.tolist(), batch.caption_index.tolist(), strict=True)
         for n, kind in pairs:
             drawn[n].append(kind)
@@ -176,9 +182,9 @@ def test_every_caption_kind_is_drawn_equally_often_and_anew_at_each_visit(datase
 
 def test_a_caption_that_does_not_exist_is_never_drawn(tmp_path):
     lacking = tuple((n, 0) for n in range(SAMPLES)) + ((3, 1),)
-    loader = Loader(EncodedDataset(make_encoded(tmp_path, lacking=lacking)), SAMPLES, seed=9)
+    loader = Loader(EncodedDataset(make_encoded(tmp_path, lacking=lacking)), seed=9)
     for epoch in range(20):
-        batch = loader.batch_at(epoch * SAMPLES)
+        batch = loader.batch_at(epoch * SAMPLES, SAMPLES)
         kinds = dict(zip(batch.keys, batch.caption_index.tolist(), strict=True))
         assert set(kinds.values()) == {1, 2}
         assert kinds["k3"] == 2
@@ -191,7 +197,7 @@ def test_a_sample_without_any_caption_is_refused_by_name(tmp_path):
 
 
 def test_posteriors_are_given_as_mean_and_deviation(tmp_path):
-    batch = Loader(EncodedDataset(make_encoded(tmp_path, has_std=True)), 5, seed=10).batch_at(0)
+    batch = Loader(EncodedDataset(make_encoded(tmp_path, has_std=True)), seed=10).batch_at(0, 5)
     assert batch.std is not None
     assert batch.latents.is_contiguous()
     assert batch.std.is_contiguous()
@@ -203,10 +209,10 @@ def test_posteriors_are_given_as_mean_and_deviation(tmp_path):
 def test_texts_are_views_of_the_file_and_batches_are_not(dataset):
     assert not dataset.text(0, 0).flags.owndata
     assert not dataset.latent(0).flags.writeable
-    batch = Loader(dataset, 4, seed=11).batch_at(0)
+    batch = Loader(dataset, seed=11).batch_at(0, 4)
     batch.latents.zero_()
     batch.text.states.zero_()
-    assert Loader(dataset, 4, seed=11).batch_at(0).latents.abs().sum() > 0
+    assert Loader(dataset, seed=11).batch_at(0, 4).latents.abs().sum() > 0
 
 
 def test_the_json_of_a_sample_can_be_read(dataset):
@@ -214,10 +220,10 @@ def test_the_json_of_a_sample_can_be_read(dataset):
 
 
 def test_prefetching_gives_the_same_batches_and_ends_its_thread(dataset):
-    loader = Loader(dataset, 4, seed=12)
-    batches = loader.prefetch(start=8, step=4)
+    loader = Loader(dataset, seed=12)
+    batches = made_ahead(lambda at: loader.batch_at(at, 4), itertools.count(8, 4))
     for images in range(8, 60, 4):
-        assert_equal(next(batches), loader.batch_at(images))
+        assert_equal(next(batches), loader.batch_at(images, 4))
     batches.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("miro-loader")]
 
@@ -231,7 +237,8 @@ def test_an_error_in_the_prefetching_thread_reaches_the_reader(tmp_path):
         data[at : at + 5] = b"SPOIL"
     with open(tar, "r+b") as file:
         file.write(data)
-    batches = Loader(dataset, SAMPLES, seed=13).prefetch(start=0, step=SAMPLES)
+    loader = Loader(dataset, seed=13)
+    batches = made_ahead(lambda at: loader.batch_at(at, SAMPLES), [0])
     with pytest.raises(ValueError, match=r"not a \.npy file"):
         next(batches)
     assert not [t for t in threading.enumerate() if t.name.startswith("miro-loader")]
@@ -239,7 +246,7 @@ def test_an_error_in_the_prefetching_thread_reaches_the_reader(tmp_path):
 
 def test_global_random_state_is_left_alone(dataset):
     before = torch.get_rng_state()
-    Loader(dataset, 4, seed=14).batch_at(40)
+    Loader(dataset, seed=14).batch_at(40, 4)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -268,22 +275,10 @@ def test_scores_of_samples_that_are_not_there_are_refused(tmp_path):
         EncodedDataset(folder)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"rank": 2, "world": 2}, "rank must be 0 to world - 1 = 1, got 2"),
-        ({"rank": -1}, "rank must be 0 to world - 1 = 0, got -1"),
-    ],
-)
-def test_an_impossible_share_is_refused(dataset, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        Loader(dataset, **{"batch_size": 4, "seed": 0, **arguments})
-
-
-def test_a_negative_position_is_refused(dataset):
-    with pytest.raises(ValueError, match="images must not be negative, got -4"):
-        Loader(dataset, 4, seed=0).batch_at(-4)
+@pytest.mark.parametrize(("position", "size"), [(-4, 4), (0, 0)])
+def test_an_impossible_part_of_the_row_is_refused(dataset, position, size):
+    with pytest.raises(ValueError, match=f"{position}, {size}"):
+        Loader(dataset, seed=0).batch_at(position, size)
 
 
 def test_seeds_are_stable_distinct_and_depend_on_the_order_and_kind_of_their_parts():

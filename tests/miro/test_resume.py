@@ -1,14 +1,14 @@
 """Runs that are stopped, killed, damaged or out of room, and resumed bit for bit."""
 
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from damaged import flip_a_byte
 from interrupted import run_killed_before, run_killed_when
 
 from miro import checkpoint
@@ -126,18 +126,12 @@ def test_a_finished_run_is_not_run_again(
     assert_same_run(tmp_path / "run", undisturbed)
 
 
-def flip_a_byte(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-5] ^= 0x10
-    path.write_bytes(bytes(data))
-
-
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     training: TrainConfig, undisturbed: RunFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = RunFolder(tmp_path / "run")
     shutil.copytree(undisturbed.root, run.root)
-    flip_a_byte(run.checkpoint(96) / checkpoint.TENSORS)
+    flip_a_byte(run.checkpoint(96) / checkpoint.PART.format(0))
     reports: list[Progress] = []
 
     train(training, run.root, report=reports.append)
@@ -152,14 +146,14 @@ def test_a_damaged_newer_checkpoint_never_costs_a_whole_one(
 ) -> None:
     run = RunFolder(tmp_path / "run")
     shutil.copytree(undisturbed.root, run.root)
-    flip_a_byte(run.checkpoint(96) / checkpoint.TENSORS)
+    flip_a_byte(run.checkpoint(96) / checkpoint.PART.format(0))
     changed = replace(training, checkpoint_every=8, keep_checkpoints=1)
 
     with pytest.raises(KeyboardInterrupt):
         train(changed, run.root, report=stop_at(96))
 
-    found = checkpoint.load_latest(run.checkpoints)
-    assert found is not None and found[1]["images"] == 88
+    found = checkpoint.open_newest(run.checkpoints)
+    assert found is not None and found.state["images"] == 88
 
 
 @pytest.mark.parametrize(
@@ -203,18 +197,6 @@ def test_never_resuming_refuses_a_folder_with_a_run(
         train(training, undisturbed.root, resume="never")
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 32 MB; skips where this process may not mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs is not permitted here")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
 @pytest.mark.parametrize("left", [0, 200_000])
 def test_a_full_disk_stops_the_run_and_it_resumes_once_there_is_room(
     training: TrainConfig, undisturbed: RunFolder, small_disk: Path, left: int
@@ -227,8 +209,8 @@ def test_a_full_disk_stops_the_run_and_it_resumes_once_there_is_room(
 
     with pytest.raises(OSError, match=r"could not write .*make room and resume"):
         train(training, run.root, report=fill)
-    found = checkpoint.load_latest(run.checkpoints)
-    assert found is not None and found[1]["images"] == 16
+    found = checkpoint.open_newest(run.checkpoints)
+    assert found is not None and found.state["images"] == 16
 
     filler.unlink()
     train(training, run.root)

@@ -14,9 +14,10 @@ from miro import checkpoint
 from miro.checkpoint import CheckpointError, RunFolder
 from miro.conditioning import ConditioningConfig, Target
 from miro.encode import EncodeConfig, encode
-from miro.engine import OptimizerConfig, Precision
+from miro.engine import Precision
 from miro.flow import FlowConfig, euler_times, velocity
 from miro.model.transformer import FlowTransformer, ModelConfig, Rewards
+from miro.optimizer import OptimizerConfig
 from miro.presets import TrainConfig
 from miro.sample import Guidance, Pipeline, best_of, draw_noise, sample, to_bytes
 from miro.text import PackedText, absent, pack

@@ -3,10 +3,12 @@
 import json
 import math
 import shutil
+import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,8 +16,9 @@ from torch import Tensor
 from miro import checkpoint
 from miro.checkpoint import RunFolder
 from miro.conditioning import ConditioningConfig
+from miro.data.encoded import EncodedDataset
 from miro.data.shards import Manifest, read_shard_scores, scores_path, write_scores
-from miro.engine import OptimizerConfig
+from miro.optimizer import OptimizerConfig
 from miro.presets import TrainConfig
 from miro.report.metrics import read_metrics
 from miro.train import Progress, train
@@ -183,8 +186,50 @@ def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_checkpoints(
         train(training, tmp_path)
 
     run = RunFolder(tmp_path)
-    found = checkpoint.load_latest(run.checkpoints)
-    assert found is not None and found[1]["images"] < 96
-    assert all(tensor.isfinite().all() for tensor in found[0].values())
+    found = checkpoint.open_newest(run.checkpoints)
+    assert found is not None and found.state["images"] < 96
+    assert all(tensor.isfinite().all() for tensor in checkpoint.load(found.folder)[0].values())
     assert run.weights_written() == []
     assert all(math.isfinite(line["loss"]) for line in read_metrics(run.metrics))
+
+
+def spoiled(source: Path, dest: Path, sample: int) -> str:
+    """A copy of an encoded dataset whose sample has a latent that is not a number; its key."""
+    shutil.copytree(source, dest)
+    key = EncodedDataset(dest).keys[sample]
+    for path in sorted((dest / "shards").glob("*.tar")):
+        with tarfile.open(path) as tar:
+            places = {member.name: member.offset_data for member in tar}
+        if (at := places.get(f"{key}.latent.npy")) is not None:
+            with open(path, "r+b") as file:
+                file.seek(at + 128)  # Behind the array's own header.
+                file.write(np.array([np.nan], np.float16).tobytes())
+            return key
+    raise AssertionError(key)
+
+
+def test_a_sample_that_is_not_a_number_costs_its_steps_and_no_more(
+    training: TrainConfig, encoded: Path, tmp_path: Path
+) -> None:
+    spoiled(encoded, tmp_path / "data", 5)
+
+    final = train(replace(training, data=tmp_path / "data", weights_at=()), tmp_path / "run")
+
+    lines = read_metrics(RunFolder(tmp_path / "run").metrics)
+    # 64 samples in 96 visits: the one is seen once or twice.
+    assert lines[-1]["steps_skipped"] in (1, 2)
+    assert all(tensor.isfinite().all() for tensor in checkpoint.load(final)[0].values())
+
+
+def test_too_many_skipped_steps_stop_the_run_and_name_the_samples(
+    training: TrainConfig, encoded: Path, tmp_path: Path
+) -> None:
+    key = spoiled(encoded, tmp_path / "data", 5)
+    optimizer = replace(training.optimizer, skips=1)
+    config = replace(training, data=tmp_path / "data", weights_at=(), optimizer=optimizer)
+
+    with pytest.raises(FloatingPointError, match=rf"Their samples: {key} \(loss nan\)"):
+        train(config, tmp_path / "run")
+
+    found = checkpoint.open_newest(RunFolder(tmp_path / "run").checkpoints)
+    assert found is None or found.state["guard"]["total"] == 0

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from miro.engine import Engine, OptimizerConfig
+from miro.engine import Engine, Layout
 from miro.model.transformer import FlowTransformer, ModelConfig, Rewards
+from miro.optimizer import OptimizerConfig
 from miro.text import PackedText
 from miro_kernels import prewarm, tiles, use_backend
 from miro_kernels.lab.compiled import capture
@@ -26,7 +27,7 @@ def test_a_step_compiles_nothing_that_was_not_compiled_before(precision: str) ->
     engine = Engine(
         model,
         OptimizerConfig(),
-        batch=BATCH,
+        Layout(stage=0, world=1, micro_batch=BATCH, accumulation=1),
         total_images=64,
         precision=precision,  # type: ignore[arg-type]
     )
@@ -41,7 +42,8 @@ def test_a_step_compiles_nothing_that_was_not_compiled_before(precision: str) ->
         before = len(kernels)
         for images in (0, BATCH):
             out = engine.predict(torch.zeros(BATCH, 1, 8, 8), torch.zeros(BATCH), rewards, text)
-            engine.step(out.square().mean(), images)
+            engine.backward(out.square().mean())
+            engine.step(images)
 
     assert before >= 10 and names
     assert [kernel.kernel for kernel in kernels[before:]] == []

@@ -80,6 +80,31 @@ def test_steps_are_those_of_the_reference(
             torch.testing.assert_close(tensor, reference, rtol=unit, atol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [0.25, 0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_number_on_the_device_scales_gradients_or_skips_the_step(
+    draw: Draw, device: str, dtype: torch.dtype, scale: float
+) -> None:
+    weights = [draw(*shape).to(device, dtype) for shape in SHAPES]
+    grads = [draw(*shape).to(device, dtype) for shape in SHAPES]
+    found = []
+    for backend in ("triton", "torch"):
+        params = [nn.Parameter(tensor.clone()) for tensor in weights]
+        optimizer = AdamWEMA(params, **RATES, weight_decay=0.3)
+        optimizer.grad_scale = torch.tensor(scale, device=device)
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad if scale >= 0 else torch.full_like(grad, torch.nan)
+        with use_backend(backend):
+            optimizer.step()
+        found.append(state_of(optimizer, params))
+        if not scale >= 0:
+            assert all(torch.equal(a, b) for a, b in zip(params, weights, strict=True))
+
+    for ours, reference in zip(*found, strict=True):
+        unit = torch.finfo(ours.dtype).eps
+        torch.testing.assert_close(ours, reference, rtol=max(2e-6, unit), atol=1e-6)
+
+
 def test_two_runs_are_equal_bit_for_bit(again: Callable[[], Draw], device: str) -> None:
     first = steps(again(), "triton", device, torch.bfloat16)
     second = steps(again(), "triton", device, torch.bfloat16)

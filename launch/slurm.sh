@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Train under SLURM, one task a GPU. A job that reaches its time limit saves and queues again.
+#
+#   sbatch launch/slurm.sh PRESET --run DIR --data DIR [options of miro train]
+#
+# Edit: the lines of #SBATCH to your cluster (partition, account, GPUs a machine), and SETUP.
+#SBATCH --job-name=miro
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=miro-%j.log
+set -euo pipefail
+SETUP=${SETUP:-". .venv/bin/activate"}
+eval "$SETUP"
+
+nodes=${SLURM_JOB_NODELIST:-localhost}
+MASTER_ADDR=$(scontrol show hostnames "$nodes" 2> /dev/null | head -n 1 || echo "$nodes")
+MASTER_PORT=$((20000 + ${SLURM_JOB_ID:-0} % 20000))
+export MASTER_ADDR MASTER_PORT TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/miro-triton-$UID}
+
+if [ -n "${DRY_RUN:-}" ]; then
+    echo "MASTER_ADDR=$MASTER_ADDR MASTER_PORT=$MASTER_PORT srun --kill-on-bad-exit miro train $*"
+    exit
+fi
+status=0
+srun --kill-on-bad-exit miro train "$@" || status=$?
+# 75 is the exit of a run that was told to stop, and saved.
+if [ "$status" = 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit "$status"

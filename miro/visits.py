@@ -1,0 +1,105 @@
+"""What a run learns from, visit by visit: a picture, a caption, its rewards, noise and a time.
+
+A visit is a position of the row that the loader reads. All that is random of it is a function of
+(seed, position), so a run learns the same however its steps are cut among ranks and micro-batches,
+and a resumed run goes on as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Generator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from miro import flow
+from miro.conditioning import Bins, keep_rewards, keep_text
+from miro.data.encoded import EncodedDataset
+from miro.data.loader import Loader, made_ahead
+from miro.engine import Layout
+from miro.model.transformer import Rewards
+from miro.presets import TrainConfig
+from miro.random import generator_from
+from miro.text import PackedText
+
+
+@dataclass(frozen=True)
+class Visit:
+    """B visits at once: x and noise (B, C, H, W), t (B,) in [0, 1], all fp32."""
+
+    x: Tensor
+    noise: Tensor
+    t: Tensor
+    rewards: Rewards
+    text: PackedText
+
+    def to(self, device: torch.device) -> Visit:
+        """The same on `device`."""
+        x, noise, t, *rewards = (
+            z.to(device, non_blocking=True) for z in (self.x, self.noise, self.t, *self.rewards)
+        )
+        return Visit(x, noise, t, Rewards(*rewards), self.text.to(device))
+
+
+class Visits:
+    """The visits of a run by their position.
+
+    Args:
+        trained: (R,) bool, the rewards the network is told.
+        scores: fp32 (pairs, R) raw scores, NaN where not known, and bins their ranks.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        dataset: EncodedDataset,
+        trained: Tensor,
+        scores: np.ndarray,
+        bins: Bins,
+    ) -> None:
+        self.config, self.dataset, self.trained = config, dataset, trained
+        self.loader = Loader(dataset, config.seed)
+        self.binned, self.known = (t.view(dataset.scores.shape) for t in bins.assign(scores))
+        self.levels = bins.levels()
+
+    def at(self, position: int, size: int) -> Visit:
+        """The `size` visits from `position` on, in the host's memory."""
+        config, batch = self.config, self.loader.batch_at(position, size)
+        chosen = batch.scores_index, batch.caption_index
+        known = self.known[chosen]
+        noise, shake = torch.empty_like(batch.latents), torch.empty_like(batch.latents)
+        t, keep = torch.empty(size), torch.empty_like(known)
+        told = torch.empty(size, dtype=torch.bool)
+        for n in range(size):
+            own = generator_from(config.seed, "visit", position + n)
+            one = slice(n, n + 1)
+            noise[n].normal_(generator=own)
+            t[one] = flow.draw_times(config.flow, 1, own)
+            keep[one] = keep_rewards(config.conditioning, known[one], self.trained, own)
+            told[one] = keep_text(config.conditioning, 1, own)
+            if batch.std is not None:
+                shake[n].normal_(generator=own)
+        # The autoencoder's posterior is drawn anew at each visit.
+        x = batch.latents if batch.std is None else batch.latents + batch.std * shake
+        rewards = Rewards(self.levels, self.binned[chosen], keep)
+        return Visit(x, noise, t, rewards, batch.text.keep(told))
+
+    def ahead(self, layout: Layout, rank: int, images: int) -> Generator[Visit, None, None]:
+        """The micro-batches of a rank from the step on that begins after `images` images."""
+        starts = (
+            position
+            for step in itertools.count(images, layout.batch)
+            for position in layout.positions(rank, step)
+        )
+        return made_ahead(lambda at: self.at(at, layout.micro_batch), starts)
+
+    def keys(self, layout: Layout, rank: int, images: int) -> list[str]:
+        """The names of the samples that a rank reads in that step, in order."""
+        return [
+            self.dataset.keys[sample]
+            for position in layout.positions(rank, images)
+            for sample in self.loader.visits_at(position, layout.micro_batch)[0]
+        ]

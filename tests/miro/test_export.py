@@ -1,0 +1,54 @@
+"""Exported weights: from the weights of a run, or put together from the parts of a checkpoint."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from together import train_together
+
+from miro import checkpoint
+from miro.checkpoint import CheckpointError, RunFolder
+from miro.engine import ShardingConfig
+from miro.export import export
+from miro.presets import TrainConfig
+from miro.sample import Pipeline
+
+
+def test_the_newest_weights_are_exported_and_can_be_sampled_from_alone(
+    undisturbed: RunFolder, tmp_path: Path
+) -> None:
+    dest = export(undisturbed.root, tmp_path / "model")
+
+    tensors, state = checkpoint.load(dest)
+    expected, _ = checkpoint.load(undisturbed.weights_at(96))
+    assert state["images"] == 96
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+    assert Pipeline.load(dest).rewards == ("colourfulness", "sharpness")
+
+
+def test_a_checkpoint_of_several_ranks_becomes_one_file(
+    training: TrainConfig, tmp_path: Path
+) -> None:
+    config = replace(training, sharding=ShardingConfig("3"))
+    train_together(2, config, tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    expected, state = checkpoint.load(run.weights_at(96))
+    shutil.rmtree(run.weights)
+
+    tensors, found = checkpoint.load(export(run.root, tmp_path / "model", images=96))
+
+    assert found == state and tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+    Pipeline.load(tmp_path / "model")
+
+
+def test_what_cannot_be_exported_is_refused(undisturbed: RunFolder, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nothing of 48 images; it has 40, 80, 96"):
+        export(undisturbed.root, tmp_path / "model", images=48)
+    with pytest.raises(CheckpointError, match="is not a run"):
+        export(tmp_path, tmp_path / "model")
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ValueError, match="exists already"):
+        export(undisturbed.root, tmp_path / "model")

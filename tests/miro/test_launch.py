@@ -1,0 +1,189 @@
+"""The launch scripts, run for real where this machine can, and printed where it cannot."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from together import free_port
+
+from miro.checkpoint import RunFolder
+from miro.launcher import launch
+from miro.presets import TrainConfig
+from miro.report.metrics import read_metrics
+from miro.train import train
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+# The run of `training` in the words of a command line.
+WORDS = (
+    "demo images=96 batch=8 threads=1 precision=fp32 compile=False report_every=8 "
+    "checkpoint_every=96 model.channels=32 model.depth=1 model.heads=2 model.hidden=32 "
+    "optimizer.matrices=adamw flow.times_mean=0 optimizer.learning_rate=3e-3 "
+    "optimizer.warmup_images=16 optimizer.beta2=0.99 optimizer.ema_images=10000"
+)
+
+
+def words(training: TrainConfig, run: Path, *more: str) -> list[str]:
+    return [*WORDS.split(), "--run", str(run), "--data", str(training.data), *more]
+
+
+def shell(command: Sequence[str | Path], **environment: str) -> subprocess.CompletedProcess[str]:
+    here = str(Path(sys.executable).parent)
+    path = {"PATH": f"{here}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [str(word) for word in command],
+        env={**os.environ, **path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(training: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
+    """The losses of the run on one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    train(replace(training, checkpoint_every=96, weights_at=()), folder)
+    return losses(folder)
+
+
+def losses(folder: Path) -> torch.Tensor:
+    return torch.tensor([line["loss"] for line in read_metrics(RunFolder(folder).metrics)])
+
+
+def test_one_machine_trains_on_all_its_processes(
+    training: TrainConfig, alone: torch.Tensor, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+
+    done = shell(
+        [LAUNCH / "node.sh", *words(training, run, "sharding.stage=2")],
+        GPUS="2", TRITON_CACHE_DIR=str(tmp_path / "cache"),
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    assert '"stage": 2' in RunFolder(run).deepspeed.read_text()
+    torch.testing.assert_close(losses(run), alone, rtol=1e-5, atol=0)
+
+
+def hostfile(folder: Path, hosts: Sequence[str]) -> Path:
+    path = folder / "hosts"
+    path.write_text("# two machines\n" + "".join(f"{host} slots=1\n" for host in hosts))
+    return path
+
+
+def remote(folder: Path, line: str) -> str:
+    """Something to call instead of ssh: it runs the command it is given on this machine."""
+    path = folder / "remote"
+    path.write_text(f"#!/bin/sh\n{line}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_two_launchers_on_loopback_are_two_machines(
+    training: TrainConfig, alone: torch.Tensor, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+
+    done = shell(
+        [LAUNCH / "nodes.sh", hostfile(tmp_path, ["127.0.0.1"] * 2),
+         *words(training, run, "sharding.stage=1")],
+        SSH=remote(tmp_path, 'exec bash -c "$2"'), PORT=str(free_port()), SETUP="true",
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(losses(run), alone, rtol=1e-5, atol=0)
+
+
+@pytest.fixture
+def networks() -> Iterator[list[str]]:
+    """The addresses of two network namespaces joined by a cable; skips where they cannot be had."""
+    names, addresses = ["miro-a", "miro-b"], ["10.77.0.1", "10.77.0.2"]
+    commands = [f"ip netns add {name}" for name in names]
+    commands += ["ip link add miro-a type veth peer name miro-b"]
+    for name, address in zip(names, addresses, strict=True):
+        commands += [
+            f"ip link set {name} netns {name}",
+            f"ip -n {name} address add {address}/24 dev {name}",
+            f"ip -n {name} link set {name} up",
+            f"ip -n {name} link set lo up",
+        ]
+    try:
+        for command in commands:
+            done = subprocess.run(command.split(), capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"{command}: {done.stderr.strip()}")
+        yield addresses
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+@pytest.mark.skipif(shutil.which("ip") is None, reason="iproute2 is not installed")
+def test_two_machines_with_addresses_of_their_own_train_together(
+    training: TrainConfig, alone: torch.Tensor, tmp_path: Path, networks: list[str]
+) -> None:
+    run = tmp_path / "run"
+    inside = f'''case $1 in {networks[0]}) name=miro-a;; *) name=miro-b;; esac
+export GLOO_SOCKET_IFNAME=$name
+exec ip netns exec $name bash -c "$2"'''
+
+    done = shell(
+        [LAUNCH / "nodes.sh", hostfile(tmp_path, networks),
+         *words(training, run, "sharding.stage=3")],
+        SSH=remote(tmp_path, inside), SETUP="true",
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(losses(run), alone, rtol=1e-5, atol=0)
+
+
+def test_a_machine_that_fails_ends_the_others(training: TrainConfig, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+
+    done = shell(
+        [LAUNCH / "nodes.sh", hostfile(tmp_path, ["127.0.0.1", "lost"]), *words(training, run)],
+        SSH=remote(tmp_path, '[ "$1" = lost ] && exit 3; exec bash -c "$2"'),
+        PORT=str(free_port()), SETUP="true",
+    )  # fmt: skip
+
+    assert done.returncode == 3, done.stderr
+
+
+def test_a_dry_run_prints_what_each_script_would_do(capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch(LAUNCH, [], dry_run=True) == 0
+
+    printed = capfd.readouterr().out
+    for part in (
+        "miro annotate PHOTOS RUN/scored",
+        "torchrun --standalone --nproc-per-node gpu --module -- miro train PRESET --run DIR",
+        "--nnodes 2 --node-rank 1 --nproc-per-node 8 --master-addr node-0",
+        "srun --kill-on-bad-exit miro train PRESET",
+    ):
+        assert part in printed, printed
+
+
+def test_a_slurm_job_that_was_told_to_stop_queues_again(tmp_path: Path) -> None:
+    """With stand-ins for SLURM's commands, which this machine has not."""
+    for name, line in {
+        "srun": "exit $CODE",
+        "scontrol": f"[ $1 = requeue ] && echo $2 >> {tmp_path}/requeued || echo node-7",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    for code in (0, 1, 75):
+        job = {"SLURM_JOB_ID": f"10{code}", "SLURM_JOB_NODELIST": "node-[7-8]", "CODE": str(code)}
+        done = subprocess.run(
+            ["bash", LAUNCH / "slurm.sh", "small"],
+            env={**os.environ, **job, "PATH": path, "SETUP": "true"},
+        )
+        assert done.returncode == code
+
+    assert (tmp_path / "requeued").read_text() == "1075\n"

@@ -1,0 +1,130 @@
+"""Layouts of a step, what DeepSpeed is told of them, and that none changes what is learned."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from engines import CONFIG, LAYOUT, engine, inputs, learn
+from torch import Tensor
+
+from miro.engine import Engine, Layout, ShardingConfig, deepspeed_config, lay_out
+from miro.model.transformer import Rewards
+from miro.text import pack
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_deepspeed_is_told_what_the_layout_says(stage: Any, precision: Any) -> None:
+    layout = Layout(stage, world=8, micro_batch=4, accumulation=2)
+
+    told = deepspeed_config(layout, precision, "cuda")
+
+    assert told["train_batch_size"] == layout.batch == 64
+    assert told["train_micro_batch_size_per_gpu"] == 4
+    assert told["gradient_accumulation_steps"] == 2
+    assert told["zero_optimization"]["stage"] == stage
+    # At stage 0 the optimizer keeps the masters, and DeepSpeed sees plain parameters.
+    assert ("bf16" in told) == (precision == "bf16" and stage > 0)
+
+
+@pytest.mark.parametrize(
+    ("batch", "world", "micro", "accumulation"), [(64, 4, None, 1), (64, 4, 4, 4), (6, 1, 2, 3)]
+)
+def test_a_batch_is_micro_batch_times_accumulation_times_world(
+    batch: int, world: int, micro: int | None, accumulation: int
+) -> None:
+    layout = lay_out(ShardingConfig(micro_batch=micro), batch=batch, world=world, stage=1)
+
+    assert layout.batch == batch and layout.accumulation == accumulation
+    row = [
+        image
+        for rank in range(world)
+        for start in layout.positions(rank, 1000)
+        for image in range(start, start + layout.micro_batch)
+    ]
+    assert sorted(row) == list(range(1000, 1000 + batch))
+
+
+@pytest.mark.parametrize(
+    ("sharding", "batch", "world", "message"),
+    [
+        (ShardingConfig(), 10, 4, "batch=10 does not divide among 4 processes"),
+        (ShardingConfig(micro_batch=3), 8, 2, "batch=8 is no multiple of sharding.micro_batch=3"),
+    ],
+)
+def test_a_batch_that_does_not_divide_is_refused(
+    sharding: ShardingConfig, batch: int, world: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        lay_out(sharding, batch=batch, world=world, stage=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layout": Layout(1, 1, 4, 1), "matrices": "muon"}, "choose adamw, or sharding.stage=0"),
+        ({"layout": Layout(3, 1, 4, 1), "compiled": True}, "compile=True does not go with"),
+        ({"layout": Layout(1, 1, 2, 2), "precision": "bf16"}, "choose sharding.stage=2"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_with_what_does(
+    change: dict[str, Any], message: str
+) -> None:
+    config = replace(CONFIG, matrices=change.pop("matrices", "adamw"))
+
+    with pytest.raises(ValueError, match=message):
+        engine(config, **change)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"offload": "optimizer", "stage": "0"}, "works with sharding.stage 1 or 2 or 3, got 0"),
+        ({"offload": "parameters", "stage": "2"}, "works with sharding.stage 3, got 2"),
+        ({"micro_batch": 0}, "micro_batch must be at least 1, got 0"),
+    ],
+)
+def test_impossible_shardings_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ShardingConfig(**options)
+
+
+# Each cut, and its precision. Loss and average must be those of stage 0 to the precision.
+ALONE = [
+    *((Layout(stage, 1, 4, 1), "fp32") for stage in (1, 2, 3)),
+    (Layout(0, 1, 1, 4), "fp32"),
+    (Layout(2, 1, 1, 4), "fp32"),
+    (Layout(0, 1, 4, 1, recompute=True), "fp32"),
+    (Layout(3, 1, 4, 1, recompute=True), "fp32"),
+    (Layout(1, 1, 4, 1, offload="optimizer"), "fp32"),
+    (Layout(2, 1, 2, 2, offload="optimizer"), "fp32"),
+    (Layout(3, 1, 4, 1, offload="parameters"), "fp32"),
+    (Layout(1, 1, 4, 1), "bf16"),
+    (Layout(0, 1, 1, 4), "bf16"),
+    (Layout(2, 1, 1, 4), "bf16"),
+    (Layout(3, 1, 2, 2), "bf16"),
+]
+
+
+@pytest.mark.parametrize(("layout", "precision"), ALONE)
+def test_every_layout_learns_what_the_plain_one_does(layout: Layout, precision: Any) -> None:
+    plain, cut = (engine(layout=which, precision=precision) for which in (LAYOUT, layout))
+    for images in range(0, 20, 4):
+        whole = inputs(images)
+        learn(plain, part_of_loss(plain, whole, slice(0, 4)), images)
+        for start in range(0, 4, layout.micro_batch):
+            cut.backward(part_of_loss(cut, whole, slice(start, start + layout.micro_batch)))
+        cut.step(images)
+
+    close = {"rtol": 1e-4, "atol": 1e-5} if precision == "fp32" else {"rtol": 0.05, "atol": 0.02}
+    for name, average in plain.averaged().items():
+        torch.testing.assert_close(cut.averaged()[name], average, **close, msg=name)
+
+
+def part_of_loss(engine: Engine, whole: Any, part: slice) -> Tensor:
+    x, t, rewards, text = whole
+    some = Rewards(rewards.levels, rewards.bins[part], rewards.keep[part])
+    texts = pack([text.text(n) for n in range(len(text))][part])
+    predicted = engine.predict(x[part], t[part], some, texts)
+    return (predicted - x.flip(0)[part]).square().mean()

@@ -1,0 +1,170 @@
+"""What a rank takes of memory, as estimated and as measured in real processes."""
+
+import ctypes
+import gc
+import json
+import logging
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from together import Together
+
+from miro.engine import Engine, Layout, ShardingConfig
+from miro.memory import activation_bytes, choose_stage, estimate, parameter_count
+from miro.model.transformer import FlowTransformer, ModelConfig, Rewards
+from miro.optimizer import OptimizerConfig
+from miro.presets import TrainConfig, preset
+from miro.ranks import Ranks, join
+from miro.text import absent
+
+# 21 million parameters, few tokens: what is measured is the state.
+MODEL, LATENT, TEXT, REWARDS = ModelConfig(512, 5, 4, 1024, 4), (1, 8, 8), 16, 2
+
+
+def memory(line: str) -> int:
+    """VmRSS, bytes of this process in memory, or VmHWM, the most since `reset_peak`."""
+    with open("/proc/self/status") as file:
+        (found,) = (row for row in file if row.startswith(f"{line}:"))
+    return 1024 * int(found.split()[1])
+
+
+def reset_peak() -> None:
+    """Give back what is free, and forget the most there was."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def measure(config: ModelConfig, layout: Layout, precision: Any, out: Path) -> None:
+    """Write the most that this rank holds from its second step's forward to its gradients."""
+    torch.set_num_threads(1)
+    ranks = join("cpu")
+    bins = torch.zeros(layout.micro_batch, REWARDS, dtype=torch.int64)
+    rewards = Rewards(torch.linspace(0, 1, 4), bins, bins.bool())
+    x, t = torch.zeros(layout.micro_batch, *LATENT), torch.zeros(layout.micro_batch)
+    small = FlowTransformer(ModelConfig(16, 1, 1, 16, 4), LATENT, TEXT, REWARDS)
+    held, before = 0, 0
+    for model in (small, None):
+        # The first time, small, loads what is loaded once: code, and DeepSpeed's own.
+        if model is None:
+            reset_peak()
+            before = memory("VmRSS")
+            torch.manual_seed(0)
+            model = FlowTransformer(config, LATENT, TEXT, REWARDS)
+        engine = Engine(
+            model, OptimizerConfig(), layout, total_images=100, precision=precision, ranks=ranks
+        )
+        for step in range(2):
+            reset_peak()
+            for _ in range(layout.accumulation):
+                out_ = engine.predict(x, t, rewards, absent(layout.micro_batch, TEXT))
+                engine.backward(out_.square().mean())
+                del out_
+            if step:
+                held = memory("VmHWM") - before
+            engine.step(0)
+        engine.deepspeed.destroy()
+        del engine, model
+    (out / f"{ranks.rank}.json").write_text(json.dumps(held))
+
+
+@pytest.mark.parametrize(
+    ("precision", "depth"), [("fp32", 5), pytest.param("bf16", 12, marks=pytest.mark.long)]
+)
+def test_memory_of_a_rank_falls_with_the_stage_as_estimated(
+    precision: Any, depth: int, tmp_path: Path
+) -> None:
+    model = replace(MODEL, depth=depth)
+    parameters = parameter_count(model, LATENT, TEXT, REWARDS)
+    for stage in (0, 1, 2, 3):
+        layout = Layout(stage, world=2, micro_batch=1, accumulation=1)  # type: ignore[arg-type]
+        folder = tmp_path / f"{stage}"
+        together = Together(2, folder, model, layout, precision, folder, action=measure)
+        assert together.wait() == [0, 0], together.said()
+        held = max(json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1))
+        expected = estimate(parameters, layout, precision).total
+        assert abs(held - expected) < 0.15 * expected, f"stage {stage}: {held} is not {expected}"
+
+
+LARGE = preset("large")
+
+
+def layout_of(stage: Any, world: int = 8, **options: Any) -> Layout:
+    return Layout(stage, world, micro_batch=32, accumulation=8, **options)
+
+
+def test_each_stage_cuts_what_it_says() -> None:
+    stages = [estimate(2 * 10**9, layout_of(stage), "bf16") for stage in (0, 1, 2, 3)]
+    whole = stages[0]
+
+    assert whole.weights == 4e9 and whole.masters + whole.moments + whole.average == 32e9
+    for cut in stages[1:]:
+        assert cut.masters + cut.moments + cut.average == 32e9 / 8
+    assert stages[1].gradients == 4e9 and stages[2].gradients == 1e9
+    assert stages[2].weights == 4e9 and stages[3].weights == 0.5e9
+    host = estimate(2 * 10**9, layout_of(2, offload="optimizer"), "bf16")
+    assert host.masters + host.moments + host.average == 0
+
+
+def test_recomputing_keeps_an_eighth_of_the_activations() -> None:
+    kept = activation_bytes(LARGE.model, (4, 32, 32), layout_of(1), "bf16")
+    again = activation_bytes(LARGE.model, (4, 32, 32), layout_of(1, recompute=True), "bf16")
+
+    assert kept > 1e9 and again < kept / 7
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "stage"), [(300, 0), (100, 2), (30, 3)], ids=["roomy", "tight", "tiny"]
+)
+def test_auto_takes_the_lowest_stage_that_fits_and_says_why(
+    gigabytes: int, stage: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("miro.memory.capacity", lambda device, ranks: gigabytes * 1e9)
+    config = replace(LARGE, sharding=ShardingConfig(micro_batch=64))
+    caplog.set_level(logging.INFO)
+
+    found = choose_stage(config, (4, 32, 32), 2048, 7, Ranks(0, 8), torch.device("cpu"))
+
+    assert found == stage
+    assert f"sharding.stage=auto takes {stage}" in caplog.text and "stage 0:" in caplog.text
+
+
+def test_a_stage_that_is_given_is_taken_and_one_process_shards_nothing(
+    training: TrainConfig,
+) -> None:
+    given = replace(training, sharding=ShardingConfig("3"))
+    device = torch.device("cpu")
+
+    assert choose_stage(given, (3, 32, 32), 384, 2, Ranks(0, 2), device) == 3
+    assert choose_stage(training, (3, 32, 32), 384, 2, Ranks(), device) == 0
+
+
+def test_parameters_are_counted_without_making_them() -> None:
+    made = FlowTransformer(replace(MODEL, depth=1), LATENT, TEXT, REWARDS)
+
+    counted = parameter_count(replace(MODEL, depth=1), LATENT, TEXT, REWARDS)
+
+    assert counted == sum(param.numel() for param in made.parameters())
+    assert 0.34e9 < parameter_count(preset("small").model, (4, 32, 32), 2048, 7) < 0.38e9
+
+
+def test_the_plan_for_clusters_says_that_it_is_a_projection(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "profiling" / "scale_plan.py"
+
+    done = subprocess.run(
+        [sys.executable, script, "--out", tmp_path], capture_output=True, text=True, check=True
+    )
+
+    assert "projection, nothing was run" in done.stdout
+    rows = json.loads((tmp_path / "scale_plan.json").read_text())["rows"]
+    assert {(row["preset"], row["gpus"]) for row in rows} == {
+        (name, gpus) for name in ("small", "large") for gpus in (8, 16, 64, 512)
+    }
+    for row in rows:
+        assert abs(sum(row["parts"].values()) - row["gpu_bytes"]) < 1
+    assert (tmp_path / "scale_plan.svg").stat().st_size > 10_000
