@@ -154,17 +154,19 @@ def trained_rewards(config: ConditioningConfig, available: Sequence[str]) -> Ten
 
 
 def keep_rewards(
-    config: ConditioningConfig, known: Tensor, trained: Tensor, generator: torch.Generator
+    config: ConditioningConfig, known: Tensor, trained: Tensor, uniform: Tensor
 ) -> Tensor:
-    """(B, R) bool: the rewards each sample of a training batch is told, after dropout."""
-    alone = torch.rand(known.shape, generator=generator) >= config.drop_one
-    together = torch.rand(len(known), 1, generator=generator) >= config.drop_all
+    """(B, R) bool: the rewards each sample of a training batch is told, after dropout.
+
+    uniform: (B, R + 1) numbers in [0, 1), one for each reward and one for all together.
+    """
+    alone, together = uniform[:, :-1] >= config.drop_one, uniform[:, -1:] >= config.drop_all
     return known & trained & alone & together
 
 
-def keep_text(config: ConditioningConfig, count: int, generator: torch.Generator) -> Tensor:
-    """(count,) bool: the samples of a training batch that keep their caption."""
-    return torch.rand(count, generator=generator) >= config.drop_text
+def keep_text(config: ConditioningConfig, uniform: Tensor) -> Tensor:
+    """(B,) bool: the samples of a training batch that keep their caption, from (B,) in [0, 1)."""
+    return uniform >= config.drop_text
 
 
 @dataclass(frozen=True)

@@ -370,4 +370,6 @@ def _start(
         config=config,
         dist_init_required=False,
     )
+    if dist.get_world_size() == 1 and not config["zero_optimization"]["stage"]:
+        engine.enable_backward_allreduce = False  # It would copy every gradient, for no one.
     return engine

@@ -39,12 +39,11 @@ class FlowConfig:
             raise ValueError(f"flow.weight_cap must be in [0, 1), got {self.weight_cap}")
 
 
-def draw_times(config: FlowConfig, count: int, generator: torch.Generator) -> Tensor:
-    """(count,) fp32 times in (0, 1) from the law of the configuration."""
+def times_from(config: FlowConfig, uniform: Tensor) -> Tensor:
+    """(B,) fp32 times in [0, 1) of the law of the configuration, from uniform numbers in [0, 1)."""
     if config.times == "uniform":
-        return torch.rand(count, generator=generator)
-    normal = torch.randn(count, generator=generator)
-    return torch.sigmoid(normal * config.times_std + config.times_mean)
+        return uniform
+    return torch.sigmoid(torch.special.ndtri(uniform) * config.times_std + config.times_mean)
 
 
 def noised(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:

@@ -71,21 +71,20 @@ class Visits:
         chosen = batch.scores_index, batch.caption_index
         known = self.known[chosen]
         noise, shake = torch.empty_like(batch.latents), torch.empty_like(batch.latents)
-        t, keep = torch.empty(size), torch.empty_like(known)
-        told = torch.empty(size, dtype=torch.bool)
+        # For the time, the text, each reward, and all rewards together.
+        uniform = torch.empty(size, 3 + known.shape[1])
         for n in range(size):
             own = generator_from(config.seed, "visit", position + n)
-            one = slice(n, n + 1)
+            uniform[n].uniform_(generator=own)
             noise[n].normal_(generator=own)
-            t[one] = flow.draw_times(config.flow, 1, own)
-            keep[one] = keep_rewards(config.conditioning, known[one], self.trained, own)
-            told[one] = keep_text(config.conditioning, 1, own)
             if batch.std is not None:
                 shake[n].normal_(generator=own)
         # The autoencoder's posterior is drawn anew at each visit.
         x = batch.latents if batch.std is None else batch.latents + batch.std * shake
-        rewards = Rewards(self.levels, self.binned[chosen], keep)
-        return Visit(x, noise, t, rewards, batch.text.keep(told))
+        keep = keep_rewards(config.conditioning, known, self.trained, uniform[:, 2:])
+        text = batch.text.keep(keep_text(config.conditioning, uniform[:, 1]))
+        t = flow.times_from(config.flow, uniform[:, 0])
+        return Visit(x, noise, t, Rewards(self.levels, self.binned[chosen], keep), text)
 
     def ahead(self, layout: Layout, rank: int, images: int) -> Generator[Visit, None, None]:
         """The micro-batches of a rank from the step on that begins after `images` images."""

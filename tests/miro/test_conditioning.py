@@ -175,10 +175,14 @@ def test_the_rewards_trained_on_are_those_configured() -> None:
         told(("vqaa",))
 
 
+def uniform(*shape: int) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(5))
+
+
 def drop(rows: int = 40_000, rewards: int = 3, **probabilities: Any) -> torch.Tensor:
     known, trained = torch.ones(rows, rewards, dtype=torch.bool), torch.ones(rewards).bool()
     config = ConditioningConfig(**{"drop_all": 0.0, **probabilities})
-    return keep_rewards(config, known, trained, torch.Generator().manual_seed(5))
+    return keep_rewards(config, known, trained, uniform(rows, rewards + 1))
 
 
 def test_each_reward_is_dropped_at_its_rate_and_independently() -> None:
@@ -206,10 +210,10 @@ def test_both_dropouts_together() -> None:
 
 def test_text_is_dropped_at_its_rate_and_independently_of_rewards() -> None:
     config = ConditioningConfig(drop_all=0.5, drop_text=0.3)
-    generator = torch.Generator().manual_seed(6)
-    rewards = keep_rewards(config, torch.ones(40_000, 1).bool(), torch.ones(1).bool(), generator)
+    drawn, everything = uniform(40_000, 3), torch.ones(40_000, 1).bool()
+    rewards = keep_rewards(config, everything, everything[0], drawn[:, 1:])
 
-    text = keep_text(config, 40_000, generator)
+    text = keep_text(config, drawn[:, 0])
 
     assert text.dtype == torch.bool and abs(text.float().mean() - 0.7) < 0.01
     assert abs((text & rewards[:, 0]).float().mean() - 0.7 * 0.5) < 0.01
@@ -220,14 +224,14 @@ def test_rates_of_zero_and_one_are_exact(probability: float, kept: bool) -> None
     assert (drop(drop_one=probability) == kept).all()
     assert (drop(drop_all=probability) == kept).all()
     config = ConditioningConfig(drop_text=probability)
-    assert (keep_text(config, 10_000, torch.Generator().manual_seed(0)) == kept).all()
+    assert (keep_text(config, uniform(10_000, 1)[:, 0]) == kept).all()
 
 
 def test_an_unknown_or_untrained_reward_is_never_told() -> None:
     known = torch.rand(5000, 3, generator=torch.Generator().manual_seed(0)) < 0.5
     trained = torch.tensor([True, False, True])
     for config in (ConditioningConfig(drop_all=0.0), ConditioningConfig(drop_one=0.5)):
-        kept = keep_rewards(config, known, trained, torch.Generator().manual_seed(1))
+        kept = keep_rewards(config, known, trained, uniform(5000, 4))
         assert not (kept & ~known).any() and not kept[:, 1].any() and kept[:, 0].any()
 
 

@@ -10,16 +10,20 @@ from torch import Tensor
 from miro.flow import (
     SMALLEST_TIME,
     FlowConfig,
-    draw_times,
     euler_step,
     euler_times,
     noised,
+    times_from,
     velocity,
     velocity_errors,
 )
 
 Draw = Callable[..., Tensor]
 VELOCITY, SAMPLE = FlowConfig(predicts="velocity"), FlowConfig(predicts="sample")
+
+
+def uniform(count: int, seed: int) -> Tensor:
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed))
 
 
 def perfect(config: FlowConfig, x: Tensor, noise: Tensor) -> Tensor:
@@ -113,7 +117,7 @@ def test_below_the_cap_errors_of_a_predicted_sample_weigh_alike(draw: Draw, t: f
 
 
 def test_uniform_times_have_the_mean_and_spread_of_their_law() -> None:
-    t = draw_times(FlowConfig(), 20_000, torch.Generator().manual_seed(1))
+    t = times_from(FlowConfig(), uniform(20_000, 1))
 
     assert t.dtype == torch.float32 and 0 <= t.min() and t.max() < 1
     assert abs(t.mean() - 0.5) < 0.01 and abs(t.std() - 12**-0.5) < 0.01
@@ -123,16 +127,14 @@ def test_uniform_times_have_the_mean_and_spread_of_their_law() -> None:
 def test_the_logit_of_logit_normal_times_is_normal(mean: float, std: float) -> None:
     config = FlowConfig(times="logit_normal", times_mean=mean, times_std=std)
 
-    logits = draw_times(config, 20_000, torch.Generator().manual_seed(1)).double().logit()
+    logits = times_from(config, uniform(20_000, 1)).double().logit()
 
     assert abs(logits.mean() - mean) < 0.03 * std and abs(logits.std() - std) < 0.02 * std
 
 
-def test_times_are_a_function_of_the_generator() -> None:
+def test_times_are_a_function_of_the_uniform_numbers() -> None:
     for config in (FlowConfig(), FlowConfig(times="logit_normal")):
-        first, again, other = (
-            draw_times(config, 8, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
-        )
+        first, again, other = (times_from(config, uniform(8, seed)) for seed in (1, 1, 2))
         assert torch.equal(first, again) and not torch.equal(first, other)
 
 
