@@ -246,19 +246,24 @@ def open_newest(
     share: int = 0,
     shares: int = 1,
     agree: Callable[[bool], bool] = bool,
+    fits: Callable[[Mapping[str, Any]], None] = lambda state: None,
 ) -> Reader | None:
-    """The newest checkpoint in `folder` that is whole, or None; damaged ones are named.
+    """The newest checkpoint in `folder` that is whole and fits, or None; the others are named.
 
     Each of `shares` ranks reads its share of the files, and `agree` says whether all found theirs
-    whole, so that every one of them takes the same.
+    whole, so that every one of them takes the same. `fits` is given a checkpoint's state and raises
+    ValueError where it is of something else.
     """
     for _, path in reversed(_numbered(folder)):
         reader = error = None
         try:
             reader = Reader(path)
             reader.check(share, shares)
+            fits(reader.state)
         except CheckpointError as damaged:
             error = damaged
+        except ValueError as foreign:
+            error = CheckpointError(f"{path}: {foreign}")
         if agree(error is None):
             return reader
         log.warning("%s; trying the one before", error or f"another rank found {path} damaged")

@@ -330,15 +330,9 @@ class Engine:
             numbers: as saved.
 
         Raises:
-            ValueError: the state is of another network; the first difference is named.
+            ValueError: as `check_state`.
         """
-        ours = {name: list(shape) for name, shape in self.shapes.items()}
-        for name in ours.keys() | numbers["shapes"].keys():
-            found, wanted = numbers["shapes"].get(name), ours.get(name)
-            if found != wanted:
-                raise ValueError(
-                    f"the checkpoint is of another network: {name} is {found} there, {wanted} here"
-                )
+        self.check_state(numbers)
         for piece in self.partition.pieces():
             for key, tensor in piece.tensors.items():
                 tensor.copy_(read(key, piece))
@@ -346,6 +340,17 @@ class Engine:
         for state in self.optimizer.state.values():
             state["step"] = int(numbers["step"])
         self.guard.load(numbers["guard"])
+
+    def check_state(self, numbers: Mapping[str, Any]) -> None:
+        """ValueError where a saved state is of another network; it names the first difference."""
+        ours = {name: list(shape) for name, shape in self.shapes.items()}
+        theirs = numbers.get("shapes", {})
+        for name in sorted(ours.keys() | theirs.keys()):
+            found, wanted = theirs.get(name), ours.get(name)
+            if found != wanted:
+                raise ValueError(
+                    f"the checkpoint is of another network: {name} is {found} there, {wanted} here"
+                )
 
 
 def _start(

@@ -237,7 +237,9 @@ def _engine(
 def _resume(run: RunFolder, engine: Engine) -> int:
     """Take up the newest checkpoint that is whole; the images it was saved after, or 0."""
     ranks = engine.ranks
-    reader = checkpoint.open_newest(run.checkpoints, ranks.rank, ranks.world, ranks.all_true)
+    reader = checkpoint.open_newest(
+        run.checkpoints, ranks.rank, ranks.world, ranks.all_true, engine.check_state
+    )
     if reader is None:
         return 0
     engine.load_state(

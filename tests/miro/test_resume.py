@@ -215,3 +215,42 @@ def test_a_full_disk_stops_the_run_and_it_resumes_once_there_is_room(
     filler.unlink()
     train(training, run.root)
     assert_same_run(run.root, undisturbed)
+
+
+def test_a_foreign_checkpoint_is_named_and_the_one_before_is_taken(
+    training: TrainConfig, undisturbed: RunFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    wider = replace(training, model=replace(training.model, hidden=48), images=16, weights_at=())
+    train(wider, tmp_path / "other")
+    run = RunFolder(tmp_path / "run")
+    shutil.copytree(undisturbed.root, run.root)
+    shutil.rmtree(run.checkpoint(96))
+    shutil.copytree(RunFolder(tmp_path / "other").checkpoint(16), run.checkpoint(96))
+
+    train(training, run.root)
+
+    assert f"{run.checkpoint(96)}: the checkpoint is of another network" in caplog.text
+    assert_same_run(run.root, undisturbed)
+
+
+def test_a_run_may_go_on_without_a_checkpoint_that_found_no_room(
+    training: TrainConfig,
+    undisturbed: RunFolder,
+    small_disk: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    run, filler = RunFolder(small_disk / "run"), small_disk / "filler"
+
+    def fill(progress: Progress) -> None:
+        if progress.images == 32:
+            filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 200_000))
+        if progress.images == 72:
+            filler.unlink()
+
+    config = replace(training, on_failed_save="continue", weights_at=())
+    train(config, run.root, report=fill)
+
+    assert "could not write" in caplog.text and "the run goes on" in caplog.text
+    assert [images for images, _ in checkpoint.saved_in(run.checkpoints)] == [80, 96]
+    ours, theirs = (checkpoint.load(r.checkpoint(96))[0] for r in (run, undisturbed))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
