@@ -75,7 +75,9 @@ class MuonEMA(AdamWEMA):
             states = [self.state[param] for param in chosen]
             masters = [self.master(param) for param in chosen]
             momenta = [state["exp_avg"] for state in states]
-            grads = [scale * param.grad.float() for param in chosen if param.grad is not None]
+            grads = [param.grad.float() for param in chosen if param.grad is not None]
+            if scale != 1:
+                grads = list(torch._foreach_mul(grads, scale))
             torch._foreach_lerp_(momenta, grads, 1 - self._momentum)
             steps = orthogonal(torch.stack(torch._foreach_lerp(grads, momenta, self._momentum)))
             size = 0.2 * max(chosen[0].shape) ** 0.5

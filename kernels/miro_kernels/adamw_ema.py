@@ -59,7 +59,8 @@ def adamw_ema_reference(
         scale = grad_scale.item()
         if not scale >= 0:
             return
-        wide = list(torch._foreach_mul(wide, scale))
+        if scale != 1:
+            wide = list(torch._foreach_mul(wide, scale))
     torch._foreach_lerp_(exp_avgs, wide, 1 - betas[0])
     torch._foreach_mul_(exp_avg_sqs, betas[1])
     torch._foreach_addcmul_(exp_avg_sqs, wide, wide, 1 - betas[1])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import CONFIG, SHAPE, TEXT, build, engine, inputs, learn
+from engines import CONFIG, LAYOUT, SHAPE, TEXT, build, engine, inputs, learn
 from torch import Tensor
 
 from miro.engine import Engine
@@ -239,8 +239,10 @@ def test_impossible_values_are_named(name: str, value: Any) -> None:
         OptimizerConfig(**{name: value})
 
 
-def test_a_step_without_a_number_is_skipped_and_counted() -> None:
-    made = engine()
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_step_without_a_number_is_skipped_and_counted(stage: Any, precision: Any) -> None:
+    made = engine(layout=replace(LAYOUT, stage=stage), precision=precision)
     learn(made, loss(made, 1), images=0)
     before = {name: tensor.clone() for name, tensor in saved_tensors(made).items()}
 

@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from engines import CONFIG, LAYOUT, engine, inputs, learn
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from miro.engine import Engine, Layout, ShardingConfig, deepspeed_config, lay_out
 from miro.model.transformer import Rewards
@@ -105,6 +107,42 @@ ALONE = [
     (Layout(2, 1, 1, 4), "bf16"),
     (Layout(3, 1, 2, 2), "bf16"),
 ]
+
+
+class Reads(TorchDispatchMode):
+    """Counts what waits for a device: a tensor's number read on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_waits_for_nothing(
+    stage: Any, precision: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But the references of the kernels, which check and read what a kernel takes as it is.
+
+    Stage 3 waits once a step, for DeepSpeed's own norm.
+    """
+    made = engine(layout=Layout(stage, 1, 4, 1), precision=precision)
+    whole = inputs(1)
+    learn(made, part_of_loss(made, whole, slice(0, 4)), images=0)
+    monkeypatch.setattr(made.optimizer, "step", lambda closure=None: None)
+    levels = torch.arange(5)
+    monkeypatch.setattr(F, "one_hot", lambda bins, _: (bins[..., None] == levels).long())
+
+    with Reads() as reads:
+        error = made.predict(*whole).square().mean()
+        made.backward(error)
+        made.step(4)
+
+    assert reads.count == 0
 
 
 @pytest.mark.parametrize(("layout", "precision"), ALONE)
