@@ -14,7 +14,7 @@ import tyro
 
 from miro.presets import PRESETS, TrainConfig, preset
 from miro.progress import bar, console
-from miro.ranks import ranks_of
+from miro.ranks import part, ranks_of
 
 Inline = tyro.conf.arg(name="")
 Positional = tyro.conf.Positional
@@ -64,6 +64,7 @@ def train(args: Sequence[str]) -> None:
             show(progress.images, progress.total, detail)
 
         weights = run(options.config, options.run, resume=options.resume, report=report)
+    part()
     if first:
         console.print(
             f"weights are in {weights}; sample with `miro sample {options.run} --prompt ...`"

@@ -26,6 +26,12 @@ TIMEOUT = datetime.timedelta(minutes=30)
 EXIT_STOPPED = 75
 
 
+def part() -> None:
+    """Let go of the other processes, if there are any, once all is done."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.destroy_process_group()
+
+
 class Stopped(RuntimeError):
     """The run was told to stop, and saved before it did."""
 
@@ -158,9 +164,12 @@ class StopSignal:
                 self._before[number] = signal.signal(number, self._hear)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         for number, before in self._before.items():
             signal.signal(number, before)
+        if self._work is not None and kind in (None, Stopped):
+            # A rank that left before would break the connection under the others' last answer.
+            self._work.wait()
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self.told = True

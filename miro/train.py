@@ -179,6 +179,7 @@ def _train(
                     f"stopped after {images:,} images, and saved; the same command goes on"
                 )
         saver.wait()
+    ranks.all_true(True)  # None leaves while another still hears from it.
     return run.weights_at(images)
 
 
