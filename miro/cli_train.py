@@ -72,7 +72,7 @@ def train(args: Sequence[str]) -> None:
 
 
 def launch(
-    script: Positional[Path],
+    script: Positional[Path] = Path("launch"),
     arguments: Positional[tuple[str, ...]] = (),
     dry_run: bool = False,
 ) -> None:

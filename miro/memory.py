@@ -82,17 +82,18 @@ def estimate(
     if stage == 0:
         gradients = (4 if layout.accumulation > 1 else low) * parameters
     elif stage == 1:
-        # Whole as they come; what remains at the step is less.
-        gradients = low * parameters
+        # Whole as they come, and once more reduced; what remains at the step is less.
+        gradients = 2 * low * parameters
     else:
-        gradients = 4 * state if not on_host else 0.0
+        # This rank's part, as reduced and in the fp32 they add up in.
+        gradients = (low + 4) * state if not on_host else 0.0
     bucket = low * min(BUCKET, parameters)
     if stage == 0:
         # All-reduced as one flat copy, where there is anyone to reduce with.
         buffers = gradients if world > 1 else 0.0
     elif stage < 3:
-        # The bucket that is filled, and the flat copy of it that is reduced.
-        buffers = 2 * bucket
+        # The bucket that is filled and, where gradients are not kept whole, its flat copy.
+        buffers = stage * bucket
     else:
         # Those two, what is cut out of them, and weights gathered ahead and not yet let go.
         buffers = 5 * bucket

@@ -14,6 +14,7 @@ import pytest
 import torch
 from together import Together
 
+import miro.engine
 from miro.engine import Engine, Layout, ShardingConfig
 from miro.memory import activation_bytes, choose_stage, estimate, parameter_count
 from miro.model.transformer import FlowTransformer, ModelConfig, Rewards
@@ -40,8 +41,9 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def measure(config: ModelConfig, layout: Layout, precision: Any, out: Path) -> None:
+def measure(config: ModelConfig, layout: Layout, precision: Any, bucket: int, out: Path) -> None:
     """Write the most that this rank holds from its second step's forward to its gradients."""
+    miro.engine.BUCKET = bucket
     torch.set_num_threads(1)
     ranks = join("cpu")
     bins = torch.zeros(layout.micro_batch, REWARDS, dtype=torch.int64)
@@ -73,22 +75,42 @@ def measure(config: ModelConfig, layout: Layout, precision: Any, out: Path) -> N
     (out / f"{ranks.rank}.json").write_text(json.dumps(held))
 
 
+LONG = pytest.mark.long
+
+
 @pytest.mark.parametrize(
-    ("precision", "depth"), [("fp32", 5), pytest.param("bf16", 12, marks=pytest.mark.long)]
+    ("precision", "depth", "bucket", "stages"),
+    [
+        ("fp32", 5, 2**20, (0, 1, 2)),
+        pytest.param("bf16", 12, 2**20, (0, 1, 2), marks=LONG),
+        pytest.param("fp32", 5, 2**26, (1, 2, 3), marks=LONG),
+        pytest.param("bf16", 12, 2**26, (1, 2, 3), marks=LONG),
+    ],
 )
 def test_memory_of_a_rank_falls_with_the_stage_as_estimated(
-    precision: Any, depth: int, tmp_path: Path
+    precision: Any,
+    depth: int,
+    bucket: int,
+    stages: tuple[int, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """With buckets small beside the weights, as they are beside those of a large model, and not."""
+    monkeypatch.setattr("miro.memory.BUCKET", bucket)
     model = replace(MODEL, depth=depth)
     parameters = parameter_count(model, LATENT, TEXT, REWARDS)
-    for stage in (0, 1, 2, 3):
+    measured = []
+    for stage in stages:
         layout = Layout(stage, world=2, micro_batch=1, accumulation=1)  # type: ignore[arg-type]
         folder = tmp_path / f"{stage}"
-        together = Together(2, folder, model, layout, precision, folder, action=measure)
+        together = Together(2, folder, model, layout, precision, bucket, folder, action=measure)
         assert together.wait() == [0, 0], together.said()
         held = max(json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1))
         expected = estimate(parameters, layout, precision).total
         assert abs(held - expected) < 0.15 * expected, f"stage {stage}: {held} is not {expected}"
+        measured.append(held)
+    if bucket == 2**20:
+        assert measured == sorted(measured, reverse=True)
 
 
 LARGE = preset("large")
@@ -105,7 +127,8 @@ def test_each_stage_cuts_what_it_says() -> None:
     assert whole.weights == 4e9 and whole.masters + whole.moments + whole.average == 32e9
     for cut in stages[1:]:
         assert cut.masters + cut.moments + cut.average == 32e9 / 8
-    assert stages[1].gradients == 4e9 and stages[2].gradients == 1e9
+    # Stage 1 holds them whole and reduced; stage 2 its part, as reduced and in fp32.
+    assert stages[1].gradients == 8e9 and stages[2].gradients == 1.5e9
     assert stages[2].weights == 4e9 and stages[3].weights == 0.5e9
     host = estimate(2 * 10**9, layout_of(2, offload="optimizer"), "bf16")
     assert host.masters + host.moments + host.average == 0
