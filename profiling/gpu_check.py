@@ -3,11 +3,12 @@
     python profiling/gpu_check.py [--out profiling/results] [--minutes 28]
 
 First every kernel's tests run on the device; where one fails nothing is timed. Then each op at the
-shapes of the 0.36 B preset: these kernels, eager torch, torch.compile, and flash-attn and Liger
-where they import. Times are medians (20th to 80th percentile) of single calls between events, the
-second-level cache overwritten before each and the device kept busy while the host prepares, so
-that launches are not what is timed. Rates are of the least bytes, or of attention's FLOPs, as a
-share of what a copy and a matrix product reach on this device. Last, whole training steps.
+shapes of the 0.36 B preset: these kernels, eager torch, torch.compile, cuDNN for attention without
+text, and flash-attn and Liger where they import. Times are medians (20th to 80th percentile) of
+single calls between events, the second-level cache overwritten before each and the device kept busy
+while the host prepares, so that launches are not what is timed. Rates are of the least bytes, or of
+attention's FLOPs, as a share of what a copy and a matrix product reach on this device. Last, whole
+training steps.
 
 Exits 2 on a machine without a GPU, 1 where a test fails.
 """
@@ -16,8 +17,10 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib
+import importlib.util
 import json
+import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -29,10 +32,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
 import triton
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from miro import flow
@@ -50,9 +56,12 @@ DTYPE = torch.bfloat16
 LATENTS, TEXT_CHANNELS, REWARDS, LEVELS = (4, 32, 32), 2048, 7, 64
 STEP_BATCH = 64
 WITHOUT_TEXT = "attention without text"
-RIVALS = ("kernels", "eager", "torch.compile", "flash-attn", "Liger")
+RIVALS = ("kernels", "eager", "torch.compile", "cuDNN", "flash-attn", "Liger")
 
 NOT_COMPILED = (InductorError, TorchDynamoException)
+
+# A backward that is timed runs many times on what one forward kept.
+torch._functorch.config.donated_buffer = False
 
 Run = Callable[[], Any]
 
@@ -125,6 +134,7 @@ def variants(case: Case, given: Arguments, left_out: list[str]) -> Iterator[Vari
     compiled = torch.compile(case.reference)
     yield Variant("torch.compile", lambda: compiled(**given), leaves)
     if case.op == WITHOUT_TEXT:
+        yield Variant("cuDNN", cudnn_attention(given), leaves)
         yield Variant("flash-attn", by_backend("flash_attn", case.prepare(given)), leaves)
     if case.op == "swiglu":
         try:
@@ -135,6 +145,17 @@ def variants(case: Case, given: Arguments, left_out: list[str]) -> Iterator[Vari
         # It takes the halves apart, and what parting them costs is not counted.
         halves = [h.detach().contiguous().requires_grad_() for h in given["packed"].chunk(2, -1)]
         yield Variant("Liger", lambda: swiglu.apply(*halves), halves)
+
+
+def cudnn_attention(given: Arguments) -> Run:
+    """Attention of image tokens by cuDNN's kernels, of the layout it is given."""
+
+    def run() -> Tensor:
+        q, k, v = (given[name].transpose(1, 2) for name in ("q", "k", "v"))
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+    return run
 
 
 def time_case(case: Case, clock: Clock, left_out: list[str]) -> list[dict[str, Any]]:
@@ -152,7 +173,7 @@ def time_case(case: Case, clock: Clock, left_out: list[str]) -> list[dict[str, A
                 row = {"op": case.op, "direction": direction, "variant": variant.name}
                 row |= {"bytes": least[direction], "flops": flops[direction]}
                 rows.append(row | clock(run))
-        except (*NOT_COMPILED, ValueError) as error:
+        except (*NOT_COMPILED, ValueError, RuntimeError) as error:
             # A rival that does not import or compile is no failure of ours.
             if variant.name == "kernels":
                 raise
@@ -231,6 +252,9 @@ def training_steps(name: str, steps: int = 12) -> dict[str, float]:
 def tests_on_the_device(seconds: float) -> tuple[bool, str]:
     """Whether the kernels' tests pass here, and pytest's closing line."""
     command = [sys.executable, "-m", "pytest", "tests/kernels/interpret", "--maxfail=20"]
+    if importlib.util.find_spec("xdist"):
+        # Compiling takes most of the time, and a core each.
+        command += ["-n", str(min(12, os.cpu_count() or 1))]
     try:
         found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -274,22 +298,38 @@ def page(record: dict[str, Any]) -> str:
         best = min(r["median"] for n, r in found.items() if r and n != "kernels")
         ratio = f"{best / ours['median']:.2f}"
         lines.append(f"| {' | '.join([op, direction, *cells, share(ours, peak), ratio])} |")
-    lines += [
+    if record["steps"]:
+        lines += _steps(record["steps"])
+    left_out = [f"- {reason}" for reason in record["left_out"]] or ["nothing"]
+    return "\n".join([*lines, "\nLeft out:\n", *left_out]) + "\n"
+
+
+def _steps(steps: dict[str, dict[str, float]]) -> list[str]:
+    lines = [
         f"\nTraining step of the 0.36 B preset, {STEP_BATCH} images, whole: forward, backward, "
         "clipping and optimizer.\n",
         "| | ms | images/s | loss | GB |", "|---|---|---|---|---|",
     ]  # fmt: skip
-    for name, step in record["steps"].items():
+    for name, step in steps.items():
         rate = STEP_BATCH / step["milliseconds"] * 1e3
         lines.append(
             f"| {name} | {step['milliseconds']:.1f} | {rate:.0f} | {step['loss']:.5f} | "
             f"{step['gigabytes']:.1f} |"
         )
-    left_out = [f"- {reason}" for reason in record["left_out"]] or ["nothing"]
-    return "\n".join([*lines, "\nLeft out:\n", *left_out]) + "\n"
+    return lines
+
+
+def write(record: dict[str, Any], folder: Path) -> None:
+    """What was measured so far: a machine may be taken away before the end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"gpu-{record['device'].replace(' ', '-')}-{record['date']}"
+    (folder / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / f"{stem}.md").write_text(page(record))
 
 
 def output_of(*command: str) -> str:
+    if shutil.which(command[0]) is None:
+        return "unknown"
     found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     return found.stdout.strip() or "unknown"
 
@@ -297,6 +337,10 @@ def output_of(*command: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "profiling" / "results")
+    parser.add_argument(
+        "--commit", default=output_of("git", "rev-parse", "--short", "HEAD"),
+        help="of this code, where its folder is no checkout",
+    )  # fmt: skip
     parser.add_argument(
         "--minutes", type=float, default=28, help="what is not begun by then, is not"
     )
@@ -316,7 +360,7 @@ def main() -> int:
     record: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "date": datetime.date.today().isoformat(),
-        "commit": output_of("git", "rev-parse", "--short", "HEAD"),
+        "commit": options.commit,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "smi": output_of("nvidia-smi", smi, "--format=csv,noheader"),
@@ -332,6 +376,7 @@ def main() -> int:
             left_out.append(f"{case.op}: no time was left")
         else:
             record["rows"] += time_case(case, clock, left_out)
+            write(record, options.out)
     del clock
     for name in STEPS:
         torch.cuda.empty_cache()
@@ -340,12 +385,8 @@ def main() -> int:
             left_out.append(f"training step, {name}: no time was left")
         else:
             record["steps"][name] = training_steps(name)
-    text = page(record)
-    print(text)
-    options.out.mkdir(parents=True, exist_ok=True)
-    stem = f"gpu-{record['device'].replace(' ', '-')}-{record['date']}"
-    (options.out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
-    (options.out / f"{stem}.md").write_text(text)
+            write(record, options.out)
+    print(page(record))
     return 0
 
 

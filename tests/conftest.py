@@ -52,6 +52,23 @@ def encoded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A T5 with both halves, random weights and a tokenizer of a few words. Do not write."""
+    from transformers import T5Config, T5ForConditionalGeneration, T5Tokenizer
+
+    folder = tmp_path_factory.mktemp("t5")
+    words = [f"▁{word}" for word in "a red blue cat dog two photo of".split()]
+    letters = list("abcdefghijklmnopqrstuvwxyz")
+    scores = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -5.0)]
+    scores += [(word, -2.0) for word in words] + [(letter, -6.0) for letter in letters]
+    T5Tokenizer(vocab=scores, extra_ids=0, model_max_length=12).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=48, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=2)
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def training(encoded: Path) -> TrainConfig:
     """A run of 12 steps of 8 images: each is reported, every second leaves a checkpoint."""
     return TrainConfig(

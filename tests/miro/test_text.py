@@ -1,7 +1,6 @@
 """Packed texts, and the encoders behind them: the real MiniLM, and a tiny random T5."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -123,23 +122,6 @@ def test_without_the_package_of_minilm_the_remedy_is_named(monkeypatch):
 
 
 # --- a T5, as FLAN-T5 is loaded ----------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tiny_t5(tmp_path_factory) -> Path:
-    """A T5 with both halves and random weights, and a unigram tokenizer of a few words."""
-    from transformers import T5Config, T5ForConditionalGeneration, T5Tokenizer
-
-    folder = tmp_path_factory.mktemp("t5")
-    words = [f"▁{word}" for word in "a red blue cat dog two photo of".split()]
-    letters = list("abcdefghijklmnopqrstuvwxyz")
-    scores = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -5.0)]
-    scores += [(word, -2.0) for word in words] + [(letter, -6.0) for letter in letters]
-    T5Tokenizer(vocab=scores, extra_ids=0, model_max_length=12).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = T5Config(vocab_size=48, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=2)
-    T5ForConditionalGeneration(config).save_pretrained(folder)
-    return folder
 
 
 def test_t5_states_are_those_of_its_own_encoder(tiny_t5):

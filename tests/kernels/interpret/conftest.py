@@ -1,17 +1,23 @@
 """The interpreter lane: kernels run on a CPU, every access checked; or on the device of a machine
 that has one."""
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from miro.annotate import annotate
+from miro.encode import EncodeConfig, encode
 from miro_kernels.lab import interpret, traffic
 
 HERE = Path(__file__).parent
 DEVICE = "cpu" if interpret.interpreting() else "cuda"
+os.environ["DS_ACCELERATOR"] = DEVICE
 
 
 def pytest_configure() -> None:
@@ -51,3 +57,19 @@ def checked(request: pytest.FixtureRequest):
         return
     with traffic.count():
         yield
+
+
+@pytest.fixture(scope="session")
+def encoded(tmp_path_factory: pytest.TempPathFactory, tiny_t5: Path) -> Path:
+    """An encoded dataset folder of 64 pictures of noise: a GPU's machine may lack the artwork."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "images").mkdir()
+    draw = np.random.default_rng(3)
+    for n in range(64):
+        pixels = draw.integers(256, size=(32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{n:02}.png")
+        caption = " ".join(["a", "red", "cat", "two", "dog"][: 1 + n % 5])
+        (folder / "images" / f"{n:02}.txt").write_text(caption)
+    annotate(folder / "images", folder / "scored", rewards=["colourfulness", "sharpness"])
+    encode(folder / "scored", folder / "encoded", config=EncodeConfig(text=str(tiny_t5)))
+    return folder / "encoded"

@@ -3,11 +3,13 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
 from miro.checkpoint import RunFolder
+from miro.engine import ShardingConfig
 from miro.model.transformer import FlowTransformer, ModelConfig, Rewards
 from miro.presets import TrainConfig
 from miro.text import PackedText
@@ -30,6 +32,24 @@ def test_a_few_steps_lose_what_they_lose_on_torch(
 
     for kernels in ("torch", "triton"):
         train(replace(few, kernels=kernels), tmp_path / kernels)
+
+    torch.testing.assert_close(
+        torch.tensor(losses(tmp_path / "triton")),
+        torch.tensor(losses(tmp_path / "torch")),
+        rtol=2e-5,
+        atol=0,
+    )
+
+
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
+def test_stages_lose_what_stage_0_loses(
+    training: TrainConfig, tmp_path: Path, device: str, stage: Literal["1", "2", "3"]
+) -> None:
+    few = replace(training, images=24, checkpoint_every=24, weights_at=(), device=device)
+    few = replace(few, model=replace(few.model, heads=1))
+
+    train(replace(few, kernels="torch"), tmp_path / "torch")
+    train(replace(few, kernels="triton", sharding=ShardingConfig(stage)), tmp_path / "triton")
 
     torch.testing.assert_close(
         torch.tensor(losses(tmp_path / "triton")),
