@@ -29,6 +29,7 @@ from miro_kernels.attention_rows import (
     shared_arguments,
     store_rows,
     store_values,
+    weights_of,
     zero_rows,
 )
 
@@ -43,11 +44,11 @@ def _add_keys(
     present = rows < count - first
     k = load_rows(k_ptr + tl.cast(first, tl.int64) * k_row, k_row, rows, present, SIZE, MASKED)
     v = load_rows(v_ptr + tl.cast(first, tl.int64) * v_row, v_row, rows, present, SIZE, MASKED)
-    logits = products(q, k) * scale_log2 - lse[:, None]
+    logits = products(q, k)
     if MASKED:
-        # Their k is zero, but an infinite weight times zero is NaN.
         logits = tl.where(present[None, :], logits, float("-inf"))
-    dlogits = tl.exp2(logits) * (products(do, v) - delta[:, None])
+    weights = weights_of(logits, scale_log2, lse[:, None])
+    dlogits = weights * (products(do, v) - delta[:, None])
     return add_weighted(dq, dlogits, k)
 
 
@@ -118,7 +119,7 @@ def _key_gradients(
         # An infinite log-sum-exp makes the weights of queries that are not there exactly zero.
         # Keys that are not there need no mask: each has its own row of dk and dv, never stored.
         lse = load_values(lse_ptr + at, queries, here, float("inf"), RAGGED_Q)
-        weights = tl.exp2(products(k, q) * scale_log2 - lse[None, :])
+        weights = weights_of(products(k, q), scale_log2, lse[None, :])
         dout_at = dout_ptr + tl.cast(at, tl.int64) * dout_row
         do = load_rows(dout_at, dout_row, queries, here, SIZE, RAGGED_Q)
         dv = add_weighted(dv, weights, do)

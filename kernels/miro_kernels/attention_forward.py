@@ -2,7 +2,7 @@
 
 One program makes one tile of queries of one head: it walks over the sample's image keys, then over
 its text keys, with the running maximum and sum of FlashAttention (arXiv 2205.14135), so that no
-logit reaches memory. Logits are kept in base 2.
+logit reaches memory. Weights are powers of 2, which is what the device computes.
 """
 
 from __future__ import annotations
@@ -37,9 +37,11 @@ def _attend(
     logits = products(q, k)
     if MASKED:
         logits = tl.where(present[None, :], logits, float("-inf"))
-    raised = tl.maximum(highest, tl.max(logits, 1) * scale_log2)
-    weights = tl.exp2(logits * scale_log2 - raised[:, None])
-    shrink = tl.exp2(highest - raised)
+    raised = tl.maximum(highest, tl.max(logits, 1))
+    # Subtracted before scaled: fused into one multiply-add, large logits would leave the rounding
+    # of their maximum, which may be larger than any exponent.
+    weights = tl.exp2((logits - raised[:, None]) * scale_log2)
+    shrink = tl.exp2((highest - raised) * scale_log2)
     v = load_rows(v_ptr + tl.cast(first, tl.int64) * v_row, v_row, rows, present, SIZE, MASKED)
     out = add_weighted(scale_rows(out, shrink[:, None]), weights, v)
     return raised, total * shrink + tl.sum(weights, 1), out
@@ -86,7 +88,7 @@ def _attention_forward_kernel(
     out_ptr += ((sample * N + first) * HEADS + head) * SIZE
     store_rows(out_ptr, HEADS * SIZE, rows, present, out, RAGGED_Q)
     lse_ptr += (sample * HEADS + head) * N + first
-    store_values(lse_ptr, rows, present, highest + tl.log2(total), RAGGED_Q)
+    store_values(lse_ptr, rows, present, highest * scale_log2 + tl.log2(total), RAGGED_Q)
 
 
 def attention_forward(

@@ -124,6 +124,17 @@ def row_products(left, right):
 
 
 @jit
+def weights_of(logits, scale_log2, lse):
+    """The softmax's weights from its log-sum-exp, base 2.
+
+    No weight is above 1, but a fused multiply-add leaves the rounding of a large log-sum-exp, which
+    may be larger than any exponent: the gradients of large logits would be infinite.
+    """
+    exponents = logits * scale_log2 - lse
+    return tl.exp2(tl.minimum(exponents, 0.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+@jit
 def add_weighted(total, weights, tile):
     """total + weights · tile, the weights rounded to the tile's dtype for the matrix unit."""
     rounded = weights.to(tile[0].dtype)

@@ -83,6 +83,16 @@ def test_large_logits(draw: Draw, device: str, dtype: torch.dtype, size: float) 
     assert_close(given, None)
 
 
+def test_gradients_of_large_logits_are_finite(draw: Draw, device: str) -> None:
+    """A device fuses logit · scale - lse, and what is left of 1e30 may be infinite as a weight."""
+    given = arguments(draw, device, [5, 0], 33, 1, 64, torch.bfloat16)
+    for name in ("q", "k", "text_k"):
+        given[name] = (given[name].detach().tanh() * 1e15).requires_grad_()
+
+    for name, result in testing.evaluate(attention, given).items():
+        assert result.isfinite().all(), name
+
+
 def test_a_channel_apart_from_the_next_is_read_as_well(draw: Draw, device: str) -> None:
     given = arguments(draw, device, [2, 3], 5, 2, 32)
     for name in ("k", "text_v"):
