@@ -184,7 +184,8 @@ def attention_tile(kernel: str, q: Tensor) -> Tile:
     wide = "_fp32" if q.dtype == torch.float32 else ""
     tile = tiles.tile(f"attention_{kernel}_{size}{wide}")
     # An image of fewer tokens than half a tile of queries takes a smaller one: the same rows of
-    # each warp, down to the 64 rows of a matrix unit.
+    # each warp, down to the 64 rows and four warps of a matrix unit.
     while kernel != "keys" and tile["queries"] >= max(128, 2 * tokens):
-        tile = {**tile, "queries": tile["queries"] // 2, "warps": tile["warps"] // 2}
+        warps = max(4, tile["warps"] // 2)
+        tile = {**tile, "queries": tile["queries"] // 2, "warps": warps}
     return tile
