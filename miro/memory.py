@@ -82,11 +82,12 @@ def estimate(
     if stage == 0:
         gradients = (4 if layout.accumulation > 1 else low) * parameters
     elif stage == 1:
-        # Whole as they come, and once more reduced; what remains at the step is less.
-        gradients = 2 * low * parameters
+        # Whole as they come; what remains at the step is less.
+        gradients = low * parameters
     else:
-        # This rank's part, as reduced and in the fp32 they add up in.
-        gradients = (low + 4) * state if not on_host else 0.0
+        # This rank's part in the fp32 they add up in and, apart from that, as reduced.
+        reduced = low if stage == 3 or precision == "bf16" else 0
+        gradients = (reduced + 4) * state if not on_host else 0.0
     bucket = low * min(BUCKET, parameters)
     if stage == 0:
         # All-reduced as one flat copy, where there is anyone to reduce with.
@@ -95,8 +96,8 @@ def estimate(
         # The bucket that is filled and, where gradients are not kept whole, its flat copy.
         buffers = stage * bucket
     else:
-        # Those two, what is cut out of them, and weights gathered ahead and not yet let go.
-        buffers = 5 * bucket
+        # Those two, and weights gathered ahead and not yet let go.
+        buffers = 3 * bucket
     return Memory(
         weights=0.0 if layout.offload == "parameters" else low * weights,
         gradients=gradients,

@@ -113,7 +113,8 @@ def test_memory_of_a_rank_falls_with_the_stage_as_estimated(
         expected = estimate(parameters, layout, precision).total
         assert abs(held - expected) < 0.15 * expected, f"stage {stage}: {held} is not {expected}"
         measured.append(held)
-    if bucket == 2**20:
+    # In bf16 stage 2 adds up in fp32: in two halves that is what stage 1 keeps whole.
+    if bucket == 2**20 and precision == "fp32":
         assert measured == sorted(measured, reverse=True)
 
 
@@ -131,8 +132,8 @@ def test_each_stage_cuts_what_it_says() -> None:
     assert whole.weights == 4e9 and whole.masters + whole.moments + whole.average == 32e9
     for cut in stages[1:]:
         assert cut.masters + cut.moments + cut.average == 32e9 / 8
-    # Stage 1 holds them whole and reduced; stage 2 its part, as reduced and in fp32.
-    assert stages[1].gradients == 8e9 and stages[2].gradients == 1.5e9
+    # Stage 1 holds them whole; stage 2 its part, as reduced and in fp32.
+    assert stages[1].gradients == 4e9 and stages[2].gradients == 1.5e9
     assert stages[2].weights == 4e9 and stages[3].weights == 0.5e9
     host = estimate(2 * 10**9, layout_of(2, offload="optimizer"), "bf16")
     assert host.masters + host.moments + host.average == 0
