@@ -1,0 +1,88 @@
+"""Our training step in a process of its own: bench_step.py starts it with its settings as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from worker import Phases, Step, serve
+
+from miro import flow
+from miro.engine import Engine, Layout
+from miro.model.transformer import FlowTransformer, ModelConfig, Rewards
+from miro.presets import preset
+from miro.text import PackedText
+from miro_kernels import use_backend
+
+LATENTS, TEXT_CHANNELS, REWARDS, LEVELS = (4, 32, 32), 2048, 7, 64
+
+
+def narrowed(scale: int) -> ModelConfig:
+    """The 0.36 B preset with its width divided by `scale`."""
+    model = preset("small").model
+    heads = max(1, model.heads // scale)
+    return replace(
+        model, channels=model.channels // scale, hidden=model.hidden // scale, heads=heads
+    )
+
+
+class OurStep(Step):
+    """One step of the engine on random images, texts and rewards of the settings' shapes."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+        self.config = preset("small")
+        torch.manual_seed(0)
+        model = FlowTransformer(narrowed(settings["scale"]), LATENTS, TEXT_CHANNELS, REWARDS)
+        # As it comes, what lies behind the zero-initialised layers is multiplied by zeros.
+        for param in model.parameters():
+            if not param.any():
+                torch.nn.init.normal_(param, std=0.02)
+        self.parameters = sum(param.numel() for param in model.parameters())
+        self.engine = Engine(
+            model, self.config.optimizer, Layout(0, 1, settings["batch"], 1),
+            total_images=self.config.images, precision=settings["precision"],
+            compiled=settings["compiled"], device=settings["device"],
+        )  # fmt: skip
+
+    def data(self, number: int) -> tuple[Tensor, Tensor, Tensor, Rewards, PackedText]:
+        batch, device = self.settings["batch"], self.settings["device"]
+        generator = torch.Generator().manual_seed(number)
+        x, noise = (torch.randn(batch, *LATENTS, generator=generator) for _ in range(2))
+        uniform = torch.rand(batch, generator=generator)
+        t = flow.times_from(self.config.flow, uniform)
+        bins = torch.randint(LEVELS, (batch, REWARDS), generator=generator)
+        rewards = Rewards(torch.arange(LEVELS) / (LEVELS - 1), bins, bins >= 0)
+        lengths = self.settings["lengths"]
+        offsets = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
+        states = torch.randn(sum(lengths), TEXT_CHANNELS, generator=generator)
+        text = PackedText(states, offsets, max(lengths))
+        moved = Rewards(*(tensor.to(device) for tensor in rewards))
+        return x.to(device), noise.to(device), t.to(device), moved, text.to(device)
+
+    def run(self, number: int, phases: Phases) -> Tensor:
+        with use_backend(self.settings["kernels"]):
+            with phases("data"):
+                x, noise, t, rewards, text = self.data(number)
+            with phases("forward"):
+                predicted = self.engine.predict(flow.noised(x, noise, t), t, rewards, text)
+                loss = flow.velocity_errors(self.config.flow, predicted, x, noise, t).mean()
+            with phases("backward"):
+                self.engine.backward(loss)
+            with phases("optimizer"):
+                self.engine.step(self.config.optimizer.warmup_images)
+        return loss.detach()
+
+    def useful(self) -> Tensor:
+        x, _, t, rewards, text = self.data(0)
+        with use_backend(self.settings["kernels"]):
+            return self.engine.model(x, t, rewards, self.engine.model.read_text(text))
+
+
+if __name__ == "__main__":
+    serve(OurStep(json.loads(sys.argv[1])))

@@ -1,0 +1,113 @@
+"""bench_step.py: its arithmetic on steps of known length, and itself at a tiny size."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import bench_step
+import pytest
+from bench_step import Settings, Worker, ratios, text_lengths, variants
+
+SCRIPT = Path(bench_step.__file__)
+COMMON = Settings(4, 2, [3, 3], 3, "fp32", False, "auto", "cpu", None, 1)
+
+
+@dataclass
+class Known(Worker):
+    """A worker whose steps are given."""
+
+    name: str
+    batch: int = 8
+    rounds: list[list[dict[str, float]]] = field(default_factory=list)
+
+
+def known(name: str, *rounds: float) -> Known:
+    """Rounds of one step each, of so many seconds besides the making of data."""
+    return Known(
+        name, rounds=[[{"data": 9.0, "forward": s / 2, "backward": s / 2}] for s in rounds]
+    )
+
+
+def test_ratios_are_taken_round_by_round_against_each_ones_best() -> None:
+    workers: list[Any] = [
+        known("ours compiled bf16", 1.0, 2.0, 1.0),
+        known("ours eager fp32", 4.0, 6.0, 5.0),
+        known("released compiled fp32", 3.0, 8.0, 2.0),
+        known("released eager fp32", 9.0, 9.0, 9.0),
+        known("released, texts padded to 256", 6.0, 12.0, 6.0),
+    ]
+
+    found = ratios(workers)
+
+    assert {name: row["median"] for name, row in found.items()} == {
+        "released": 3.0, "released padded": 6.0, "eager": 4.0,
+    }  # fmt: skip
+    assert (found["released"]["p20"], found["released"]["p80"]) == (2.0, 4.0)
+    assert workers[0].rates() == [8.0, 4.0, 8.0]
+
+
+def test_variants_differ_in_what_their_names_say() -> None:
+    every = variants(COMMON, ["fp32", "bf16"], released=True)
+
+    for variant in every:
+        settings = variant.settings(COMMON)
+        assert settings.compiled == ("eager" not in variant.name)
+        assert settings.padded == (256 if "padded" in variant.name else 3)
+        assert variant.released == variant.name.startswith("released")
+        assert settings.lengths == COMMON.lengths
+    assert len({variant.name for variant in every}) == len(every) == 9
+
+
+def test_ragged_texts_are_of_every_length() -> None:
+    lengths = text_lengths(64, 100)
+
+    assert max(lengths) == 100 and min(lengths) >= 1 and 40 < sum(lengths) / 64 < 60
+
+
+def test_a_tiny_step_is_measured(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), "--scale", "16", "--batch", "2", "--text", "4"]
+    command += ["--steps", "1", "--rounds", "2", "--warmup", "1", "--threads", "1"]
+    command += ["--device", "cpu", "--only", "ours eager fp32", "--out", str(tmp_path)]
+
+    run = subprocess.run(command, capture_output=True, text=True)
+
+    assert run.returncode == 0, run.stderr
+    (path,) = tmp_path.glob("step-cpu-*.json")
+    record = json.loads(path.read_text())
+    row = record["variants"]["ours eager fp32"]
+    assert set(row["milliseconds"]) == {"data", "forward", "backward", "optimizer"}
+    assert row["peak_bytes"] > 0 and record["ratio"]["eager"]["median"] == 1.0
+    # Nothing is recomputed, and nothing counts as zero: a gradient that nobody asks for is all
+    # that a step leaves out of three forward passes.
+    counted = row["counted"]
+    assert 0.95 < counted["executed_flops"] / counted["useful_flops"] <= 1.02
+
+
+def test_a_rival_that_does_not_start_is_told_with_its_reason(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), "--released", str(tmp_path), "--scale", "16"]
+    command += ["--batch", "1", "--text", "2", "--steps", "1", "--rounds", "1", "--warmup", "1"]
+    command += ["--only", "ours eager fp32", "released eager fp32", "--device", "cpu"]
+
+    run = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True)
+
+    assert run.returncode == 0, run.stderr
+    assert "released eager fp32 ended: ModuleNotFoundError" in run.stdout
+
+
+def test_an_unknown_variant_is_refused() -> None:
+    command = [sys.executable, str(SCRIPT), "--only", "theirs"]
+
+    run = subprocess.run(command, capture_output=True, text=True)
+
+    assert run.returncode == 2 and "no variant theirs; there are ours compiled fp32" in run.stderr
+
+
+def test_the_steps_of_a_worker_that_dies_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = bench_step.replace(COMMON, scale=16, lengths=[1, 1, 1])  # One more than the batch.
+    variant = bench_step.Variant("ours eager fp32")
+
+    with pytest.raises(ValueError, match="ours eager fp32 ended"):
+        Worker(variant, settings, None)
