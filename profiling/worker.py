@@ -18,7 +18,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    register_flop_formula,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
+
+FOR_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+FOR_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+# Torch counts attention on a GPU, and on a CPU as nothing.
+@register_flop_formula(FOR_CPU)
+def _forward_flops(q: Any, k: Any, v: Any, *_: Any, **others: Any) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+@register_flop_formula(FOR_CPU_BACKWARD)
+def _backward_flops(grad: Any, q: Any, k: Any, v: Any, *_: Any, **others: Any) -> int:
+    return sdpa_backward_flop_count(grad, q, k, v)
 
 
 class Phases:

@@ -9,7 +9,11 @@ from typing import Any
 
 import bench_step
 import pytest
+import torch
+import worker
 from bench_step import Settings, Worker, ratios, text_lengths, variants
+from count_flops import LATENTS, derived
+from our_worker import narrowed
 
 SCRIPT = Path(bench_step.__file__)
 COMMON = Settings(4, 2, [3, 3], 3, "fp32", False, "auto", "cpu", None, 1)
@@ -80,10 +84,25 @@ def test_a_tiny_step_is_measured(tmp_path: Path) -> None:
     row = record["variants"]["ours eager fp32"]
     assert set(row["milliseconds"]) == {"data", "forward", "backward", "optimizer"}
     assert row["peak_bytes"] > 0 and record["ratio"]["eager"]["median"] == 1.0
-    # Nothing is recomputed, and nothing counts as zero: a gradient that nobody asks for is all
-    # that a step leaves out of three forward passes.
+    # Nothing is computed twice but attention's logits, in its backward, half a forward of it; left
+    # out are gradients that nobody asks for, as those of the image.
+    parts = derived(narrowed(16), 4, LATENTS)
+    again = parts["attention"] / 2 / sum(parts.values()) / 3
     counted = row["counted"]
-    assert 0.95 < counted["executed_flops"] / counted["useful_flops"] <= 1.02
+    assert 0.95 < counted["executed_flops"] / counted["useful_flops"] < 1.001 + again
+
+
+def test_attention_on_a_cpu_does_not_count_as_nothing() -> None:
+    q = torch.randn(2, 3, 5, 16, requires_grad=True)
+    forward = 2 * 2 * (2 * 3 * 5 * 5 * 16)
+
+    with worker.FlopCounterMode(display=False) as counter:
+        out = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        assert counter.get_total_flops() == forward
+        out.sum().backward()
+
+    # Backward computes the logits again: five products for forward's two.
+    assert counter.get_total_flops() == forward + forward * 5 // 2
 
 
 def test_a_rival_that_does_not_start_is_told_with_its_reason(tmp_path: Path) -> None:
