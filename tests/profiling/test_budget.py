@@ -1,0 +1,95 @@
+"""step_budget.py: counts against hand-counted operations, and itself at a tiny size."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import step_budget
+import torch
+from count_flops import derived
+from step_budget import DEVICES, LATENTS, Budget, Device, Row, budget, grouped, projected
+
+from miro.model.transformer import ModelConfig
+
+TINY = ModelConfig(channels=64, depth=3, heads=2, hidden=96, patch=4)
+
+
+def test_a_product_reads_both_factors_and_writes_one() -> None:
+    with torch.device("meta"):
+        a, b = torch.empty(3, 5), torch.empty(5, 7)
+        with Budget() as found:
+            a @ b
+
+    assert found.rows["mm"] == Row("mm", "GEMM", 1, 1, 2 * 3 * 5 * 7, 4 * (15 + 35 + 21))
+
+
+def test_views_cost_nothing_and_what_is_expanded_is_read_once() -> None:
+    with torch.device("meta"):
+        row = torch.empty(1, 4)
+        with Budget() as found:
+            row.expand(8, 4).transpose(0, 1).add(1)
+
+    assert set(found.rows) == {"add"}
+    assert found.rows["add"].bytes == 4 * (4 + 32)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_step_is_three_passes_of_products_and_logits_again(backend: str) -> None:
+    batch, text = 3, 5
+    parts = derived(TINY, text, LATENTS)
+
+    found = sum(row.flops for row in budget(TINY, batch, text, backend))
+
+    # Made once for the whole batch, and gathered by products in the reference alone.
+    once, gathered = 2 * 7 * 64 * (17 * 128 + 128 * 6 * 64), 2 * 7 * 64 * 64 * (3 * 7 - 1)
+    an_image = sum(parts.values()) - once - (gathered if backend == "triton" else 0)
+    # The fused backward computes attention's logits again; nobody asks for the gradient of an image
+    # or of a text.
+    least, most = 2.7 * batch * an_image, 3 * batch * an_image + 3 * once
+    assert least < found < most + batch * parts["attention"] / 2
+
+
+def test_each_block_has_its_fused_operations() -> None:
+    rows = {row.op: row for row in budget(TINY, 2, 3, "triton")}
+
+    calls = {op: row.calls for op, row in rows.items() if op in step_budget.LAUNCHES}
+    assert calls == {
+        "reward_adaln": 1, "reward_adaln_backward": 1, "reward_gated_residual_adaln": 6,
+        "reward_gated_residual_adaln_backward": 6, "qk_norm_rope": 3, "qk_norm_rope_backward": 3,
+        "attention": 3, "attention_backward": 3, "swiglu": 4, "swiglu_backward": 4,
+    }  # fmt: skip
+    assert rows["attention_backward"].launches == 6
+    # Packed halves read, and one written, in bf16: 64 tokens of two images, in three blocks, and
+    # three words of two texts in one.
+    assert rows["swiglu"].bytes == 2 * (3 * 96) * (3 * 2 * 64 + 2 * 3)
+
+
+def test_the_projection_is_the_larger_of_both_and_the_launches() -> None:
+    device = Device(1e12, 1e9, gemm=0.5, attention=0.1, memory=0.5, launch=1e-3)
+    product = Row("mm", "GEMM", 1, 2, flops=1e12, bytes=1.0)
+    copy = Row("copy_", "data movement", 1, 1, flops=0.0, bytes=1e9)
+
+    assert product.seconds(device) == pytest.approx(2.0 + 2e-3)
+    assert copy.seconds(device) == pytest.approx(2.0 + 1e-3)
+    assert projected([product, copy], device) == pytest.approx(4.003)
+    assert [row.group for row in grouped([product, copy, product])] == ["GEMM", "data movement"]
+    assert grouped([product, copy, product])[0].flops == 2e12
+
+
+def test_the_script_writes_its_table_and_its_plot(tmp_path: Path) -> None:
+    script = Path(step_budget.__file__)
+    command = [sys.executable, str(script), "--preset", "demo", "--batch", "2", "--text", "3"]
+
+    run = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True)
+
+    assert run.returncode == 0, run.stderr
+    assert "projection, nothing was run" in run.stdout
+    record = json.loads((tmp_path / "budget-demo.json").read_text())
+    assert record["assumptions"].keys() == DEVICES.keys()
+    eager, fused = (record["variants"][name]["counted"] for name in ("eager", "fused"))
+    assert fused["fused"]["launches"] > 0 and "fused" not in eager
+    moved = [sum(group["bytes"] for group in found.values()) for found in (eager, fused)]
+    assert moved[1] < moved[0]
+    assert "Projection" in (tmp_path / "budget-demo.svg").read_text()
