@@ -12,6 +12,7 @@ import itertools
 import json
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -58,19 +59,19 @@ class Phases:
         self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - start
 
 
-class Step:
+class Step(ABC):
     """A training step that can be measured."""
 
     settings: dict[str, Any]
     parameters: int
 
+    @abstractmethod
     def run(self, number: int, phases: Phases) -> Tensor:
         """One optimizer step on the batch of that number; its loss."""
-        raise NotImplementedError
 
+    @abstractmethod
     def useful(self) -> Tensor:
         """The least forward pass that trains: once through the network, nothing recomputed."""
-        raise NotImplementedError
 
 
 def resident(line: str) -> int:

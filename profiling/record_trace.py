@@ -1,0 +1,156 @@
+"""A trace of training steps: named ranges, the costliest operations, reads that stop the host.
+
+    python profiling/record_trace.py [--scale 1] [--batch 64] [--steps 3] [--out runs/trace]
+
+Our step at the 0.36 B preset's shapes, its width divided by `scale`. Writes trace.json, for Chrome
+or ui.perfetto.dev, and summary.json; on a GPU memory.pickle too, for pytorch.org/memory_viz. Ranges
+are data, forward, backward and optimizer, which Nsight Systems shows as well (NVTX). What keeps the
+host waiting is counted: `host_reads` are values taken from a device, `waits` the runtime's calls
+that return when the device is done. On a GPU neither may occur in a step, of which data and loss are
+no part; on a CPU the references of the kernels read their arguments, which stops nothing
+(tests/miro/test_layouts.py holds everything else to none).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from measured import machine
+from our_worker import OurStep
+from torch.profiler import ProfilerActivity, profile, record_function
+from worker import Phases, Step
+
+ROOT = Path(__file__).parent.parent
+READS = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero"}
+WAITS = {"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"}
+STEP = ("forward", "backward", "optimizer")
+
+
+class Ranges(Phases):
+    """Names the parts of a step and waits for nothing."""
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        on_gpu = self.device == "cuda"
+        with record_function(name), torch.cuda.nvtx.range(name) if on_gpu else nullcontext():
+            yield
+
+
+def traced(step: Step, steps: int, warmup: int = 2) -> Any:
+    """The profiler after `steps` steps."""
+    device = step.settings["device"]
+    for number in range(warmup):
+        step.run(number, Ranges(device))
+    activities = [ProfilerActivity.CPU]
+    if device == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+        torch.cuda.synchronize()
+    with profile(activities=activities, acc_events=True) as profiler:
+        for number in range(warmup, warmup + steps):
+            step.run(number, Ranges(device))
+        if device == "cuda":
+            torch.cuda.synchronize()
+    return profiler
+
+
+def inside(event: Any, ranges: Sequence[Any]) -> bool:
+    """Whether an event of the host began within one of the ranges."""
+    start = event.time_range.start
+    return any(r.time_range.start <= start < r.time_range.end for r in ranges)
+
+
+def stops(events: Sequence[Any]) -> dict[str, int]:
+    """How often the host waited in the ranges of a step."""
+    ranges = [e for e in events if e.name in STEP]
+    found = Counter(
+        "host_reads" if event.name in READS else "waits"
+        for event in events
+        if event.name in READS | WAITS and inside(event, ranges)
+    )
+    return {name: found[name] for name in ("host_reads", "waits")}
+
+
+def costliest(profiler: Any, steps: int, on_gpu: bool, count: int = 10) -> list[dict[str, Any]]:
+    """The operations, or the device's kernels, with most time of their own, per step."""
+    cost = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    rows = [row for row in profiler.key_averages() if row.key not in (*STEP, "data")]
+    rows = sorted(rows, key=lambda row: -getattr(row, cost))[:count]
+    return [
+        {
+            "name": row.key,
+            "milliseconds": getattr(row, cost) / 1e3 / steps,
+            "calls": row.count / steps,
+        }
+        for row in rows
+    ]
+
+
+def idle_share(events: Sequence[Any]) -> float | None:
+    """Share of the time, from the first kernel to the last, in which the device ran none."""
+    kernels = sorted(
+        (e.time_range.start, e.time_range.end)
+        for e in events
+        if e.device_type == torch.autograd.DeviceType.CUDA and e.name not in (*STEP, "data")
+    )
+    if not kernels:
+        return None
+    busy, reached = 0.0, kernels[0][0]
+    for start, end in kernels:
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return 1 - busy / (reached - kernels[0][0])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scale", type=int, default=1, help="divides the width")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--text", type=int, default=65, help="tokens of every text")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--kernels", default="auto")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "trace")
+    given = parser.parse_args()
+    settings = {
+        "scale": given.scale, "batch": given.batch, "lengths": [given.text] * given.batch,
+        "precision": given.precision, "compiled": given.compiled, "kernels": given.kernels,
+        "device": given.device,
+    }  # fmt: skip
+    given.out.mkdir(parents=True, exist_ok=True)
+    on_gpu = given.device == "cuda"
+    if on_gpu:
+        torch.cuda.memory._record_memory_history()
+    profiler = traced(OurStep(settings), given.steps)
+    if on_gpu:
+        torch.cuda.memory._dump_snapshot(str(given.out / "memory.pickle"))
+    events = list(profiler.events())
+    profiler.export_chrome_trace(str(given.out / "trace.json"))
+    idle = idle_share(events)
+    record = {
+        **machine(given.device),
+        "settings": settings,
+        "counted": stops(events),
+        "costliest": costliest(profiler, given.steps, on_gpu),
+        "device_idle": idle,
+    }
+    (given.out / "summary.json").write_text(json.dumps(record, indent=1) + "\n")
+    for row in record["costliest"]:
+        print(f"{row['milliseconds']:10.2f} ms a step {row['calls']:8.1f} x  {row['name'][:70]}")
+    print(f"the device idles {idle:.1%}" if idle is not None else "no device, so none idles")
+    print(", ".join(f"{name}: {count}" for name, count in record["counted"].items()))
+    print(given.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

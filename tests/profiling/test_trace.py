@@ -1,0 +1,79 @@
+"""record_trace.py: what it counts, on planted events and on a real step."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import record_trace
+import torch
+from record_trace import costliest, idle_share, stops, traced
+from torch import Tensor
+from torch.autograd import DeviceType
+from worker import Phases, Step
+
+
+class Reading(Step):
+    """A step that takes values from the device: in its forward, in its data, and after its end."""
+
+    settings = {"device": "cpu"}
+
+    def run(self, number: int, phases: Phases) -> Tensor:
+        with phases("data"):
+            x = torch.ones(4) * torch.ones(1).item()
+        with phases("forward"):
+            loss = x.sum()
+            bool(loss > 0)
+        float(loss)
+        return loss
+
+    def useful(self) -> Tensor:
+        return torch.zeros(())
+
+
+def test_what_stops_the_host_within_a_step_is_counted() -> None:
+    profiler = traced(Reading(), steps=3)
+
+    assert stops(profiler.events()) == {"host_reads": 2 * 3, "waits": 0}
+    names = {row["name"]: row["calls"] for row in costliest(profiler, 3, on_gpu=False)}
+    assert names["aten::sum"] == 1 and "forward" not in names
+
+
+@dataclass
+class Event:
+    name: str
+    start: float
+    end: float
+    device_type: Any = DeviceType.CUDA
+
+    @property
+    def time_range(self) -> "Event":
+        return self
+
+
+def test_a_device_idles_between_its_kernels() -> None:
+    kernels = [Event("a", 10, 14), Event("b", 12, 16), Event("c", 18, 20)]
+    host = [Event("forward", 0, 30), Event("aten::mm", 0, 9, DeviceType.CPU)]
+
+    assert idle_share([*host, *kernels]) == pytest.approx(2 / 10)
+    assert idle_share(host) is None
+
+
+def test_the_parts_of_our_step_have_their_names(tmp_path: Path) -> None:
+    command = [sys.executable, record_trace.__file__, "--scale", "16", "--batch", "2"]
+    command += ["--text", "3", "--steps", "2", "--device", "cpu", "--out", str(tmp_path)]
+
+    run = subprocess.run(command, capture_output=True, text=True)
+
+    assert run.returncode == 0, run.stderr
+    record = json.loads((tmp_path / "summary.json").read_text())
+    assert record["counted"]["waits"] == 0
+    assert len(record["costliest"]) == 10 and record["device_idle"] is None
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    names = [event.get("name") for event in events if event.get("cat") == "user_annotation"]
+    assert {name: names.count(name) for name in ("data", "forward", "backward", "optimizer")} == {
+        "data": 2, "forward": 2, "backward": 2, "optimizer": 2,
+    }  # fmt: skip
