@@ -6,8 +6,8 @@ Our step at the 0.36 B preset's shapes, its width divided by `scale`. Writes tra
 or ui.perfetto.dev, and summary.json; on a GPU memory.pickle too, for pytorch.org/memory_viz. Ranges
 are data, forward, backward and optimizer, which Nsight Systems shows as well (NVTX). What keeps the
 host waiting is counted: `host_reads` are values taken from a device, `waits` the runtime's calls
-that return when the device is done. On a GPU neither may occur in a step, of which data and loss are
-no part; on a CPU the references of the kernels read their arguments, which stops nothing
+that return when the device is done. On a GPU neither may occur in a step, of which data and loss
+are no part; on a CPU the references of the kernels read their arguments, which stops nothing
 (tests/miro/test_layouts.py holds everything else to none).
 """
 
