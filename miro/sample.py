@@ -145,11 +145,13 @@ def sample(
     keys = _stack_text(model.read_text(text), branches, batch, len(text.states))
     rewards = _reward_input(branches, batch, noise.device)
     weights = torch.tensor([branch.weight for branch in branches], device=noise.device)
+    # A compiled module is asked for its length where it is taken for a truth.
+    predict = model if network is None else network
     x, times = noise, euler_times(steps).to(noise.device)
     for t, t_next in zip(times[:-1], times[1:], strict=True):
         stacked = x.repeat(len(branches), 1, 1, 1)
         now = t.expand(len(stacked))
-        prediction = (network or model)(stacked, now, rewards, keys)
+        prediction = predict(stacked, now, rewards, keys)
         v = velocity(flow, prediction, stacked, now).unflatten(0, (len(branches), batch))
         x = euler_step(x, torch.einsum("k,kbchw->bchw", weights, v), t, t_next, limit)
     return x

@@ -11,7 +11,6 @@ warmed up and take turns, round by round; the table has the seconds of a whole s
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measured import machine, quantiles
+from measured import machine, quantiles, write
 from torch import Tensor
 
 from miro.conditioning import Target
@@ -155,10 +154,7 @@ def main() -> int:
                      "text_tokens": TEXT_TOKENS, "rewards": REWARDS},
         "variants": rows,
     }  # fmt: skip
-    given.out.mkdir(parents=True, exist_ok=True)
-    path = given.out / f"sample-{given.preset}-{record['date']}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(path)
+    write(record, given.out / f"sample-{given.preset}-{record['date']}.json")
     return 0
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measured import machine, quantiles
+from measured import machine, quantiles, write
 
 ROOT = Path(__file__).parent.parent
 HERE = Path(__file__).parent
@@ -242,10 +242,7 @@ def main() -> int:
     for worker in workers:
         worker.close()
     print(table(record))
-    given.out.mkdir(parents=True, exist_ok=True)
-    path = given.out / f"step-{given.device}-{record['date']}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(path)
+    write(record, given.out / f"step-{given.device}-{record['date']}.json")
     return 0
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measured import machine
+from measured import machine, write
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -228,8 +228,7 @@ def main() -> None:
         "derived": parts,
         "rows": [asdict(r) | {"training": r.training, "sampling": r.sampling} for r in rows],
     }
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "flops.json").write_text(json.dumps(record, indent=1) + "\n")
+    write(record, given.out / "flops.json")
 
 
 if __name__ == "__main__":

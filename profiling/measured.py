@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import platform
 import statistics
 import subprocess
@@ -49,3 +50,10 @@ def machine(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "commit": commit(),
     }
+
+
+def write(record: dict[str, Any], path: Path) -> None:
+    """The record as JSON, and where it is to the screen."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(path)

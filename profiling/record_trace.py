@@ -14,7 +14,6 @@ are no part; on a CPU the references of the kernels read their arguments, which 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measured import machine
+from measured import machine, write
 from our_worker import OurStep
 from torch.profiler import ProfilerActivity, profile, record_function
 from worker import Phases, Step
@@ -143,12 +142,11 @@ def main() -> int:
         "costliest": costliest(profiler, given.steps, on_gpu),
         "device_idle": idle,
     }
-    (given.out / "summary.json").write_text(json.dumps(record, indent=1) + "\n")
     for row in record["costliest"]:
         print(f"{row['milliseconds']:10.2f} ms a step {row['calls']:8.1f} x  {row['name'][:70]}")
     print(f"the device idles {idle:.1%}" if idle is not None else "no device, so none idles")
     print(", ".join(f"{name}: {count}" for name, count in record["counted"].items()))
-    print(given.out)
+    write(record, given.out / "summary.json")
     return 0
 
 

@@ -14,7 +14,6 @@ groups on a roofline.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from measured import machine
+from measured import machine, write
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -351,10 +350,9 @@ def main() -> None:
             for name, rows in variants.items()
         },
     }
-    given.out.mkdir(parents=True, exist_ok=True)
-    stem = given.out / f"budget-{given.preset}"
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    draw(variants, DEVICES["H100 SXM"], "an H100").savefig(stem.with_suffix(".svg"))
+    path = given.out / f"budget-{given.preset}.json"
+    write(record, path)
+    draw(variants, DEVICES["H100 SXM"], "an H100").savefig(path.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

@@ -109,6 +109,15 @@ def test_each_part_of_guidance_changes_the_picture(
     torch.testing.assert_close(outs[3][1], outs[0][1], rtol=1e-3, atol=1e-3)
 
 
+def test_a_compiled_network_samples_the_same(model: FlowTransformer, text: PackedText) -> None:
+    guidance = Guidance(HIGH, LOW, reward_scale=2.0)
+    compiled = torch.compile(model, backend="eager")
+
+    found = sample(model, FLOW, text, guidance, NOISE, steps=3, network=compiled)
+
+    torch.testing.assert_close(found, sample(model, FLOW, text, guidance, NOISE, steps=3))
+
+
 def test_a_scale_of_zero_is_no_negative_branch(model: FlowTransformer, text: PackedText) -> None:
     calls: list[int] = []
 
