@@ -1,14 +1,14 @@
 """Every operation of a training step: FLOPs, bytes and launches, and what they would take on a GPU.
 
-    python profiling/step_budget.py [--preset small] [--batch 64] [--text 65] [--inductor]
+    python profiling/step_budget.py [--preset small] [--batch 64] [--text 65]
 
 Counted on tensors without data, of a forward and backward pass in bf16 and the optimizer: eager
 torch, and the fused kernels with the rest eager. An operation reads each input once and writes each
 output once; an operation of several kernels counts as one launch, but ours as what they are.
---inductor adds what torch.compile would schedule for an H100, from networks of one and two blocks
-(minutes). The time is a PROJECTION: for each operation the larger of its FLOPs and its bytes over
-what DEVICES say, and no host. Writes budget-PRESET.json, and budget-PRESET.svg from it: the
-groups on a roofline.
+Eager's attention is counted as the products, softmax and copies that torch makes of it where no
+library has it whole. What torch.compile would move for an operation is in kernel_report.py. The
+time is a PROJECTION: for each operation the larger of its FLOPs and its bytes over what DEVICES
+say, and no host. Writes budget-PRESET.json, and budget-PRESET.svg: the groups on a roofline.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ from miro.text import PackedText
 from miro_kernels import use_backend
 from miro_kernels.backend import capturing
 from miro_kernels.lab.eager import FREE, OVERWRITING
-from miro_kernels.lab.inductor import Generated, generate
 
 HERE = Path(__file__).parent
 LATENTS, TEXT_CHANNELS, REWARDS, LEVELS = (4, 32, 32), 2048, 7, 64
@@ -169,7 +168,7 @@ def inputs(batch: int, text: int, device: str) -> Inputs:
     with torch.device(device):
         bins = torch.zeros(batch, REWARDS, dtype=torch.int64)
         states = torch.empty(batch * text, TEXT_CHANNELS, dtype=torch.bfloat16)
-        offsets = torch.zeros(batch + 1, dtype=torch.int32)
+        offsets = torch.arange(batch + 1, dtype=torch.int32) * text
         return Inputs(
             torch.empty(batch, *LATENTS), torch.empty(batch),
             Rewards(torch.empty(LEVELS), bins, bins.bool()), PackedText(states, offsets, text),
@@ -203,55 +202,6 @@ def optimizer(model: nn.Module) -> Row:
     """AdamWEMA in all rows: one launch for the parameters of a group, matrices and others."""
     parameters = sum(param.numel() for param in model.parameters())
     return Row("AdamWEMA", "optimizer", 1, 2, 0.0, OPTIMIZER_BYTES * parameters)
-
-
-def inductor(config: ModelConfig, batch: int, text: int) -> list[Row]:
-    """What torch.compile would schedule: the difference of two blocks and one, for every block."""
-    one, two = (_scheduled(replace(config, depth=depth), batch, text) for depth in (1, 2))
-    eager = {row.op: row for row in budget(config, batch, text, "torch")}
-    products = [row for row in eager.values() if row.flops]
-    launches = len(one.kernels) + (config.depth - 1) * (len(two.kernels) - len(one.kernels))
-    moved = one.bytes + (config.depth - 1) * (two.bytes - one.bytes)
-    # Its matrix products are library calls, those of eager; the rest is its own kernels.
-    calls = sum(row.launches for row in products)
-    rest = Row(
-        "triton_*", "elementwise and reductions", launches - calls, launches - calls, 0.0,
-        moved - sum(row.bytes for row in products),
-    )  # fmt: skip
-    return [*products, rest, eager["AdamWEMA"]]
-
-
-def _scheduled(config: ModelConfig, batch: int, text: int) -> Generated:
-    """Forward and backward of a network, as one."""
-    model, given = network(config, "cpu"), inputs(batch, text, "cpu")
-    parameters = dict(model.named_parameters())
-    names = {name: f"p{number}" for number, name in enumerate(parameters)}
-
-    def step(x: Tensor, t: Tensor, states: Tensor, **weights: Tensor) -> Tensor:
-        held = {name: weights[short] for name, short in names.items()}
-        batch_ = Inputs(x, t, given.rewards, given.text._replace(states=states))
-        return torch.func.functional_call(_Forward(model), _inside(held), (batch_,))
-
-    arguments = {names[name]: param for name, param in parameters.items()}
-    with use_backend("torch"):
-        ahead, back = generate(
-            step, {"x": given.x, "t": given.t, "states": given.text.states, **arguments}
-        )
-    assert back is not None
-    return Generated(ahead.kernels + back.kernels, ahead.bytes + back.bytes, "")
-
-
-class _Forward(nn.Module):
-    def __init__(self, model: FlowTransformer) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, given: Inputs) -> Tensor:
-        return forward(self.model, given)
-
-
-def _inside(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"model.{name}": value for name, value in weights.items()}
 
 
 def grouped(rows: list[Row]) -> list[Row]:
@@ -322,7 +272,6 @@ def main() -> None:
     parser.add_argument("--preset", default="small")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--text", type=int, default=65, help="tokens of every text")
-    parser.add_argument("--inductor", action="store_true")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     given = parser.parse_args()
     config = preset(given.preset).model
@@ -330,8 +279,6 @@ def main() -> None:
         "eager": budget(config, given.batch, given.text, "torch"),
         "fused": budget(config, given.batch, given.text, "triton"),
     }
-    if given.inductor:
-        variants["torch.compile"] = inductor(config, given.batch, given.text)
     print(table(variants, given.batch))
     print("projection, nothing was run: the assumptions are in the JSON")
     record = {
