@@ -220,6 +220,8 @@ def main() -> int:
     if unknown := set(given.only or ()) - {variant.name for variant in every}:
         names = ", ".join(variant.name for variant in every)
         parser.error(f"no variant {', '.join(sorted(unknown))}; there are {names}")
+    if given.only and not any(name.startswith("ours") for name in given.only):
+        parser.error(f"--only must have one of ours to compare with, got {', '.join(given.only)}")
     for variant in every:
         if given.only and variant.name not in given.only:
             continue
@@ -227,6 +229,8 @@ def main() -> int:
             workers.append(Worker(variant, variant.settings(common), given.released))
         except ValueError as error:
             # A rival that does not start is told, and the others are measured.
+            if variant.name.startswith("ours"):
+                raise
             failed[variant.name] = str(error)
         print(f"{variant.name}: {'failed' if variant.name in failed else 'ready'}", flush=True)
     for _ in range(given.rounds):

@@ -34,6 +34,7 @@ from typing import Any
 import torch
 import torch._functorch.config
 import triton
+from measured import commit
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
@@ -338,7 +339,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "profiling" / "results")
     parser.add_argument(
-        "--commit", default=output_of("git", "rev-parse", "--short", "HEAD"),
+        "--commit", default=commit(),
         help="of this code, where its folder is no checkout",
     )  # fmt: skip
     parser.add_argument(

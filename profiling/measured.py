@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 from collections.abc import Sequence
@@ -36,6 +37,8 @@ def processor() -> str:
 
 def commit() -> str:
     """The commit of the checkout this file is in, marked where files differ from it."""
+    if shutil.which("git") is None:
+        return "unknown"
     command = ["git", "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
     found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     return found.stdout.strip() or "unknown"

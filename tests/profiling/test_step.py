@@ -116,12 +116,19 @@ def test_a_rival_that_does_not_start_is_told_with_its_reason(tmp_path: Path) -> 
     assert "released eager fp32 ended: ModuleNotFoundError" in run.stdout
 
 
-def test_an_unknown_variant_is_refused() -> None:
-    command = [sys.executable, str(SCRIPT), "--only", "theirs"]
+@pytest.mark.parametrize(
+    ("only", "said"),
+    [
+        ("theirs", "no variant theirs; there are ours compiled fp32"),
+        ("released eager fp32", "must have one of ours to compare with"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(only: str, said: str) -> None:
+    command = [sys.executable, str(SCRIPT), "--released", "folder", "--only", only]
 
     run = subprocess.run(command, capture_output=True, text=True)
 
-    assert run.returncode == 2 and "no variant theirs; there are ours compiled fp32" in run.stderr
+    assert run.returncode == 2 and said in run.stderr
 
 
 def test_the_steps_of_a_worker_that_dies_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -322,7 +322,8 @@ MOST_OVER_INDUCTOR = {(op, "backward"): 0.65 for op in NORMS}
 _MODULATION = (
     "a sample's rows of modulation (base, block, up to 7 of the table for each part) are summed "
     "anew by each of its 4 programs; with every sector counted once the bar is met (distinct). On "
-    "an H100 chunks of 128 tokens, which halve this, gain nothing (profiling/results/tiles-*.json)"
+    "an H100 longer chunks gain nothing: backward 128 tokens, which halve this, take as long as "
+    "64, and forward 16 and 32 are the fastest of 8 to 64 (profiling/results/tiles-*.json)"
 )
 _REPEATED_KEYS = (
     "two programs read each key. One program of 256 queries reads it once, moves 1.01 times the "
