@@ -36,7 +36,8 @@ from miro.data.shards import (
 )
 from miro.data.sources import Candidate, Rejection, Source, open_source, read_sample
 from miro.data.tar import link_or_copy
-from miro.rewards.base import REWARD_ORDER, Reward, build_reward
+from miro.rewards.base import Reward, build_reward, reward_position
+from miro.rewards.pictures import Pictures
 
 log = logging.getLogger(__name__)
 
@@ -127,12 +128,7 @@ def _build(rewards: Sequence[str | Reward], device: str) -> list[Reward]:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"the reward {name!r} is given twice")
-    return sorted(built, key=lambda reward: _order(reward.name))
-
-
-def _order(name: str) -> tuple[int, str]:
-    """Sorts the rewards we know in their order, others after them."""
-    return (REWARD_ORDER.index(name) if name in REWARD_ORDER else len(REWARD_ORDER), name)
+    return sorted(built, key=lambda reward: reward_position(reward.name))
 
 
 class _Work:
@@ -256,7 +252,7 @@ class _Work:
         for shard, missing in lacking:
             self._add_scores(shard, missing)
         everywhere = set.intersection(*columns) if columns else set()
-        complete = replace(manifest, rewards=tuple(sorted(everywhere, key=_order)))
+        complete = replace(manifest, rewards=tuple(sorted(everywhere, key=reward_position)))
         if complete != manifest:
             complete.write(self._dest)
         return complete
@@ -280,7 +276,7 @@ class _Work:
             if (keys, captions) != (rows.keys, rows.captions):
                 raise ValueError(f"{path}: has rows of other samples; delete it and run again")
             columns = before | columns
-        ordered = {name: columns[name] for name in sorted(columns, key=_order)}
+        ordered = {name: columns[name] for name in sorted(columns, key=reward_position)}
         write_scores(path, rows.keys, rows.captions, ordered)
 
     def _scored(
@@ -360,12 +356,14 @@ def _score(
     rows = np.repeat(np.arange(len(images)), counts)  # the image of each row
     texts = [text for kinds in captions for text in kinds.values()]
     firsts = [next(iter(kinds.values())) for kinds in captions]
+    pictures = Pictures(images)
+    pairs = pictures.take(rows)
     values = np.empty((len(rows), len(rewards)), np.float32)
     for column, reward in enumerate(rewards):
         if reward.reads_caption:
-            scores, expected = reward.score([images[row] for row in rows], texts), len(rows)
+            scores, expected = reward.score(pairs, texts), len(rows)
         else:
-            scores, expected = reward.score(images, firsts), len(images)
+            scores, expected = reward.score(pictures, firsts), len(images)
         if tuple(scores.shape) != (expected,):
             raise ValueError(
                 f"the reward {reward.name!r} gave {tuple(scores.shape)} for {expected} pairs"
