@@ -16,11 +16,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from miro.data.decode import decode_ahead
+from miro.data.decode import DecodeError, decode_ahead
 from miro.data.rejected import RejectedLog
 from miro.data.shards import (
     Manifest,
@@ -36,11 +38,13 @@ from miro.data.shards import (
 )
 from miro.data.sources import Candidate, Rejection, Source, open_source, read_sample
 from miro.data.tar import link_or_copy
-from miro.rewards.base import Reward, build_reward, reward_position
-from miro.rewards.pictures import Pictures
+from miro.rewards.base import Reward, RewardOptions, build_reward, reward_position
+from miro.rewards.scorer import Pairs, Scorer
 
 log = logging.getLogger(__name__)
 
+_Outcome = tuple[Candidate | None, Rejection | None]
+Decoded = tuple[Candidate | Rejection, Tensor | DecodeError | None]
 Progress = Callable[[int, int | None], None]  # samples looked at, of how many (None: not known)
 
 
@@ -54,9 +58,14 @@ class AnnotateConfig:
     max_rejected_after: int = 100  # ... once so many were looked at
     workers: int = 0  # threads that decode; 0: one per core, at most 16
     device: str = "cpu"  # where rewards compute
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the rewards' networks
+    compile: bool = False  # the networks by torch.compile; worth its start on long runs
+    allow_code: bool = False  # run Python code that comes with a model's weights
+    turns: Literal["auto", "always", "never"] = "auto"  # networks on the device one by one
+    window: int = 2_048  # samples decoded before networks take turns
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "samples_per_shard", "max_rejected_after"):
+        for name in ("batch_size", "samples_per_shard", "max_rejected_after", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.max_rejected <= 1:
@@ -101,7 +110,14 @@ def annotate(
     config = AnnotateConfig() if config is None else config
     if not source.exists():
         raise ValueError(f"{source}: no such file or folder")
-    built = _build(rewards, config.device)
+    options = RewardOptions(
+        config.device,
+        precision=config.precision,
+        compile=config.compile,
+        batch_size=config.batch_size,
+        allow_code=config.allow_code,
+    )
+    built = _build(rewards, options)
     dataset = Manifest.read(source) if (source / "manifest.json").is_file() else None
     if dataset is not None and dataset.kind != "images":
         raise ValueError(f"{source}: is encoded already; annotate the images it was made from")
@@ -121,9 +137,9 @@ def annotate(
         return AnnotateSummary(manifest.samples, len(rejected), work.looked_at, seconds)
 
 
-def _build(rewards: Sequence[str | Reward], device: str) -> list[Reward]:
+def _build(rewards: Sequence[str | Reward], options: RewardOptions) -> list[Reward]:
     """The rewards, in their order; ValueError for one that is not known or comes twice."""
-    built = [build_reward(r, device) if isinstance(r, str) else r for r in rewards]
+    built = [build_reward(r, options=options) if isinstance(r, str) else r for r in rewards]
     names = [reward.name for reward in built]
     for name in names:
         if names.count(name) > 1:
@@ -287,23 +303,34 @@ class _Work:
         What is set aside is logged, in the order of the unit.
         """
         config = self._config
+        scorer = Scorer(rewards, torch.device(config.device), config.turns)
+        # In turns, a network comes to the device once for each window.
+        size = config.window if scorer.turns else 1
+        window: list[tuple[list[_Outcome], Pairs]] = []
+        held = 0
         for batch in decode_ahead(unit, _image_of, config.batch_size, config.workers):
-            images: list[Tensor] = []
-            captions: list[dict[str, str]] = []
-            for item, image in batch:
-                if isinstance(item, Candidate) and isinstance(image, Tensor):
-                    images.append(image)
-                    captions.append(item.captions)
-            scores = iter(_score(rewards, images, captions))
-            for item, image in batch:
-                if isinstance(item, Rejection):
-                    self._reject(item)
-                elif isinstance(image, Tensor):
-                    yield item, next(scores)
-                else:
-                    self._reject(Rejection(item.origin, "image", str(image)))
-                    yield item, None
-            self._looked_at(sum(not isinstance(i, Rejection) or i.whole for i, _ in batch))
+            pairs = _pairs(batch)
+            scorer.begin(pairs)
+            window.append(([_outcome(*decoded) for decoded in batch], pairs))
+            held += len(batch)
+            if held >= size:
+                yield from self._finished(scorer, window)
+                window, held = [], 0
+        yield from self._finished(scorer, window)
+
+    def _finished(
+        self, scorer: Scorer, window: list[tuple[list[_Outcome], Pairs]]
+    ) -> Iterator[tuple[Candidate, np.ndarray | None]]:
+        scorer.finish([pairs for _, pairs in window])
+        for outcomes, pairs in window:
+            scores = iter(pairs.by_image())
+            for item, rejection in outcomes:
+                if rejection is not None:
+                    self._reject(rejection)
+                if item is not None:
+                    yield item, None if rejection else next(scores)
+            lost = [rejection for item, rejection in outcomes if item is None]
+            self._looked_at(len(outcomes) - sum(r is not None and not r.whole for r in lost))
 
     def _reject(self, rejection: Rejection) -> None:
         self._rejected.add(rejection.source, rejection.field, rejection.reason)
@@ -342,33 +369,24 @@ class _Rows:
         return {name: values[:, i] for i, name in enumerate(self.rewards)}
 
 
+def _pairs(batch: list[Decoded]) -> Pairs:
+    """What of a decoded batch can be scored."""
+    good = [
+        (image, item.captions)
+        for item, image in batch
+        if isinstance(item, Candidate) and isinstance(image, Tensor)
+    ]
+    return Pairs([image for image, _ in good], [captions for _, captions in good])
+
+
+def _outcome(item: Candidate | Rejection, image: Tensor | DecodeError | None) -> _Outcome:
+    """What became of an item: the sample where there is one, and why it cannot be used."""
+    if isinstance(item, Rejection):
+        return None, item
+    if isinstance(image, Tensor):
+        return item, None
+    return item, Rejection(item.origin, "image", str(image))
+
+
 def _image_of(item: Candidate | Rejection) -> bytes | None:
     return item.image if isinstance(item, Candidate) else None
-
-
-def _score(
-    rewards: list[Reward], images: list[Tensor], captions: list[dict[str, str]]
-) -> list[np.ndarray]:
-    """For each image and its captions: float32 (captions, rewards); what is not finite is NaN."""
-    if not images:
-        return []
-    counts = [len(texts) for texts in captions]
-    rows = np.repeat(np.arange(len(images)), counts)  # the image of each row
-    texts = [text for kinds in captions for text in kinds.values()]
-    firsts = [next(iter(kinds.values())) for kinds in captions]
-    pictures = Pictures(images)
-    pairs = pictures.take(rows)
-    values = np.empty((len(rows), len(rewards)), np.float32)
-    for column, reward in enumerate(rewards):
-        if reward.reads_caption:
-            scores, expected = reward.score(pairs, texts), len(rows)
-        else:
-            scores, expected = reward.score(pictures, firsts), len(images)
-        if tuple(scores.shape) != (expected,):
-            raise ValueError(
-                f"the reward {reward.name!r} gave {tuple(scores.shape)} for {expected} pairs"
-            )
-        found = scores.detach().float().cpu().numpy()
-        values[:, column] = found if reward.reads_caption else found[rows]
-    values[~np.isfinite(values)] = np.nan
-    return np.split(values, np.cumsum(counts)[:-1])
