@@ -1,10 +1,10 @@
 """From captioned images to a dataset folder with raw scores: shards, Parquet, what was set aside.
 
-SOURCE is a folder of images with captions beside them, WebDataset tars, or a dataset folder of
-ours. The first two are read in units (miro.data.sources), each of which becomes a shard with its
-scores; the manifest lists it last, so a stop at any moment loses the unit under way and no more. A
-dataset folder is linked, not copied, and only scored. Scoring looks at what a shard's table lacks:
-that is how a reward is added later, and how a scoring that was stopped goes on.
+SOURCE is a folder, tars or a table that others made, or a dataset folder of ours. The former are
+read in units (miro.data.sources), each of which becomes a shard with its scores; the manifest lists
+it last, so a stop at any moment loses the unit under way and no more. A dataset folder is linked,
+not copied, and only scored. Scoring looks at what a shard's table lacks: that is how a reward is
+added later, and how a scoring that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -36,7 +36,15 @@ from miro.data.shards import (
     write_scores,
     write_shard,
 )
-from miro.data.sources import Candidate, Rejection, Source, open_source, read_sample
+from miro.data.sources import (
+    Candidate,
+    Columns,
+    Rejection,
+    Source,
+    open_source,
+    read_sample,
+    shard_name,
+)
 from miro.data.tar import link_or_copy
 from miro.rewards.base import Reward, RewardOptions, build_reward, reward_position
 from miro.rewards.scorer import Pairs, Scorer
@@ -63,6 +71,8 @@ class AnnotateConfig:
     allow_code: bool = False  # run Python code that comes with a model's weights
     turns: Literal["auto", "always", "never"] = "auto"  # networks on the device one by one
     window: int = 2_048  # samples decoded before networks take turns
+    image_column: str | None = None  # of a table; by default found by its name
+    caption_columns: tuple[str, ...] = ()  # of a table; by default all that are named like one
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "samples_per_shard", "max_rejected_after", "window"):
@@ -108,8 +118,6 @@ def annotate(
     started = time.perf_counter()
     source, dest = Path(source), Path(dest)
     config = AnnotateConfig() if config is None else config
-    if not source.exists():
-        raise ValueError(f"{source}: no such file or folder")
     options = RewardOptions(
         config.device,
         precision=config.precision,
@@ -125,7 +133,10 @@ def annotate(
         raise ValueError(f"{dest}: is a file; DEST must be a folder")
     if dataset is None and source.resolve() == dest.resolve():
         raise ValueError(f"{dest}: DEST must not be SOURCE, which is not a dataset folder")
-    opened = open_source(source, config.samples_per_shard) if dataset is None else None
+    opened = None
+    if dataset is None:
+        columns = Columns(config.image_column, config.caption_columns)
+        opened = open_source(source, config.samples_per_shard, columns)
     with RejectedLog(dest / "rejected.jsonl") as rejected:
         work = _Work(dest, built, config, rejected, progress)
         if opened is not None:
@@ -168,22 +179,23 @@ class _Work:
         """Make the shards that `source` still lacks in DEST, each with its scores."""
         manifest = self._begin(path, source)
         names = tuple(reward.name for reward in self._rewards)
-        done = manifest.source["annotate"]["units"]
-        if source.total is not None:
-            self._total = max(source.total - done * self._config.samples_per_shard, 0)
-        for number, unit in enumerate(source.units(done), done):
+        state = manifest.source["annotate"]
+        at = (state["group"], state["unit"])
+        if source.total is not None:  # a group of a source that knows its total has one unit
+            self._total = max(source.total - sum(at) * self._config.samples_per_shard, 0)
+        for group, number, unit in _units(source, *at):
             rows = _Rows(names)
             samples = self._good(unit, rows)
             first = next(samples, None)
             shards, kinds = manifest.shards, manifest.captions
             if first is not None:
-                tar = self._dest / "shards" / f"{number:05d}.tar"
+                tar = self._dest / "shards" / shard_name(group, number)
                 shards += (write_shard(tar, itertools.chain([first], samples)),)
                 table = scores_path(self._dest, shards[-1])
                 write_scores(table, rows.keys, rows.captions, rows.columns())
                 kinds = tuple(dict.fromkeys([*kinds, *rows.captions]))
             common = [n for n in names if n in manifest.rewards or not manifest.shards]
-            state = {**manifest.source["annotate"], "units": number + 1}
+            state = {**state, "group": group, "unit": number + 1}
             manifest = replace(
                 manifest,
                 captions=kinds,
@@ -213,7 +225,7 @@ class _Work:
             raise ValueError(
                 f"{self._dest}: holds shards but no manifest.json; choose a new folder"
             )
-        state = {"from": path.name, "fingerprint": source.fingerprint, "units": 0}
+        state = {"from": path.name, "fingerprint": source.fingerprint, "group": 0, "unit": 0}
         manifest = Manifest("images", (), (), source={"annotate": state})
         manifest.write(self._dest)
         return manifest
@@ -367,6 +379,16 @@ class _Rows:
     def columns(self) -> dict[str, np.ndarray]:
         values = np.concatenate([np.empty((0, len(self.rewards)), np.float32), *self.scores])
         return {name: values[:, i] for i, name in enumerate(self.rewards)}
+
+
+def _units(
+    source: Source, group: int, unit: int
+) -> Iterator[tuple[int, int, Iterator[Candidate | Rejection]]]:
+    """(group, unit, what it holds) of all units from the given one on."""
+    for later in range(group, source.groups):
+        done = unit if later == group else 0
+        for number, items in enumerate(source.units(later, done), done):
+            yield later, number, items
 
 
 def _pairs(batch: list[Decoded]) -> Pairs:
