@@ -12,19 +12,18 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from miro.data.decode import DecodeError, decode_ahead
 from miro.data.rejected import RejectedLog
 from miro.data.shards import (
+    MODELS,
     Manifest,
     ShardInfo,
     check_shard,
@@ -46,13 +45,15 @@ from miro.data.sources import (
     shard_name,
 )
 from miro.data.tar import link_or_copy
+from miro.data.units import STATE, Done, begin, gather, read_done, write_done
+from miro.locks import alone_in, waiting_in
+from miro.ranks import Ranks, ranks_of
 from miro.rewards.base import Reward, RewardOptions, build_reward, reward_position
-from miro.rewards.scorer import Pairs, Scorer
+from miro.rewards.scorer import Turns
+from miro.scoring import Outcome, ScoringConfig, scored
 
 log = logging.getLogger(__name__)
 
-_Outcome = tuple[Candidate | None, Rejection | None]
-Decoded = tuple[Candidate | Rejection, Tensor | DecodeError | None]
 Progress = Callable[[int, int | None], None]  # samples looked at, of how many (None: not known)
 
 
@@ -69,7 +70,7 @@ class AnnotateConfig:
     precision: Literal["fp32", "bf16"] = "fp32"  # of the rewards' networks
     compile: bool = False  # the networks by torch.compile; worth its start on long runs
     allow_code: bool = False  # run Python code that comes with a model's weights
-    turns: Literal["auto", "always", "never"] = "auto"  # networks on the device one by one
+    turns: Turns = "auto"  # networks on the device one by one
     window: int = 2_048  # samples decoded before networks take turns
     image_column: str | None = None  # of a table; by default found by its name
     caption_columns: tuple[str, ...] = ()  # of a table; by default all that are named like one
@@ -137,8 +138,9 @@ def annotate(
     if dataset is None:
         columns = Columns(config.image_column, config.caption_columns)
         opened = open_source(source, config.samples_per_shard, columns)
-    with RejectedLog(dest / "rejected.jsonl") as rejected:
-        work = _Work(dest, built, config, rejected, progress)
+    ranks = ranks_of(os.environ)
+    with alone_in(dest, ranks.rank), RejectedLog(dest / "rejected.jsonl") as rejected:
+        work = _Work(dest, built, config, ranks, rejected, progress)
         if opened is not None:
             work.ingest(source, opened)
         elif dataset is not None:
@@ -159,119 +161,143 @@ def _build(rewards: Sequence[str | Reward], options: RewardOptions) -> list[Rewa
 
 
 class _Work:
-    """One call of `annotate`: what it does to one folder, and how far it is."""
+    """One call of `annotate`: what this process does to the folder, and how far it is."""
 
     def __init__(
         self,
         dest: Path,
         rewards: list[Reward],
         config: AnnotateConfig,
+        ranks: Ranks,
         rejected: RejectedLog,
         progress: Progress | None,
     ):
         self.looked_at = 0
         self._dest, self._rewards, self._config = dest, rewards, config
-        self._rejected, self._progress = rejected, progress
+        self._ranks, self._rejected, self._progress = ranks, rejected, progress
+        self._scoring = ScoringConfig(
+            config.batch_size,
+            config.workers,
+            ranks.device(config.device),
+            config.turns,
+            config.window,
+        )
         self._total: int | None = None
         self._set_aside = 0
 
     def ingest(self, path: Path, source: Source) -> None:
-        """Make the shards that `source` still lacks in DEST, each with its scores."""
-        manifest = self._begin(path, source)
-        names = tuple(reward.name for reward in self._rewards)
-        state = manifest.source["annotate"]
-        at = (state["group"], state["unit"])
+        """Make the shards that this process's groups of `source` still lack, with their scores."""
+        self._check_models(begin(self._dest, path.name, source.fingerprint))
+        mine = range(self._ranks.rank, source.groups, self._ranks.world)
+        todo = [(group, unit) for group in mine if (unit := self._next(group)) is not None]
         if source.total is not None:  # a group of a source that knows its total has one unit
-            self._total = max(source.total - sum(at) * self._config.samples_per_shard, 0)
-        for group, number, unit in _units(source, *at):
-            rows = _Rows(names)
-            samples = self._good(unit, rows)
-            first = next(samples, None)
-            shards, kinds = manifest.shards, manifest.captions
-            if first is not None:
-                tar = self._dest / "shards" / shard_name(group, number)
-                shards += (write_shard(tar, itertools.chain([first], samples)),)
-                table = scores_path(self._dest, shards[-1])
-                write_scores(table, rows.keys, rows.captions, rows.columns())
-                kinds = tuple(dict.fromkeys([*kinds, *rows.captions]))
-            common = [n for n in names if n in manifest.rewards or not manifest.shards]
-            state = {**state, "group": group, "unit": number + 1}
-            manifest = replace(
-                manifest,
-                captions=kinds,
-                shards=shards,
-                rewards=tuple(common),  # `complete` adds what earlier shards lack
-                source={**manifest.source, "annotate": state},
-            )
-            manifest.write(self._dest)
-            log.info("%s: %d samples in %d shards", self._dest, manifest.samples, len(shards))
-        if not manifest.samples:
+            most = len(todo) * self._config.samples_per_shard
+            self._total = min(most, source.total)
+        for group, first in todo:
+            units = source.units(group, first)
+            following = next(units, None)
+            for number in itertools.count(first):
+                items, following = following, next(units, None)
+                if items is None:
+                    break
+                self._make(group, number, items, last=following is None)
+                manifest = gather(self._dest, self._rejected)
+                log.info("%s: %d samples", self._dest, manifest.samples)
+        manifest = gather(self._dest, self._rejected)
+        if manifest.source[STATE]["group"] == source.groups and not manifest.samples:
             raise ValueError(
                 f"{path}: not one of its samples can be used, {self._rejected.path} says why;"
                 " mend it and annotate into a new folder"
             )
 
-    def _begin(self, path: Path, source: Source) -> Manifest:
-        """The manifest to go on from; ValueError where DEST was made from something else."""
-        if (self._dest / "manifest.json").is_file():
-            manifest = Manifest.read(self._dest)
-            if manifest.source.get("annotate", {}).get("fingerprint") != source.fingerprint:
-                raise ValueError(
-                    f"{self._dest}: was made from something else than {path} is now, or with"
-                    " another samples_per_shard; annotate into a new folder"
-                )
-            return manifest
-        if (self._dest / "shards").exists():
-            raise ValueError(
-                f"{self._dest}: holds shards but no manifest.json; choose a new folder"
-            )
-        state = {"from": path.name, "fingerprint": source.fingerprint, "group": 0, "unit": 0}
-        manifest = Manifest("images", (), (), source={"annotate": state})
-        manifest.write(self._dest)
-        return manifest
+    def _next(self, group: int) -> int | None:
+        """The first unit of a group that is not done, or None."""
+        for unit in itertools.count():
+            done = read_done(self._dest, group, unit)
+            if done is None:
+                return unit
+            if done.last:
+                return None
+
+    def _make(
+        self, group: int, number: int, items: Iterator[Candidate | Rejection], last: bool
+    ) -> None:
+        """A unit's shard, its scores and its record."""
+        names = tuple(reward.name for reward in self._rewards)
+        rows, rejections = _Rows(names), []
+        try:
+            samples = self._good(items, rows, rejections)
+            first, shard = next(samples, None), None
+            if first is not None:
+                tar = self._dest / "shards" / shard_name(group, number)
+                shard = write_shard(tar, itertools.chain([first], samples))
+                table = scores_path(self._dest, shard)
+                write_scores(table, rows.keys, rows.captions, rows.columns())
+        except ValueError:  # too many are unusable: the log says which
+            for rejection in rejections:
+                self._rejected.add(*rejection.line)
+            raise
+        kinds = tuple(dict.fromkeys(rows.captions))
+        done = Done(shard, kinds, tuple(rejections), last)
+        write_done(self._dest, group, number, done)
 
     def _good(
-        self, unit: Iterable[Candidate | Rejection], rows: _Rows
+        self, items: Iterator[Candidate | Rejection], rows: _Rows, rejections: list[Rejection]
     ) -> Iterator[tuple[str, dict[str, bytes]]]:
-        """A unit's good samples as `write_shard` takes them; their scores are added to `rows`."""
-        for item, scores in self._scored(unit, self._rewards):
-            if scores is None:
-                continue
-            if scores.size and np.isnan(scores).all():
-                self._reject(Rejection(item.origin, "scores", "every reward gave NaN"))
-                continue
-            rows.add(item, scores)
-            content = json.dumps({"captions": item.captions, **item.extra})
-            yield item.key, {item.extension: item.image, "json": content.encode()}
+        """A unit's good samples as `write_shard` takes them; the rest is added to the lists."""
+        for batch in scored(items, self._rewards, self._scoring):
+            for outcome in batch:
+                item, scores, rejection = outcome.sample, outcome.scores, outcome.rejection
+                if item and scores is not None and scores.size and np.isnan(scores).all():
+                    rejection = Rejection(item.origin, "scores", "every reward gave NaN")
+                if rejection is not None:
+                    rejections.append(rejection)
+                    self._set_aside += rejection.whole
+                elif item and scores is not None:
+                    rows.add(item, scores)
+                    content = json.dumps({"captions": item.captions, **item.extra})
+                    yield item.key, {item.extension: item.image, "json": content.encode()}
+            self._looked_at(batch, rejections[-1] if rejections else None)
 
     def link(self, source: Path, dataset: Manifest) -> None:
         """Make DEST a dataset of the same shards, unless it is one; bytes are shared."""
+        self._check_models(dataset)
         if source.resolve() == self._dest.resolve():
             return
-        if (self._dest / "manifest.json").is_file():
-            if Manifest.read(self._dest).shards != dataset.shards:
+        with waiting_in(self._dest):
+            if (self._dest / "manifest.json").is_file():
+                if Manifest.read(self._dest).shards != dataset.shards:
+                    raise ValueError(
+                        f"{self._dest}: has other shards than {source}; choose a new folder"
+                    )
+                return
+            for shard in dataset.shards:
+                check_shard(source, shard)
+                for path_of in (shard_path, scores_path):
+                    if path_of(source, shard).is_file():
+                        link_or_copy(path_of(source, shard), path_of(self._dest, shard))
+            dataset.write(self._dest)
+
+    def _check_models(self, manifest: Manifest) -> None:
+        """ValueError where a column that is there was made by another model than is asked for."""
+        models = manifest.source.get(MODELS, {})
+        for reward in self._rewards:
+            before = models.get(reward.name, reward.model)
+            if before != reward.model and reward.name in manifest.rewards:
                 raise ValueError(
-                    f"{self._dest}: has other shards than {source}; choose a new folder"
+                    f"{self._dest}: its {reward.name!r} was scored by {before}, not by "
+                    f"{reward.model}; scores of two models do not compare: annotate into a new "
+                    "folder"
                 )
-            return
-        for shard in dataset.shards:
-            check_shard(source, shard)
-            for path_of in (shard_path, scores_path):
-                if path_of(source, shard).is_file():
-                    link_or_copy(path_of(source, shard), path_of(self._dest, shard))
-        dataset.write(self._dest)
 
     def complete(self) -> Manifest:
-        """Score what the listed shards have no score of; the manifest then lists what all have."""
+        """Score what this process's shards lack; the manifest then lists what all shards have."""
         manifest = Manifest.read(self._dest)
-        columns: list[set[str]] = []
         lacking: list[tuple[ShardInfo, list[Reward]]] = []
-        for shard in manifest.shards:
-            path = scores_path(self._dest, shard)
-            present = set(score_columns(path)) if path.is_file() else set()
-            missing = [reward for reward in self._rewards if reward.name not in present]
-            columns.append(present | {reward.name for reward in missing})
-            if missing or not path.is_file():
+        for shard in manifest.shards[self._ranks.rank :: self._ranks.world]:
+            present = _columns(self._dest, shard)
+            missing = [reward for reward in self._rewards if reward.name not in (present or ())]
+            if missing or present is None:
                 lacking.append((shard, missing))
         if lacking:
             self._total = self.looked_at + sum(shard.samples for shard, _ in lacking)
@@ -279,11 +305,20 @@ class _Work:
             check_shard(self._dest, shard)
         for shard, missing in lacking:
             self._add_scores(shard, missing)
-        everywhere = set.intersection(*columns) if columns else set()
-        complete = replace(manifest, rewards=tuple(sorted(everywhere, key=reward_position)))
-        if complete != manifest:
-            complete.write(self._dest)
-        return complete
+        with waiting_in(self._dest):
+            manifest = Manifest.read(self._dest)
+            columns = [set(_columns(self._dest, shard) or ()) for shard in manifest.shards]
+            everywhere = set.intersection(*columns) if columns else set()
+            models = manifest.source.get(MODELS, {}) | {r.name: r.model for r in self._rewards}
+            models = {name: models[name] for name in sorted(models, key=reward_position)}
+            complete = replace(
+                manifest,
+                rewards=tuple(sorted(everywhere, key=reward_position)),
+                source={**manifest.source, MODELS: models},
+            )
+            if complete != manifest:
+                complete.write(self._dest)
+            return complete
 
     def _add_scores(self, shard: ShardInfo, rewards: list[Reward]) -> None:
         """Add columns to one shard's table, or make the table."""
@@ -294,10 +329,16 @@ class _Work:
             for key, members in iterate_shard(tar)
             for item in read_sample(f"{shard.name}:{key}", key, members)
         )
-        for item, scores in self._scored(unit, rewards):
-            if scores is None:  # the shard stays as it is: the sample keeps its rows, not known
-                scores = np.full((len(item.captions), len(rewards)), np.nan, np.float32)
-            rows.add(item, scores)
+        for batch in scored(unit, rewards, self._scoring):
+            for outcome in batch:
+                if outcome.rejection is not None:
+                    self._rejected.add(*outcome.rejection.line)
+                    self._set_aside += outcome.rejection.whole
+                if (item := outcome.sample) is not None:
+                    # The shard stays as it is: a bad image keeps its rows, not known.
+                    unknown = np.full((len(item.captions), len(rewards)), np.nan, np.float32)
+                    rows.add(item, unknown if outcome.scores is None else outcome.scores)
+            self._looked_at(batch, next((o.rejection for o in batch[::-1] if o.rejection), None))
         columns, path = rows.columns(), scores_path(self._dest, shard)
         if path.is_file():
             keys, captions, before = read_shard_scores(path)
@@ -307,59 +348,25 @@ class _Work:
         ordered = {name: columns[name] for name in sorted(columns, key=reward_position)}
         write_scores(path, rows.keys, rows.captions, ordered)
 
-    def _scored(
-        self, unit: Iterable[Candidate | Rejection], rewards: list[Reward]
-    ) -> Iterator[tuple[Candidate, np.ndarray | None]]:
-        """Samples with their scores, float32 (captions, rewards), or None for a bad image.
-
-        What is set aside is logged, in the order of the unit.
-        """
-        config = self._config
-        scorer = Scorer(rewards, torch.device(config.device), config.turns)
-        # In turns, a network comes to the device once for each window.
-        size = config.window if scorer.turns else 1
-        window: list[tuple[list[_Outcome], Pairs]] = []
-        held = 0
-        for batch in decode_ahead(unit, _image_of, config.batch_size, config.workers):
-            pairs = _pairs(batch)
-            scorer.begin(pairs)
-            window.append(([_outcome(*decoded) for decoded in batch], pairs))
-            held += len(batch)
-            if held >= size:
-                yield from self._finished(scorer, window)
-                window, held = [], 0
-        yield from self._finished(scorer, window)
-
-    def _finished(
-        self, scorer: Scorer, window: list[tuple[list[_Outcome], Pairs]]
-    ) -> Iterator[tuple[Candidate, np.ndarray | None]]:
-        scorer.finish([pairs for _, pairs in window])
-        for outcomes, pairs in window:
-            scores = iter(pairs.by_image())
-            for item, rejection in outcomes:
-                if rejection is not None:
-                    self._reject(rejection)
-                if item is not None:
-                    yield item, None if rejection else next(scores)
-            lost = [rejection for item, rejection in outcomes if item is None]
-            self._looked_at(len(outcomes) - sum(r is not None and not r.whole for r in lost))
-
-    def _reject(self, rejection: Rejection) -> None:
-        self._rejected.add(rejection.source, rejection.field, rejection.reason)
-        self._set_aside += rejection.whole
-
-    def _looked_at(self, samples: int) -> None:
+    def _looked_at(self, batch: list[Outcome], last: Rejection | None) -> None:
         """Report progress; ValueError where the share of what was set aside is too large."""
-        self.looked_at += samples
+        self.looked_at += sum(outcome.whole for outcome in batch)
         if self._progress is not None:
             self._progress(self.looked_at, self._total)
         share, limit = self._set_aside / max(self.looked_at, 1), self._config.max_rejected
         if self.looked_at >= self._config.max_rejected_after and share > limit:
+            said = f", last: {last.source}: {last.reason}" if last else ""
             raise ValueError(
                 f"{self._set_aside} of the first {self.looked_at} samples were set aside, more than"
-                f" the share of {limit:g} allowed by max_rejected; {self._rejected.path} says why,"
-                f" last: {self._rejected.last}"
+                f" the share of {limit:g} allowed by max_rejected; {self._rejected.path} says why"
+                f"{said}"
             )
+
+
+def _columns(dest: Path, shard: ShardInfo) -> list[str] | None:
+    """The rewards of a shard's table, or None where it has no table."""
+    path = scores_path(dest, shard)
+    return score_columns(path) if path.is_file() else None
 
 
 @dataclass
@@ -379,36 +386,3 @@ class _Rows:
     def columns(self) -> dict[str, np.ndarray]:
         values = np.concatenate([np.empty((0, len(self.rewards)), np.float32), *self.scores])
         return {name: values[:, i] for i, name in enumerate(self.rewards)}
-
-
-def _units(
-    source: Source, group: int, unit: int
-) -> Iterator[tuple[int, int, Iterator[Candidate | Rejection]]]:
-    """(group, unit, what it holds) of all units from the given one on."""
-    for later in range(group, source.groups):
-        done = unit if later == group else 0
-        for number, items in enumerate(source.units(later, done), done):
-            yield later, number, items
-
-
-def _pairs(batch: list[Decoded]) -> Pairs:
-    """What of a decoded batch can be scored."""
-    good = [
-        (image, item.captions)
-        for item, image in batch
-        if isinstance(item, Candidate) and isinstance(image, Tensor)
-    ]
-    return Pairs([image for image, _ in good], [captions for _, captions in good])
-
-
-def _outcome(item: Candidate | Rejection, image: Tensor | DecodeError | None) -> _Outcome:
-    """What became of an item: the sample where there is one, and why it cannot be used."""
-    if isinstance(item, Rejection):
-        return None, item
-    if isinstance(image, Tensor):
-        return item, None
-    return item, Rejection(item.origin, "image", str(image))
-
-
-def _image_of(item: Candidate | Rejection) -> bytes | None:
-    return item.image if isinstance(item, Candidate) else None

@@ -43,6 +43,11 @@ class Rejection:
     reason: str
     whole: bool = True
 
+    @property
+    def line(self) -> tuple[str, str, str]:
+        """As RejectedLog.add takes it."""
+        return self.source, self.field, self.reason
+
 
 def read_sample(
     origin: str, key: str, members: dict[str, bytes]

@@ -21,6 +21,7 @@ from miro.rewards.pictures import Pictures
 
 log = logging.getLogger(__name__)
 
+Turns = Literal["auto", "always", "never"]
 SHARE = 0.7
 """Of the device's free memory that weights may take; batches need the rest."""
 
@@ -74,7 +75,7 @@ class Scorer:
         self,
         rewards: Sequence[Reward],
         device: torch.device,
-        turns: Literal["auto", "always", "never"] = "auto",
+        turns: Turns = "auto",
     ) -> None:
         """turns: whether networks take turns on the device; auto where they do not fit it."""
         self.rewards = list(rewards)
