@@ -47,15 +47,25 @@ class _ArrowFile:
     def _read(self, start: int, stop: int, columns: list[str]) -> Iterator[Row]:
         try:
             for batch in self._batches(start, stop, columns):
-                cells = [(name, _as_bytes(batch[name]), name in self._texts) for name in columns]
-                for row in range(batch.num_rows):
-                    yield _row(cells, row)
+                yield from self._rows_of(batch)
                 start += batch.num_rows
         except _DAMAGE as error:
             if _is_of_the_disk(error):
                 raise
-            for _ in range(start, stop):
-                yield f"this part of the file is damaged: {error}"
+            yield from [_damaged(error)] * (stop - start)
+
+    def _rows_of(self, batch: pa.RecordBatch) -> Iterator[Row]:
+        cells: list[tuple[str, pa.Array, bool]] = []
+        try:
+            for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                plain = _as_bytes(column)
+                plain.validate(full=True)  # an offset that leads outside would crash the process
+                cells.append((name, plain, name in self._texts))
+        except pa.ArrowException as error:
+            yield from [_damaged(error)] * batch.num_rows
+            return
+        for row in range(batch.num_rows):
+            yield _row(cells, row)
 
     def _batches(self, start: int, stop: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
         """The rows from `start` to before `stop`, in batches of any size."""
@@ -113,18 +123,9 @@ class ArrowStream(_ArrowFile):
                 first, last = max(start - at, 0), min(stop - at, batch.num_rows)
                 at += batch.num_rows
                 if first < last:
-                    batch = batch.select(columns)
-                    _validate(batch)
-                    yield batch.slice(first, last - first)
+                    yield batch.select(columns).slice(first, last - first)
                 if at >= stop:
                     return
-
-
-def _validate(batch: pa.RecordBatch) -> None:
-    """ArrowInvalid for offsets that lead outside, which would crash the process where used."""
-    for column in batch.columns:
-        # Text is checked as bytes: what is not UTF-8 is a matter of its row alone.
-        (_as_bytes(column) if _is_string(column.type) else column).validate(full=True)
 
 
 def _row(cells: list[tuple[str, pa.Array, bool]], number: int) -> Row:
@@ -132,18 +133,21 @@ def _row(cells: list[tuple[str, pa.Array, bool]], number: int) -> Row:
     row: dict[str, Any] = {}
     for name, column, is_text in cells:
         try:
-            value = column[number].as_py()
+            value: Any = column[number].as_py()
         except UnicodeDecodeError:
             return f"the column {name!r} holds text that is not UTF-8"
-        decoded = is_text and value is not None
-        row[name] = value.decode("utf-8", "surrogateescape") if decoded else value
+        if is_text and value is not None:
+            value = value.decode("utf-8", "surrogateescape")
+        row[name] = value
     return row
 
 
 def _as_bytes(column: pa.Array) -> pa.Array:
     """Text as its bytes, which unlike text may be anything; other columns as they are."""
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
+    if isinstance(column, pa.DictionaryArray):
+        values = _as_bytes(column.dictionary)
+        values.validate(full=True)
+        return pa.DictionaryArray.from_arrays(column.indices, values).dictionary_decode()
     kind = _BYTES.get(column.type)
     return column if kind is None else column.view(kind)
 
@@ -171,6 +175,10 @@ def _is_plain(kind: pa.DataType) -> bool:
         return _is_plain(kind.value_type)
     tests = (pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating, pa.types.is_null)
     return _is_string(kind) or any(test(kind) for test in tests)
+
+
+def _damaged(error: Exception) -> str:
+    return f"this part of the file is damaged: {error}"
 
 
 def _is_of_the_disk(error: Exception) -> bool:

@@ -157,8 +157,8 @@ def kind_of(name: str) -> str:
 
 def is_prose(value: Any) -> bool:
     """Whether a value may be a caption, and not a score or a length of one."""
-    if isinstance(value, list):
-        return any(map(is_prose, value))
+    if isinstance(value, list | dict):
+        return any(map(is_prose, value.values() if isinstance(value, dict) else value))
     return isinstance(value, str) and re.fullmatch(r"[-+\d\s.,eE]+", value) is None
 
 

@@ -80,21 +80,20 @@ class TableSource:
     """
 
     def __init__(self, paths: Sequence[Path], samples_per_shard: int, columns: Columns):
-        self._files: list[RowFile] = [TABLES[path.suffix.lower()](path) for path in paths]
-        self._layouts = [_Layout.find(file, columns) for file in self._files]
+        files: list[RowFile] = [TABLES[path.suffix.lower()](path) for path in paths]
+        self._files = [file for file in files if file.rows]
+        if not self._files:
+            raise ValueError(f"{paths[0]}: there are no rows in it")
+        self._layout = _Layout.find(self._files, columns)
         self._starts = list(accumulate((file.rows for file in self._files), initial=0))
         self._size = samples_per_shard
         rows = self._starts[-1]
-        if not rows:
-            raise ValueError(f"{paths[0]}: no rows in it")
         self.total: int | None = rows
         self.groups = -(-rows // samples_per_shard)
-        parts = [
-            f"{file.path.name} {file.path.stat().st_size} {file.rows} {layout}"
-            for file, layout in zip(self._files, self._layouts, strict=True)
-        ]
-        self.fingerprint = fingerprint(["table in groups", str(samples_per_shard), *parts])
-        log.info("%s: %s rows, %s", paths[0], f"{rows:,}", self._layouts[0])
+        parts = [f"{file.path.name} {file.path.stat().st_size} {file.rows}" for file in self._files]
+        parts = ["table in groups", str(samples_per_shard), str(self._layout), *parts]
+        self.fingerprint = fingerprint(parts)
+        log.info("%s: %s rows, %s", paths[0], f"{rows:,}", self._layout)
 
     def units(self, group: int, done: int = 0) -> Iterator[Iterator[Candidate | Rejection]]:
         """The one unit of a group, which is a slice of the rows."""
@@ -104,18 +103,18 @@ class TableSource:
 
     def _read(self, first: int, stop: int) -> Iterator[Candidate | Rejection]:
         for index in range(bisect_right(self._starts, first) - 1, len(self._files)):
-            file, layout, before = self._files[index], self._layouts[index], self._starts[index]
+            file, before = self._files[index], self._starts[index]
             if before >= stop:
                 return
             start, end = max(first - before, 0), min(stop - before, file.rows)
-            rows = file.read(start, end, layout.image)
+            rows = file.read(start, end, self._layout.image)
             for number, row in enumerate(rows, before + start):
-                yield from layout.candidate(file.path, f"{number:08d}", row)
+                yield from self._layout.candidate(file.path, f"{number:08d}", row)
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """The image column of one file, and the kind of caption that each of its columns is."""
+    """Which column holds the images, and {column: kind} of the captions."""
 
     image: str
     captions: dict[str, str]
@@ -125,30 +124,33 @@ class _Layout:
         return f"images from {self.image!r}, captions: {captions}"
 
     @classmethod
-    def find(cls, file: RowFile, columns: Columns) -> _Layout:
+    def find(cls, files: Sequence[RowFile], columns: Columns) -> _Layout:
         """The columns given, or those whose names say what they are; ValueError without any.
 
         A caption holds prose: "caption_length" is named like one and is none.
         """
-        known = file.columns
+        path, known = files[0].path, files[0].columns
+        has = f"it has the columns {', '.join(known)}"
         if len(set(known)) < len(known):
-            raise ValueError(f"{file.path}: two of its columns have one name: {', '.join(known)}")
+            raise ValueError(f"{path}: two columns have one name, {has}")
         for name in filter(None, (columns.image, *columns.captions)):
             if name not in known:
-                raise ValueError(f"{file.path}: {unknown_name('column', name, known)}")
+                raise ValueError(f"{path}: {unknown_name('column', name, known)}")
         image = columns.image or _first(IMAGE_COLUMNS, known)
-        has = f"it has the columns {', '.join(known)}"
         if image is None:
-            raise ValueError(f"{file.path}: no column of images, {has}; name it by --image-column")
+            raise ValueError(f"{path}: no column of images, {has}; name it by --image-column")
         captions = list(columns.captions)
         if not captions:
-            head = file.head
+            head = next((head for file in files if (head := file.head)), [])
             captions = [n for n in _named(known) if any(is_prose(row.get(n)) for row in head)]
         captions = [name for name in captions if name != image]
         if not captions:
-            raise ValueError(
-                f"{file.path}: no column of captions, {has}; name them by --caption-columns"
-            )
+            raise ValueError(f"{path}: no captions, {has}; name theirs by --caption-columns")
+        for file in files:
+            if missing := {image, *captions} - set(file.columns):
+                raise ValueError(
+                    f"{file.path}: no column {min(missing)!r}, which {path} has; annotate it alone"
+                )
         return cls(image, _kinds(captions))
 
     def candidate(self, table: Path, key: str, row: Row) -> Iterator[Candidate | Rejection]:
