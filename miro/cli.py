@@ -1,7 +1,7 @@
 """The command line: one command a stage, each usable alone on a user's own files.
 
-    miro scenes | annotate | fit-clip | fit-verifier | encode | train | sample | evaluate | report
-    miro export | launch
+    miro scenes | annotate | inspect | fit-clip | fit-verifier | encode
+    miro train | sample | evaluate | report | export | launch
     miro demo                                              walks them all
 
 Options are the fields of the configuration classes; `miro COMMAND --help` lists them. Those of
@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import tyro
 from rich.logging import RichHandler
 
-from miro.cli_data import annotate, encode, fit_clip, fit_verifier, scenes
+from miro.cli_data import annotate, encode, fit_clip, fit_verifier, inspect, scenes
 from miro.cli_train import export, launch, train
 from miro.config import unknown_name
 from miro.demo import DemoConfig
@@ -173,6 +173,7 @@ def demo(config: Annotated[DemoConfig, Inline] = DemoConfig()) -> None:  # noqa:
 COMMANDS: Mapping[str, Callable[..., None]] = {
     "scenes": scenes,
     "annotate": annotate,
+    "inspect": inspect,
     "fit-clip": fit_clip,
     "fit-verifier": fit_verifier,
     "encode": encode,

@@ -1,4 +1,4 @@
-"""The commands about datasets: scenes, annotate, fit-clip, fit-verifier and encode."""
+"""The commands about datasets: scenes, annotate, inspect, fit-clip, fit-verifier, encode."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from miro.encode import EncodeConfig
 from miro.evaluate.verifier import VerifierConfig
 from miro.fit_clip import FitClipConfig
 from miro.progress import bar, console, counting
+from miro.survey.run import InspectConfig
 
 Inline = tyro.conf.arg(name="")
 Positional = tyro.conf.Positional
@@ -65,6 +66,25 @@ def annotate(
         f"{dest}: {summary.samples} samples, {summary.rejected} set aside "
         f"({dest / 'rejected.jsonl'}), {summary.images_per_second:.0f} images/s"
     )
+
+
+def inspect(
+    data: Positional[Path],
+    out: Path | None = None,
+    config: Annotated[InspectConfig, Inline] = InspectConfig(),  # noqa: B008 frozen
+) -> None:
+    """Show a dataset on one HTML page: counts, scores, what was set aside, the best and worst.
+
+    Args:
+        data: a dataset folder of `miro annotate` or `miro encode`.
+        out: the page, NAME.html, with the numbers in NAME.json; DATA/inspect.html if not given.
+        config: how much to look at, and what to show.
+    """
+    from miro.survey.run import inspect as run
+
+    with counting("inspect") as progress:
+        page = run(data, out, config=config, progress=progress)
+    console.print(f"{page}: the numbers are in {page.with_suffix('.json')}")
 
 
 def fit_clip(

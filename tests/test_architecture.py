@@ -23,7 +23,7 @@ FLOORS = (
     ("cli",),
     ("cli_data", "cli_train", "demo"),
     ("annotate", "draw", "encode", "evaluate", "export", "fit_clip", "jobs", "launcher", "train"),
-    ("memory", "meter", "visits"),
+    ("memory", "meter", "survey", "visits"),
     ("data", "sample"),
     ("presets",),
     ("engine", "saving"),
