@@ -14,13 +14,14 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
-from miro.data.decode import decode_ahead
+from miro.data.decode import Decoder, DecoderName, build_decoder, decode_ahead
 from miro.data.rejected import RejectedLog
 from miro.data.shards import (
     Manifest,
@@ -46,14 +47,15 @@ Progress = Callable[[int, int | None], None]  # samples looked at, of how many (
 
 @dataclass(frozen=True)
 class AnnotateConfig:
-    """How to annotate. One batch of decoded images per worker, and one more, are in memory."""
+    """How to annotate. Three batches of decoded images are in memory."""
 
     batch_size: int = 64
     samples_per_shard: int = 5_000  # of the source, those set aside included
     max_rejected: float = 0.5  # stop above this share of samples set aside ...
     max_rejected_after: int = 100  # ... once so many were looked at
     workers: int = 0  # threads that decode; 0: one per core, at most 16
-    device: str = "cpu"  # where rewards compute
+    decoder: DecoderName = "auto"  # DALI where it is installed, Pillow elsewhere
+    device: str = "cpu"  # where rewards compute, and DALI decodes
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "samples_per_shard", "max_rejected_after"):
@@ -110,8 +112,9 @@ def annotate(
     if dataset is None and source.resolve() == dest.resolve():
         raise ValueError(f"{dest}: DEST must not be SOURCE, which is not a dataset folder")
     opened = open_source(source, config.samples_per_shard) if dataset is None else None
-    with RejectedLog(dest / "rejected.jsonl") as rejected:
-        work = _Work(dest, built, config, rejected, progress)
+    decoder = build_decoder(config.decoder, config.device, config.batch_size, config.workers)
+    with closing(decoder), RejectedLog(dest / "rejected.jsonl") as rejected:
+        work = _Work(dest, built, config, decoder, rejected, progress)
         if opened is not None:
             work.ingest(source, opened)
         elif dataset is not None:
@@ -139,12 +142,13 @@ class _Work:
         dest: Path,
         rewards: list[Reward],
         config: AnnotateConfig,
+        decoder: Decoder,
         rejected: RejectedLog,
         progress: Progress | None,
     ):
         self.looked_at = 0
         self._dest, self._rewards, self._config = dest, rewards, config
-        self._rejected, self._progress = rejected, progress
+        self._decoder, self._rejected, self._progress = decoder, rejected, progress
         self._total: int | None = None
         self._set_aside = 0
 
@@ -286,8 +290,7 @@ class _Work:
 
         What is set aside is logged, in the order of the unit.
         """
-        config = self._config
-        for batch in decode_ahead(unit, _image_of, config.batch_size, config.workers):
+        for batch in decode_ahead(unit, _image_of, self._config.batch_size, self._decoder):
             images: list[Tensor] = []
             captions: list[dict[str, str]] = []
             for item, image in batch:
