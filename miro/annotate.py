@@ -15,12 +15,14 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from miro.data.decode import DecoderName, build_decoder
 from miro.data.rejected import RejectedLog
 from miro.data.shards import (
     MODELS,
@@ -59,14 +61,15 @@ Progress = Callable[[int, int | None], None]  # samples looked at, of how many (
 
 @dataclass(frozen=True)
 class AnnotateConfig:
-    """How to annotate. One batch of decoded images per worker, and one more, are in memory."""
+    """How to annotate. Three batches of decoded images are in memory."""
 
     batch_size: int = 64
     samples_per_shard: int = 5_000  # of the source, those set aside included
     max_rejected: float = 0.5  # stop above this share of samples set aside ...
     max_rejected_after: int = 100  # ... once so many were looked at
     workers: int = 0  # threads that decode; 0: one per core, at most 16
-    device: str = "cpu"  # where rewards compute
+    decoder: DecoderName = "auto"  # DALI where it is installed, Pillow elsewhere
+    device: str = "cpu"  # where rewards compute, and DALI decodes
     precision: Literal["fp32", "bf16"] = "fp32"  # of the rewards' networks
     compile: bool = False  # the networks by torch.compile; worth its start on long runs
     allow_code: bool = False  # run Python code that comes with a model's weights
@@ -119,8 +122,10 @@ def annotate(
     started = time.perf_counter()
     source, dest = Path(source), Path(dest)
     config = AnnotateConfig() if config is None else config
+    ranks = ranks_of(os.environ)
+    device = ranks.device(config.device)
     options = RewardOptions(
-        config.device,
+        device,
         precision=config.precision,
         compile=config.compile,
         batch_size=config.batch_size,
@@ -138,9 +143,14 @@ def annotate(
     if dataset is None:
         columns = Columns(config.image_column, config.caption_columns)
         opened = open_source(source, config.samples_per_shard, columns)
-    ranks = ranks_of(os.environ)
-    with alone_in(dest, ranks.rank), RejectedLog(dest / "rejected.jsonl") as rejected:
-        work = _Work(dest, built, config, ranks, rejected, progress)
+    decoder = build_decoder(config.decoder, device, config.batch_size, config.workers)
+    with (
+        closing(decoder),
+        alone_in(dest, ranks.rank),
+        RejectedLog(dest / "rejected.jsonl") as rejected,
+    ):
+        scoring = ScoringConfig(config.batch_size, decoder, device, config.turns, config.window)
+        work = _Work(dest, built, config, scoring, ranks, rejected, progress)
         if opened is not None:
             work.ingest(source, opened)
         elif dataset is not None:
@@ -168,6 +178,7 @@ class _Work:
         dest: Path,
         rewards: list[Reward],
         config: AnnotateConfig,
+        scoring: ScoringConfig,
         ranks: Ranks,
         rejected: RejectedLog,
         progress: Progress | None,
@@ -175,13 +186,7 @@ class _Work:
         self.looked_at = 0
         self._dest, self._rewards, self._config = dest, rewards, config
         self._ranks, self._rejected, self._progress = ranks, rejected, progress
-        self._scoring = ScoringConfig(
-            config.batch_size,
-            config.workers,
-            ranks.device(config.device),
-            config.turns,
-            config.window,
-        )
+        self._scoring = scoring
         self._total: int | None = None
         self._set_aside = 0
 

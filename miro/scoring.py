@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from miro.data.decode import DecodeError, decode_ahead
+from miro.data.decode import DecodeError, Decoder, decode_ahead
 from miro.data.sources import Candidate, Rejection
 from miro.rewards.base import Reward
 from miro.rewards.scorer import Pairs, Scorer, Turns
@@ -20,7 +20,7 @@ class ScoringConfig:
     """How samples are decoded and scored, and with how much of the machine."""
 
     batch_size: int
-    workers: int
+    decoder: Decoder
     device: torch.device
     turns: Turns
     window: int
@@ -49,14 +49,14 @@ def scored(
 ) -> Iterator[list[Outcome]]:
     """The outcomes of a unit, batch by batch, in its order.
 
-    A batch of decoded images for each worker is in memory, and one more. Where networks take turns,
-    of `window` samples the squares they look at are, too.
+    Three batches of decoded images are in memory. Where networks take turns, the squares that they
+    look at are too, of `window` samples.
     """
     scorer = Scorer(rewards, config.device, config.turns)
     size = config.window if scorer.turns else 1
     window: list[_Batch] = []
     held = 0
-    for decoded in decode_ahead(unit, _image_of, config.batch_size, config.workers):
+    for decoded in decode_ahead(unit, _image_of, config.batch_size, config.decoder):
         batch = _Batch(decoded)
         scorer.begin(batch.pairs)
         window.append(batch)

@@ -38,21 +38,22 @@ class View:
         """uint8 (3, H, W) to uint8 (3, size, size)."""
         height, width = picture.shape[1:]
         if self.fit == "stretch":
-            return _resize(picture, self.size, self.size)
+            return resized(picture, self.size, self.size)
         if self.fit == "pad":
-            return _resize(_on_mean_square(picture), self.size, self.size)
+            return resized(_on_mean_square(picture), self.size, self.size)
         short = min(height, width)
         height, width = height * self.size // short, width * self.size // short
-        resized = _resize(picture, height, width)
+        whole = resized(picture, height, width)
         top, left = (self._margin(side) for side in (height, width))
-        return resized[:, top : top + self.size, left : left + self.size]
+        return whole[:, top : top + self.size, left : left + self.size]
 
     def _margin(self, side: int) -> int:
         spare = side - self.size
         return spare // 2 if self.rounds == "down" else round(spare / 2)
 
 
-def _resize(picture: Tensor, height: int, width: int) -> Tensor:
+def resized(picture: Tensor, height: int, width: int) -> Tensor:
+    """uint8 (3, H, W) to uint8 (3, height, width): bicubic, antialiased, on the same device."""
     if picture.shape[1:] == (height, width):
         return picture
     size = (height, width)

@@ -328,7 +328,7 @@ KILLED = """
                     seen += 1
             if kill_at is not None:
                 sys.addaudithook(watch)
-            config = AnnotateConfig(batch_size=2, samples_per_shard=4, workers=1)
+            config = AnnotateConfig(2, samples_per_shard=4, workers=1, decoder="pillow")
             annotate(Path(sys.argv[1]), dest, rewards=[Slow(), *rewards], config=config)
             os._exit(0)
         if kill_after is not None:
