@@ -1,0 +1,64 @@
+"""Where a reward's weights are: a file, a folder, or a repository of the Hugging Face hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def parts(weights: str | None, count: int) -> list[str | None]:
+    """WEIGHTS as what it names, `count` of them, in order; None where one is not named.
+
+    A reward made of two things takes "FIRST,SECOND", and "FIRST" alone where the second lies in the
+    folder of the first or is to be the published one. A name holds no comma.
+
+    Raises:
+        ValueError: more are named than there are.
+    """
+    named: list[str | None] = [part.strip() or None for part in (weights or "").split(",")]
+    if len(named) > count:
+        raise ValueError(f"weights {weights!r} name {len(named)} things where {count} are taken")
+    return named + [None] * (count - len(named))
+
+
+def find_folder(weights: str, patterns: Sequence[str]) -> Path:
+    """The folder itself, or the hub repository's files of these `patterns`, downloaded if need be.
+
+    Raises:
+        ValueError: neither is there; the message says how to get it.
+    """
+    if Path(weights).is_dir():
+        return Path(weights)
+    if weights.count("/") != 1 or weights.startswith((".", "/", "~")):
+        raise ValueError(
+            f"{weights!r} is no folder, and no hub id either (which looks like OWNER/NAME)"
+        )
+    # Imported here: it takes half a second.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    # Asked as a whole and before any library asks: that fails at once where there is no network,
+    # and transformers makes an empty tokenizer, without a word, of files it could not reach.
+    try:
+        return Path(snapshot_download(weights, allow_patterns=list(patterns)))
+    except (OSError, HFValidationError) as error:
+        raise ValueError(
+            f"{weights!r} is no folder, and cannot be had from the hub ({error}). Where there is a "
+            f"network: hf download {weights} --local-dir FOLDER; then give FOLDER"
+        ) from error
+
+
+def find_file(weights: str, names: Sequence[str]) -> Path:
+    """The file itself, or the first of `names` that the folder or hub repository holds.
+
+    Raises:
+        ValueError: it is not there; the message says how to get it.
+    """
+    if Path(weights).is_file():
+        return Path(weights)
+    # One file of a repository, not all its versions: each is gigabytes.
+    folder = find_folder(weights, names[:1])
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(f"{folder} holds no {' and no '.join(names)}")
