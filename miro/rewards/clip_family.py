@@ -14,7 +14,6 @@ training sees, are the same.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +32,7 @@ from miro.rewards.towers import (
     open_towers,
     transformers_towers,
 )
-from miro.rewards.weights import find_file, parts
+from miro.rewards.weights import find_file, load_tensors, parts
 
 OPENAI_L14 = f"{OPEN_CLIP}ViT-L-14-quickgelu/openai"
 PICK_SCORE = f"yuvalkirstain/PickScore_v1,{CLIP_TOKENIZER}"
@@ -114,7 +113,7 @@ def load_aesthetic_head(path: Path) -> tuple[Tensor, float]:
     Raises:
         ValueError: the file holds other keys, or no tensors at all.
     """
-    state = _load_tensors(path)
+    state = load_tensors(path)
     expected = [f"layers.{i}.{part}" for i in AESTHETIC_LAYERS for part in ("weight", "bias")]
     if set(state) != set(expected):
         raise ValueError(f"{path}: keys {sorted(state)}, not those of {AESTHETIC_HEAD}: {expected}")
@@ -123,13 +122,6 @@ def load_aesthetic_head(path: Path) -> tuple[Tensor, float]:
         layer = state[f"layers.{place}.weight"].double()
         weight, bias = layer @ weight, layer @ bias + state[f"layers.{place}.bias"].double()
     return weight[0].float(), bias.item()
-
-
-def _load_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: not a file of tensors ({error})") from error
 
 
 def clip(weights: str | None, options: RewardOptions) -> Reward:

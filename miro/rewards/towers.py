@@ -17,7 +17,7 @@ from torch import Tensor
 
 from miro.rewards.networks import Towers
 from miro.rewards.pictures import CLIP_MEAN, CLIP_STD, View
-from miro.rewards.weights import find_folder
+from miro.rewards.weights import find_folder, tensors_alone
 
 OPEN_CLIP = "open_clip:"
 CODED = "jinaai/jina-clip-v2"
@@ -77,8 +77,9 @@ def open_clip_towers(weights: str, *, folder: Path | None = None, captions: bool
         tag: dict = open_clip.get_pretrained_cfg(name, pretrained) or {}
         asked = {"pretrained": pretrained, "force_quick_gelu": bool(tag.get("quick_gelu"))}
     try:
-        network: Any = open_clip.create_model(name, require_pretrained=True, **asked)
-    except (RuntimeError, OSError, ValueError) as error:
+        with tensors_alone(weights):
+            network: Any = open_clip.create_model(name, require_pretrained=True, **asked)
+    except (RuntimeError, OSError) as error:
         raise ValueError(
             f"{weights!r} could not be loaded by open_clip: {error}\nWhere there is no network, "
             f"give the weights' file: {OPEN_CLIP}MODEL/FILE"
@@ -163,7 +164,11 @@ def coded_towers(weights: str, folder: Path) -> Towers:
     and a preprocessor_config.json in open_clip's words (size, mean, std, resize_mode).
     """
     from transformers import AutoModel
+    from transformers.models.clip import modeling_clip
 
+    # jina-clip-v2's code imports it, for training alone, and transformers 5 no longer has it.
+    if not hasattr(modeling_clip, "clip_loss"):
+        modeling_clip.__dict__["clip_loss"] = None
     prepared = _read_json(folder / CONFIGS[2])
     network = _load(AutoModel, weights, folder, trust_remote_code=True)
     words = _tokenizer(folder, trust_remote_code=True)

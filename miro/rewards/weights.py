@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 
 def parts(weights: str | None, count: int) -> list[str | None]:
@@ -62,3 +66,29 @@ def find_file(weights: str, names: Sequence[str]) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise ValueError(f"{folder} holds no {' and no '.join(names)}")
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of torch.save, on the host.
+
+    Raises:
+        ValueError: the file is damaged, or holds more than tensors.
+    """
+    with tensors_alone(path):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+@contextmanager
+def tensors_alone(what: object) -> Iterator[None]:
+    """What torch.load raises inside, where a file is not one of tensors alone, as a ValueError."""
+    # Its name is known only there.
+    from torch.serialization import pickle
+
+    try:
+        yield
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise
+        raise ValueError(
+            f"{what}: damaged, or holds more than tensors, which is never loaded; get it again"
+        ) from error
