@@ -32,6 +32,9 @@ REWARD_ORDER: tuple[str, ...] = (
     "alignment",
 )
 
+CLIP_FAMILY = ("clip", "aesthetic", "pick_score", "hpsv2", "sci_score")
+"""Those of miro.rewards.clip_family."""
+
 
 class Reward(Protocol):
     """A score of (image, caption) pairs.
@@ -97,8 +100,18 @@ def _alignment(weights: str | None, options: RewardOptions) -> Reward:
     return Alignment(weights, options.device)
 
 
+def _of_clip_family(name: str) -> Callable[[str | None, RewardOptions], Reward]:
+    def build(weights: str | None, options: RewardOptions) -> Reward:
+        from miro.rewards.clip_family import BUILDERS
+
+        return BUILDERS[name](weights, options)
+
+    return build
+
+
 # Builders import inside, so that asking for colourfulness does not import open_clip.
 _BUILDERS: dict[str, Callable[[str | None, RewardOptions], Reward]] = {
+    **{name: _of_clip_family(name) for name in CLIP_FAMILY},
     "colourfulness": _colourfulness,
     "sharpness": _sharpness,
     "alignment": _alignment,
@@ -114,6 +127,10 @@ def build_reward(
     spec: str, device: torch.device | str = "cpu", *, options: RewardOptions | None = None
 ) -> Reward:
     """The reward named by `spec`: "name", or "name=WEIGHTS" with a folder, file or hub id.
+
+    A reward made of two things takes "name=FIRST,SECOND" (a head and the network below it, a
+    network and its tokenizer). SECOND left out is looked for in FIRST's folder and, if it is not
+    there, is the published one; `model` says what was taken.
 
     A reward of a user's own is "module:Class" or "module:Class=WEIGHTS": a class of the Reward
     protocol in an importable module, built as Class(weights or None, options). `options` takes the

@@ -25,11 +25,12 @@ class View:
 
     crop: the shorter side resized to size, bicubic and antialiased, then the central square;
     pad: the picture laid on a square of the mean colour, then that resized;
+    letterbox: the longer side resized to size, then the picture laid on a black square;
     stretch: both sides resized to size.
     """
 
     size: int
-    fit: Literal["crop", "pad", "stretch"] = "crop"
+    fit: Literal["crop", "pad", "letterbox", "stretch"] = "crop"
     rounds: Literal["nearest", "down"] = "nearest"
     """Where half a pixel is left over by a crop: torchvision takes the nearest, transformers the
     lower."""
@@ -41,6 +42,11 @@ class View:
             return resized(picture, self.size, self.size)
         if self.fit == "pad":
             return resized(_on_mean_square(picture), self.size, self.size)
+        if self.fit == "letterbox":
+            scale = self.size / max(height, width)
+            inside = (max(1, round(side * scale)) for side in (height, width))
+            black = torch.zeros(3, self.size, self.size, dtype=torch.uint8, device=picture.device)
+            return _in_the_middle(resized(picture, *inside), black)
         short = min(height, width)
         height, width = height * self.size // short, width * self.size // short
         whole = resized(picture, height, width)
@@ -72,7 +78,15 @@ def _on_mean_square(picture: Tensor) -> Tensor:
     side = max(height, width)
     colour = torch.tensor([int(255 * mean) for mean in CLIP_MEAN], dtype=torch.uint8)
     square = colour.to(picture.device)[:, None, None].expand(3, side, side).clone()
-    top, left = (side - height) // 2, (side - width) // 2
+    return _in_the_middle(picture, square)
+
+
+def _in_the_middle(picture: Tensor, square: Tensor) -> Tensor:
+    """The square, with the picture laid on it."""
+    height, width = picture.shape[1:]
+    top, left = (
+        (whole - side) // 2 for whole, side in zip(square.shape[1:], (height, width), strict=True)
+    )
     square[:, top : top + height, left : left + width] = picture
     return square
 

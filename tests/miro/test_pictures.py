@@ -54,6 +54,19 @@ def test_a_padded_square_holds_the_whole_picture_on_the_mean_colour() -> None:
     assert square[:, 0, 0].tolist() == [122, 116, 104]
 
 
+@pytest.mark.parametrize(("shape", "inside"), [((20, 40), (10, 30)), ((16, 1000), (19, 20))])
+def test_a_letterboxed_square_holds_the_whole_picture_on_black(
+    shape: tuple[int, int], inside: tuple[int, int]
+) -> None:
+    picture = torch.full((3, *shape), 200, dtype=torch.uint8)
+
+    square = View(40, "letterbox").of(picture)
+
+    top, bottom = inside
+    assert (square[:, top:bottom] == 200).all()
+    assert square.sum() == 3 * 200 * 40 * (bottom - top)
+
+
 def test_a_square_is_made_once_for_all_who_look_at_it() -> None:
     images = [photograph(50, 60), photograph(70, 40, 1)]
     pictures = Pictures(images)
