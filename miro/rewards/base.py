@@ -97,8 +97,15 @@ def _alignment(weights: str | None, options: RewardOptions) -> Reward:
     return Alignment(weights, options.device)
 
 
+def _vqa(weights: str | None, options: RewardOptions) -> Reward:
+    from miro.rewards.vqa import build_vqa
+
+    return build_vqa(weights, options)
+
+
 # Builders import inside, so that asking for colourfulness does not import open_clip.
 _BUILDERS: dict[str, Callable[[str | None, RewardOptions], Reward]] = {
+    "vqa": _vqa,
     "colourfulness": _colourfulness,
     "sharpness": _sharpness,
     "alignment": _alignment,
