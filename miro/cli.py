@@ -1,7 +1,7 @@
 """The command line: one command a stage, each usable alone on a user's own files.
 
-    miro scenes | annotate | fit-clip | fit-verifier | encode | train | sample | evaluate | report
-    miro export | launch
+    miro scenes | annotate | caption | fit-clip | fit-verifier | encode | train | sample | evaluate
+    miro report | export | launch
     miro demo                                              walks them all
 
 Options are the fields of the configuration classes; `miro COMMAND --help` lists them. Those of
@@ -22,6 +22,7 @@ import tyro
 from rich.logging import RichHandler
 
 from miro.annotate import AnnotateConfig
+from miro.cli_caption import caption
 from miro.cli_train import export, launch, train
 from miro.config import unknown_name
 from miro.demo import DemoConfig
@@ -281,6 +282,7 @@ def demo(config: Annotated[DemoConfig, Inline] = DemoConfig()) -> None:  # noqa:
 COMMANDS: Mapping[str, Callable[..., None]] = {
     "scenes": scenes,
     "annotate": annotate,
+    "caption": caption,
     "fit-clip": fit_clip,
     "fit-verifier": fit_verifier,
     "encode": encode,
