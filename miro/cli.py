@@ -1,6 +1,6 @@
 """The command line: one command a stage, each usable alone on a user's own files.
 
-    miro scenes | annotate | inspect | fit-clip | fit-verifier | encode
+    miro scenes | annotate | caption | inspect | fit-clip | fit-verifier | encode
     miro train | sample | evaluate | report | export | launch
     miro demo                                              walks them all
 
@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import tyro
 from rich.logging import RichHandler
 
+from miro.cli_caption import caption
 from miro.cli_data import annotate, encode, fit_clip, fit_verifier, inspect, scenes
 from miro.cli_train import export, launch, train
 from miro.config import unknown_name
@@ -173,6 +174,7 @@ def demo(config: Annotated[DemoConfig, Inline] = DemoConfig()) -> None:  # noqa:
 COMMANDS: Mapping[str, Callable[..., None]] = {
     "scenes": scenes,
     "annotate": annotate,
+    "caption": caption,
     "inspect": inspect,
     "fit-clip": fit_clip,
     "fit-verifier": fit_verifier,

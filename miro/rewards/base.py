@@ -109,9 +109,16 @@ def _of_clip_family(name: str) -> Callable[[str | None, RewardOptions], Reward]:
     return build
 
 
+def _vqa(weights: str | None, options: RewardOptions) -> Reward:
+    from miro.rewards.vqa import build_vqa
+
+    return build_vqa(weights, options)
+
+
 # Builders import inside, so that asking for colourfulness does not import open_clip.
 _BUILDERS: dict[str, Callable[[str | None, RewardOptions], Reward]] = {
     **{name: _of_clip_family(name) for name in CLIP_FAMILY},
+    "vqa": _vqa,
     "colourfulness": _colourfulness,
     "sharpness": _sharpness,
     "alignment": _alignment,

@@ -1,0 +1,417 @@
+"""`caption`: new captions beside the old ones, by a model or from a table; stops are harmless."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from damaged import PICTURE, encoded
+from PIL import Image
+from tiny_models import save_llava
+
+from miro.annotate import AnnotateConfig, annotate
+from miro.caption import CaptionConfig, caption
+from miro.cli import main
+from miro.data.encoded import EncodedDataset
+from miro.data.shards import (
+    Manifest,
+    iterate_shard,
+    read_scores,
+    shard_path,
+    verify,
+    write_shard,
+)
+from miro.encode import EncodeConfig, encode
+
+KEYS = [f"{i:02d}" for i in range(7)]
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_llava(tmp_path_factory.mktemp("llava")))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven samples in three shards, scored. Do not write."""
+    folder = tmp_path_factory.mktemp("source")
+    photos = folder / "photos"
+    photos.mkdir()
+    for number, key in enumerate(KEYS):
+        pixels = np.random.default_rng(number).integers(0, 256, (20 + number, 30, 3), np.uint8)
+        Image.fromarray(pixels).save(photos / f"{key}.png")
+        (photos / f"{key}.txt").write_text(f"photo {number} of <PERSON>")
+    config = AnnotateConfig(samples_per_shard=3, workers=1)
+    annotate(photos, folder / "scored", rewards=["sharpness"], config=config)
+    return folder / "scored"
+
+
+def small(model: str, **changes: Any) -> CaptionConfig:
+    settings = {"long_tokens": 8, "short_tokens": 4, "batch_size": 2, "workers": 1}
+    return CaptionConfig(model, **{**settings, "precision": "fp32", **changes})
+
+
+def captions_of(folder: Path) -> dict[str, dict[str, str]]:
+    return {
+        key: json.loads(members["json"])["captions"]
+        for shard in Manifest.read(folder).shards
+        for key, members in iterate_shard(shard_path(folder, shard))
+    }
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def rejected_of(folder: Path) -> list[tuple[str, str, str]]:
+    lines = (folder / "rejected.jsonl").read_text().splitlines()
+    return [tuple(json.loads(line).values()) for line in lines]
+
+
+def write_table(path: Path, rows: list[tuple[str, str, str | None]]) -> Path:
+    columns = dict(zip(("key", "kind", "caption"), zip(*rows, strict=True), strict=True))
+    pq.write_table(pa.table({name: list(values) for name, values in columns.items()}), path)
+    return path
+
+
+def test_a_model_captions_every_picture_in_both_lengths(
+    source: Path, llava: str, tmp_path: Path
+) -> None:
+    told: list[tuple[int, int | None]] = []
+
+    summary = caption(
+        source,
+        tmp_path / "out",
+        config=small(llava),
+        progress=lambda done, total: told.append((done, total)),
+    )
+
+    verify(tmp_path / "out")
+    before, after = Manifest.read(source), Manifest.read(tmp_path / "out")
+    assert after.captions == ("original", "long", "short")
+    assert after.rewards == () and not (tmp_path / "out" / "scores").exists()
+    assert [s.name for s in after.shards] == [s.name for s in before.shards]
+    assert (summary.samples, summary.captioned, summary.rejected) == (7, 7, 0)
+    assert told[-1] == (7, 7) and told == sorted(told)
+    captions = captions_of(tmp_path / "out")
+    assert list(captions) == KEYS
+    for number, (key, found) in enumerate(captions.items()):
+        assert list(found) == ["original", "long", "short"]
+        assert found["original"] == f"photo {number} of"
+        assert found["long"] and found["short"], key
+    assert len({found["long"] for found in captions.values()}) > 1
+    for shard in before.shards:
+        pairs = zip(
+            iterate_shard(shard_path(source, shard)),
+            iterate_shard(shard_path(tmp_path / "out", shard)),
+            strict=True,
+        )
+        assert all(old[1]["png"] == new[1]["png"] for old, new in pairs)
+
+
+def test_the_model_is_told_the_alt_text_for_a_long_caption_alone(
+    source: Path, llava: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from miro.rewards.vision_language import VisionLanguage
+
+    asked: list[str] = []
+
+    def answer(self: Any, images: Any, questions: list[str], *rest: Any) -> list[str]:
+        asked.extend(questions)
+        return ["two\n words "] * len(questions)
+
+    monkeypatch.setattr(VisionLanguage, "answer", answer)
+
+    caption(source, tmp_path / "out", config=small(llava, batch_size=7))
+
+    told = [question for question in asked if 'says of it "photo 0 of"' in question]
+    assert len(asked) == 14 and len(told) == 1 and "paragraph" in told[0]
+    assert not any("<PERSON>" in question or "{alt}" in question for question in asked)
+    assert captions_of(tmp_path / "out")["03"]["short"] == "two words"
+
+
+def test_drawn_captions_are_the_same_whatever_the_batches(
+    source: Path, llava: str, tmp_path: Path
+) -> None:
+    runs = {
+        (name, seed): caption_once(source, tmp_path / f"{name}-{seed}", llava, size, seed)
+        for name, size, seed in [("a", 1, 0), ("b", 3, 0), ("a", 1, 1)]
+    }
+
+    assert runs["a", 0] == runs["b", 0]
+    assert runs["a", 0] != runs["a", 1]
+
+
+def caption_once(source: Path, dest: Path, model: str, batch_size: int, seed: int) -> Any:
+    config = small(model, temperature=0.7, batch_size=batch_size, seed=seed, kinds=("long",))
+    caption(source, dest, config=config)
+    return captions_of(dest)
+
+
+def test_a_stopped_run_goes_on_to_the_same_bytes(source: Path, llava: str, tmp_path: Path) -> None:
+    caption(source, tmp_path / "whole", config=small(llava))
+
+    def stop(done: int, total: int | None) -> None:
+        if done >= 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        caption(source, tmp_path / "stopped", config=small(llava), progress=stop)
+    assert [s.samples for s in Manifest.read(tmp_path / "stopped").shards] == [3]
+
+    summary = caption(source, tmp_path / "stopped", config=small(llava))
+
+    assert (summary.samples, summary.captioned) == (7, 4)
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+
+
+def test_a_finished_folder_needs_no_model(source: Path, llava: str, tmp_path: Path) -> None:
+    caption(source, tmp_path / "out", config=small(llava, kinds=("short",)))
+    before = contents(tmp_path / "out")
+    moved = Path(llava).rename(tmp_path / "elsewhere")
+
+    try:
+        summary = caption(source, tmp_path / "out", config=small(llava, kinds=("short",)))
+    finally:
+        moved.rename(llava)
+
+    assert (summary.samples, summary.captioned) == (7, 0)
+    assert contents(tmp_path / "out") == before
+
+
+def test_an_empty_caption_is_set_aside_and_its_sample_kept(
+    source: Path, llava: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from miro.rewards.vision_language import VisionLanguage
+
+    def answer(self: Any, images: Any, questions: list[str], *rest: Any) -> list[str]:
+        return ["" if "photo 4" in question else "said" for question in questions]
+
+    monkeypatch.setattr(VisionLanguage, "answer", answer)
+
+    summary = caption(source, tmp_path / "out", config=small(llava))
+
+    assert summary.samples == 7
+    captions = captions_of(tmp_path / "out")
+    assert captions.pop("04") == {"original": "photo 4 of", "short": "said"}
+    assert all(set(found) == {"original", "long", "short"} for found in captions.values())
+    ((where, field, reason),) = rejected_of(tmp_path / "out")
+    assert (where, field) == ("00001.tar:04", "captions.long") and "nothing" in reason
+
+
+def test_pictures_that_rotted_and_originals_that_were_only_a_name(
+    llava: str, tmp_path: Path
+) -> None:
+    def sample(image: bytes, text: str, **more: Any) -> dict[str, bytes]:
+        return {"png": image, "json": json.dumps({"captions": {"original": text}, **more}).encode()}
+
+    rgb = encoded(Image.new("RGB", (20, 20), "red"))
+    samples = [
+        ("a", sample(PICTURE[:60], "kept")),
+        ("b", sample(rgb, " <PERSON> ", width=3)),
+        ("c", sample(PICTURE[:60], "<person>")),
+    ]
+    shard = write_shard(tmp_path / "in" / "shards" / "00000.tar", samples)
+    Manifest("images", ("original",), (shard,)).write(tmp_path / "in")
+
+    summary = caption(tmp_path / "in", tmp_path / "out", config=small(llava, kinds=("short",)))
+
+    captions = captions_of(tmp_path / "out")
+    assert summary.samples == 2 and captions["a"] == {"original": "kept"}
+    assert list(captions["b"]) == ["short"]
+    made = dict(iterate_shard(tmp_path / "out" / "shards" / "00000.tar"))
+    assert json.loads(made["b"]["json"])["width"] == 3
+    fields = [(where[-1], field) for where, field, _ in rejected_of(tmp_path / "out")]
+    assert ("a", "image") in fields and ("b", "captions.original") in fields
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv", "tsv", "jsonl"])
+def test_captions_are_taken_from_a_table(source: Path, tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"captions.{ending}"
+    said = 'a "quoted", long one\nof two lines'
+    rows = [(key, kind, f"{said} {key}") for key in KEYS for kind in ("short", "dense-2")]
+    if ending == "parquet":
+        write_table(path, rows)
+    elif ending == "jsonl":
+        lines = [
+            json.dumps(dict(zip(("key", "kind", "caption"), row, strict=True))) for row in rows
+        ]
+        path.write_text("\n".join(lines))
+    else:
+        mark = "," if ending == "csv" else "\t"
+        quoted = [(key, kind, '"' + text.replace('"', '""') + '"') for key, kind, text in rows]
+        path.write_text("\n".join(mark.join(r) for r in [("key", "kind", "caption"), *quoted]))
+
+    summary = caption(source, tmp_path / "out", config=CaptionConfig(table=path))
+
+    assert (summary.samples, summary.rejected) == (7, 0)
+    assert Manifest.read(tmp_path / "out").captions == ("original", "short", "dense-2")
+    assert captions_of(tmp_path / "out")["02"] == {
+        "original": "photo 2 of",
+        "short": f"{said} 02",
+        "dense-2": f"{said} 02",
+    }
+
+
+def test_what_a_table_lacks_is_set_aside(source: Path, tmp_path: Path) -> None:
+    rows: list[tuple[str, str, str | None]] = [(key, "long", "said") for key in KEYS[:-1]]
+    rows[2] = (KEYS[2], "long", None)
+    rows[3] = (KEYS[3], "long", "  ")
+    table = write_table(tmp_path / "captions.parquet", rows)
+
+    summary = caption(source, tmp_path / "out", config=CaptionConfig(table=table))
+
+    assert (summary.samples, summary.rejected) == (7, 3)
+    lines = rejected_of(tmp_path / "out")
+    assert [where.split(":")[1] for where, _, _ in lines] == ["02", "03", "06"]
+    assert {field for _, field, _ in lines} == {"captions.long"}
+    assert lines[0][2] == lines[2][2] == "the table has none"
+    assert "long" not in captions_of(tmp_path / "out")["06"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("00", "long", "a"), ("99", "long", "b")], "1 of its 2 rows.*'99'"),
+        ([("00", "long", "a"), ("00", "long", "b")], "two rows.*'00'.*'long'"),
+        ([("00", "a/b", "a")], "'a/b' is no kind"),
+        ([("00", "original", "a")], "kind 'original' already"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused_before_any_work(
+    source: Path, tmp_path: Path, rows: list[Any], message: str
+) -> None:
+    table = write_table(tmp_path / "captions.parquet", rows)
+
+    with pytest.raises(ValueError, match=message):
+        caption(source, tmp_path / "out", config=CaptionConfig(table=table))
+
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_table_that_cannot_be_read_is_named(source: Path, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"key": ["00"], "text": ["a"]}), tmp_path / "a.parquet")
+    (tmp_path / "b.parquet").write_bytes(b"not parquet")
+    (tmp_path / "c.xlsx").write_bytes(b"")
+    for name, message in [
+        ("a.parquet", "no column 'kind'"),
+        ("b.parquet", "cannot be read as parquet"),
+        ("c.xlsx", "ends in .parquet"),
+        ("d.csv", "no such file"),
+    ]:
+        with pytest.raises(ValueError, match=f"{name}.*{message}"):
+            caption(source, tmp_path / "out", config=CaptionConfig(table=tmp_path / name))
+
+
+def test_a_folder_made_otherwise_is_left_alone(source: Path, tmp_path: Path) -> None:
+    rows = [(key, "long", "said") for key in KEYS]
+    table = write_table(tmp_path / "captions.parquet", rows)
+    dest = tmp_path / "out"
+    caption(source, dest, config=CaptionConfig(table=table))
+    before = contents(dest)
+
+    write_table(table, [(key, "long", "said otherwise") for key in KEYS])
+    with pytest.raises(ValueError, match="captioned otherwise"):
+        caption(source, dest, config=CaptionConfig(table=table))
+    with pytest.raises(ValueError, match="was not made by `miro caption`"):
+        caption(dest, source, config=CaptionConfig(table=write_table(table, [("00", "x", "y")])))
+    with pytest.raises(ValueError, match="must not be SOURCE"):
+        caption(source, source, config=CaptionConfig(table=table))
+    with pytest.raises(ValueError, match="has captions of kind 'long' already"):
+        caption(dest, tmp_path / "new", config=CaptionConfig(table=write_table(table, rows)))
+
+    assert contents(dest) == before
+
+
+def test_each_caption_is_scored_and_encoded_by_itself(
+    source: Path, llava: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dest = tmp_path / "captioned"
+    words = ["--long-tokens", "8", "--short-tokens", "4", "--workers", "1", "--batch-size", "3"]
+    main(["caption", str(source), str(dest), "--model", llava, *words])
+    assert "7 samples" in " ".join(capsys.readouterr().err.split())
+
+    annotate(dest, dest, rewards=[f"vqa={llava}", "sharpness"], config=AnnotateConfig(workers=1))
+    encode(dest, tmp_path / "encoded", config=EncodeConfig(size=16, workers=1))
+
+    table = read_scores(dest)
+    assert table.rewards == ("vqa", "sharpness")
+    assert table.captions == ["original", "long", "short"] * 7
+    assert np.isfinite(table.values).all()
+    vqa, sharpness = table.values.reshape(7, 3, 2).transpose(2, 0, 1)
+    assert all(len(set(row)) == 3 for row in vqa.tolist())
+    assert all(len(set(row)) == 1 for row in sharpness.tolist())
+    dataset = EncodedDataset(tmp_path / "encoded")
+    assert dataset.caption_kinds == ("original", "long", "short")
+    np.testing.assert_array_equal(dataset.scores[..., 0], vqa)
+    lengths = [len(dataset.text(0, kind)) for kind in range(3)]
+    assert min(lengths) > 0
+
+
+KILLED = """
+    import itertools, os, signal, sys
+    from pathlib import Path
+    from miro.caption import CaptionConfig, caption
+
+    source, table, root = map(Path, sys.argv[1:])
+
+    def run(dest, kill_at=None):
+        "Caption in a process of its own, killed at an event; True if it ended."
+        child = os.fork()
+        if child == 0:
+            seen = 0
+            def watch(event, arguments):
+                nonlocal seen
+                if event in ("os.rename", "os.truncate", "os.mkdir") or (
+                    event == "open" and arguments[1] and set(arguments[1]) & set("wa")
+                ):
+                    if seen == kill_at:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    seen += 1
+            if kill_at is not None:
+                sys.addaudithook(watch)
+            caption(source, dest, config=CaptionConfig(table=table, batch_size=2, workers=1))
+            os._exit(0)
+        return os.waitpid(child, 0)[1] == 0
+
+    def contents(folder):
+        files = (path for path in folder.rglob("*") if path.is_file())
+        return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+    assert run(root / "whole")
+    for moment in itertools.count():
+        dest = root / str(moment)
+        if run(dest, moment):
+            break
+        assert run(dest)
+        assert contents(dest) == contents(root / "whole"), moment
+    print(moment)
+"""
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    rows = [(key, kind, f"{kind} of {key}") for key in KEYS[1:] for kind in ("long", "short")]
+    table = write_table(tmp_path / "captions.parquet", rows)
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
+
+    script = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(KILLED), str(source), str(table), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+    assert script.returncode == 0, script.stderr
+    assert int(script.stdout) >= 12, script.stdout  # so many times it was killed
