@@ -97,8 +97,15 @@ def _alignment(weights: str | None, options: RewardOptions) -> Reward:
     return Alignment(weights, options.device)
 
 
+def _image_reward(weights: str | None, options: RewardOptions) -> Reward:
+    from miro.rewards.image_reward import ImageReward
+
+    return ImageReward(weights, options)
+
+
 # Builders import inside, so that asking for colourfulness does not import open_clip.
 _BUILDERS: dict[str, Callable[[str | None, RewardOptions], Reward]] = {
+    "image_reward": _image_reward,
     "colourfulness": _colourfulness,
     "sharpness": _sharpness,
     "alignment": _alignment,
