@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+ORACLES := .oracles
 
-.PHONY: setup demo test test-long gpu-check lint clean
+.PHONY: setup demo test test-long reward-oracles gpu-check lint clean
 
 setup: $(STAMP)
 
@@ -26,6 +27,19 @@ test: setup lint
 test-long: setup
 	$(BIN)/python -m pytest -m long
 
+# What the published reward packages score, in an environment of their own: see tests/oracles.
+reward-oracles: $(ORACLES)/.installed
+	set -e; for script in tests/oracles/*_scores.py; do \
+		$(ORACLES)/bin/python -W ignore $$script \
+			tests/miro/fixtures/$$(basename $$script .py).json; \
+	done
+
+$(ORACLES)/.installed: tests/oracles/requirements.txt tests/oracles/no-deps.txt
+	$(PYTHON) -m venv $(ORACLES)
+	$(ORACLES)/bin/pip install --quiet --requirement tests/oracles/requirements.txt
+	$(ORACLES)/bin/pip install --quiet --no-deps --requirement tests/oracles/no-deps.txt
+	touch $@
+
 # Proves and times the kernels on a GPU; exits 2 on a machine without one.
 gpu-check: setup
 	$(BIN)/python profiling/gpu_check.py
@@ -36,4 +50,4 @@ lint: setup
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) $(ORACLES) runs build *.egg-info

@@ -115,10 +115,17 @@ def _vqa(weights: str | None, options: RewardOptions) -> Reward:
     return build_vqa(weights, options)
 
 
+def _image_reward(weights: str | None, options: RewardOptions) -> Reward:
+    from miro.rewards.image_reward import ImageReward
+
+    return ImageReward(weights, options)
+
+
 # Builders import inside, so that asking for colourfulness does not import open_clip.
 _BUILDERS: dict[str, Callable[[str | None, RewardOptions], Reward]] = {
     **{name: _of_clip_family(name) for name in CLIP_FAMILY},
     "vqa": _vqa,
+    "image_reward": _image_reward,
     "colourfulness": _colourfulness,
     "sharpness": _sharpness,
     "alignment": _alignment,
