@@ -43,7 +43,7 @@ from miro.data.shards import (
     shard_path,
     write_shard,
 )
-from miro.data.sources import Candidate, Rejection, read_caption, read_sample
+from miro.data.samples import Candidate, Rejection, read_caption, read_sample
 from miro.rewards.vision_language import VisionLanguage, load_vision_language
 
 log = logging.getLogger(__name__)
