@@ -155,6 +155,12 @@ def kind_of(name: str) -> str:
     return next(unique_keys([match[1] or match[2]])) if match else ""
 
 
+def is_caption(name: str, value: Any) -> bool:
+    """Whether an entry of a sample's JSON is read as a caption."""
+    named = kind_of(name) and isinstance(value, str) and is_prose(value)
+    return name in ("caption", "captions") or bool(named)
+
+
 def is_prose(value: Any) -> bool:
     """Whether a value may be a caption, and not a score or a length of one."""
     if isinstance(value, list | dict):
@@ -231,15 +237,9 @@ def _take_captions(content: dict[str, Any]) -> dict[str, Any]:
     found = {} if several is None else captions_of(several)
     if single is not None and "original" not in found:
         found = {"original": single, **found}
-    for name in list(content):
-        kind = kind_of(name)
-        if (
-            kind
-            and kind not in found
-            and isinstance(content[name], str)
-            and is_prose(content[name])
-        ):
-            found[kind] = content.pop(name)
+    for name in [name for name, value in content.items() if is_caption(name, value)]:
+        kind, text = kind_of(name), content.pop(name)
+        found.setdefault(name if kind in found else kind, text)
     return found
 
 

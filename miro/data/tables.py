@@ -28,6 +28,7 @@ from miro.data.samples import (
     captions_of,
     check_captions,
     fingerprint,
+    is_caption,
     is_prose,
     kind_of,
     read_file,
@@ -175,7 +176,9 @@ class _Layout:
         yield from problems
         if captions:
             used = {self.image, *self.captions}
-            extra = {n: v for n, v in row.items() if n not in used and _is_json(v)}
+            # A caption that was not asked for must not be read as one from the shard's JSON.
+            left = {n: v for n, v in row.items() if n not in used and not is_caption(n, v)}
+            extra = {name: value for name, value in left.items() if _is_json(value)}
             yield Candidate(origin, key, *image, captions, extra)
 
 

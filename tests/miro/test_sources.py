@@ -321,7 +321,7 @@ def test_the_released_layout_gives_its_captions_and_keeps_its_scores(tmp_path: P
 
 
 def test_the_same_captions_are_found_in_the_shards_that_annotate_makes(tmp_path: Path) -> None:
-    said = {"captions": {"original": "a", "long": "b"}, "long_caption": "c", "tall_caption": "d"}
+    said = {"captions": {"original": "a", "long": ""}, "long_caption": "c", "tall_caption": "d"}
     tar = write_tar(
         tmp_path / "0.tar", [("0", {"png": picture(0), "json": json.dumps(said).encode()})]
     )
@@ -329,8 +329,9 @@ def test_the_same_captions_are_found_in_the_shards_that_annotate_makes(tmp_path:
     annotate(tar, tmp_path / "a", rewards=["sharpness"])
     annotate(tmp_path / "a", tmp_path / "b", rewards=["colourfulness"])
 
-    assert captions_in(tar) == {"0": {"original": "a", "long": "b", "tall": "d"}}
-    assert read_scores(tmp_path / "b").captions == ["original", "long", "tall"]
+    expected = {"original": "a", "long_caption": "c", "tall": "d"}
+    assert captions_in(tar) == {"0": expected}
+    assert read_scores(tmp_path / "b").captions == list(expected)
     assert read_scores(tmp_path / "b").rewards == ("colourfulness", "sharpness")
 
 

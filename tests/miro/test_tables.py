@@ -113,13 +113,18 @@ def test_columns_are_found_by_their_names(
 def test_columns_can_be_named(tmp_path: Path) -> None:
     pictures(tmp_path)
     row = {"image": "absent.png", "where": "0.png", "what": "a", "caption": "b", "caption_x": "c"}
+    row |= {"caption_y": "not asked for"}
     path = write_jsonl(tmp_path / "a.jsonl", [row])
     config = AnnotateConfig(image_column="where", caption_columns=("what", "caption_x"))
 
     assert captions_of(path, Columns("where", ("what",))) == [{"original": "a"}]
-    assert captions_of(path, Columns("where")) == [{"original": "b", "x": "c"}]
+    assert captions_of(path, Columns("where")) == [
+        {"original": "b", "x": "c", "y": "not asked for"},
+    ]
     annotate(path, tmp_path / "out", rewards=["sharpness"], config=config)
+    annotate(tmp_path / "out", tmp_path / "out", rewards=["colourfulness"])
     assert read_scores(tmp_path / "out").captions == ["original", "x"]
+    assert read_scores(tmp_path / "out").rewards == ("colourfulness", "sharpness")
 
 
 def test_columns_that_are_not_there_are_refused_before_work_starts(tmp_path: Path) -> None:
