@@ -70,6 +70,17 @@ def test_of_a_sample_with_several_captions_the_extreme_pair_is_shown_once(tmp_pa
     ]  # fmt: skip
 
 
+def test_a_sheet_is_full_though_several_pairs_of_a_sample_are_among_the_best(
+    tmp_path: Path,
+) -> None:
+    captions = [{"original": f"short {i}", "long": f"long {i}"} for i in range(3)]
+    folder = make_dataset(tmp_path, {"clip": [9, 8, 1, 7, 2, 3]}, captions=captions)
+
+    _, record = page_of(folder, pictures=2)
+
+    assert keys_of(record, "clip", "best") == ["key0", "key1"]
+
+
 def test_a_picture_that_cannot_be_decoded_is_left_out_and_said(tmp_path: Path) -> None:
     folder = make_dataset(
         tmp_path, {"clip": list(range(10))}, pictures={9: png(shade(9))[:60], 0: b"<html>"}
