@@ -10,7 +10,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable '.[dev,vae]'
+	$(BIN)/pip install --quiet --editable '.[dev,vae,dali]'
 	touch $@
 
 demo: setup

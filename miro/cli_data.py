@@ -53,7 +53,9 @@ def annotate(
     """Score captioned images with rewards: SOURCE to a dataset folder of shards and scores.
 
     Args:
-        source: a folder of images with .txt captions beside them, WebDataset tars, or a dataset.
+        source: a folder of images with .txt or .json captions beside them; WebDataset tars, as a
+            folder or "a/{000..099}.tar"; a .csv, .tsv, .jsonl or .parquet table; a Hugging Face
+            dataset on disk; or a dataset folder.
         dest: the dataset folder to make or to complete.
         rewards: names, or name=weights where a reward needs them, as in alignment=runs/clip.
         config: how to go about it.

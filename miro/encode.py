@@ -16,10 +16,9 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor
 
 from miro.config import differences
-from miro.data.decode import DecodeError, decode, resize_crop
+from miro.data.decode import Decoder, DecoderName, build_decoder, decode_ahead, resize_crop
 from miro.data.encoded import LATENT, RECORD, copy_scores, text_extension
 from miro.data.npy import npy_bytes, npy_view
 from miro.data.rejected import RejectedLog
@@ -43,6 +42,7 @@ from miro.data.shards import (
 )
 from miro.data.sources import Candidate, Rejection, read_sample
 from miro.latents import LatentCodec, build_codec
+from miro.locks import alone_in
 from miro.text import TextEncoder, build_text_encoder
 
 log = logging.getLogger(__name__)
@@ -63,11 +63,12 @@ class EncodeConfig:
     size: int | None = None  # pictures are cropped and resized to size x size; None: as they are
     max_tokens: int | None = None  # longer captions are cut; None: 256 or what the encoder takes
     precision: Literal["fp32", "bf16"] = "fp32"  # of both encoders' weights and arithmetic
-    batch_size: int = 64  # pictures of one forward pass of the autoencoder
+    batch_size: int = 64  # pictures decoded, and encoded by the autoencoder, at a time
     cache_bytes: int = 1 << 28  # memory for token states of captions that may come again
     max_rejected: float = 0.01  # stop above this share of SOURCE that cannot be decoded
     workers: int = 0  # threads that decode; 0: one per core, at most 16
-    device: str = "cpu"  # where the encoders compute
+    decoder: DecoderName = "auto"  # DALI where it is installed, Pillow elsewhere
+    device: str = "cpu"  # where the encoders compute, and DALI decodes
 
     def __post_init__(self) -> None:
         for name in ("size", "max_tokens", "batch_size"):
@@ -122,13 +123,18 @@ def encode(
         raise ValueError(f"{source}: holds no samples; let `miro annotate` complete a shard first")
     found = (dest / "manifest.json").is_file()
     before = _made_alike(source, dest, pictures, config) if found else None
-    with RejectedLog(dest / "rejected.jsonl") as rejected:
+    with alone_in(dest), RejectedLog(dest / "rejected.jsonl") as rejected:
         for shard in before.shards if before else ():
             copy_scores(source, dest, shard)
         after = before
         if after is None or len(after.shards) < len(pictures.shards):
             # Only here: a finished folder needs no encoders, and they take seconds to load.
-            after = _Work(source, dest, pictures, config, rejected, progress).run(before)
+            decoder = build_decoder(
+                config.decoder, config.device, config.batch_size, config.workers
+            )
+            with closing(decoder):
+                work = _Work(source, dest, pictures, config, decoder, rejected, progress)
+                after = work.run(before)
         if after.rewards != pictures.rewards:
             after = replace(after, rewards=pictures.rewards)
             after.write(dest)
@@ -207,12 +213,14 @@ class _Work:
         dest: Path,
         pictures: Manifest,
         config: EncodeConfig,
+        decoder: Decoder,
         rejected: RejectedLog,
         progress: Progress | None,
     ):
         dtype = _DTYPES[config.precision]
         self._source, self._dest, self._pictures = source, dest, pictures
-        self._config, self._rejected, self._progress = config, rejected, progress
+        self._config, self._decoder = config, decoder
+        self._rejected, self._progress = rejected, progress
         self._codec: LatentCodec = build_codec(config.latents, config.device, dtype=dtype)
         self._encoder: TextEncoder = build_text_encoder(
             config.text, config.device, max_tokens=config.max_tokens, dtype=dtype
@@ -251,7 +259,7 @@ class _Work:
     def _first_manifest(self) -> Manifest:
         """The manifest of a DEST without shards: the first good picture stands for all."""
         samples = (item for shard in self._pictures.shards for item, _ in self._read(shard))
-        images = (self._image(item) for item in samples)
+        images = (image for _, image in self._images(samples))
         image = next((image for image in images if isinstance(image, Tensor)), None)
         if image is None:
             raise ValueError(f"{self._source}: none of its pictures can be decoded")
@@ -289,24 +297,30 @@ class _Work:
             for item in read_sample(f"{shard.name}:{key}", key, members):
                 yield item, members.get(RECORD, b"")
 
-    def _image(self, item: Candidate | Rejection) -> Tensor | Rejection:
-        """The picture as the codec gets it, uint8 (3, H, W), or why there is none."""
-        if isinstance(item, Rejection):
-            return item
-        try:
-            image = decode(item.image)
-        except DecodeError as error:
-            return Rejection(item.origin, "image", str(error))
-        return image if self._config.size is None else resize_crop(image, self._config.size)
+    def _images(
+        self, items: Iterable[Candidate | Rejection]
+    ) -> Iterator[tuple[Candidate | Rejection, Tensor | Rejection]]:
+        """Each with its picture as the codec gets it, uint8 (3, H, W), or why there is none."""
+
+        def image_of(item: Candidate | Rejection) -> bytes | None:
+            return item.image if isinstance(item, Candidate) else None
+
+        size = self._config.size
+        for batch in decode_ahead(items, image_of, self._config.batch_size, self._decoder):
+            for item, image in batch:
+                if isinstance(item, Rejection):
+                    yield item, item
+                elif isinstance(image, Tensor):
+                    yield item, image if size is None else resize_crop(image, size)
+                else:
+                    yield item, Rejection(item.origin, "image", str(image))
 
     def _encoded(self, shard: ShardInfo) -> Iterator[tuple[str, dict[str, bytes]]]:
         """The samples of a shard as `write_shard` takes them."""
-        workers = self._config.workers or min(len(os.sched_getaffinity(0)), 16)
         samples = self._read(shard)
-        with ThreadPoolExecutor(workers) as pool:
-            while window := list(itertools.islice(samples, WINDOW)):
-                images = pool.map(self._image, [item for item, _ in window])
-                yield from self._encode_window(window, list(images))
+        while window := list(itertools.islice(samples, WINDOW)):
+            images = [image for _, image in self._images(item for item, _ in window)]
+            yield from self._encode_window(window, images)
 
     def _encode_window(
         self, window: list[tuple[Candidate | Rejection, bytes]], images: list[Tensor | Rejection]

@@ -23,7 +23,7 @@ FLOORS = (
     ("cli",),
     ("cli_data", "cli_train", "demo"),
     ("annotate", "draw", "encode", "evaluate", "export", "fit_clip", "jobs", "launcher", "train"),
-    ("memory", "meter", "survey", "visits"),
+    ("memory", "meter", "scoring", "survey", "visits"),
     ("data", "sample"),
     ("presets",),
     ("engine", "saving"),

@@ -1,23 +1,27 @@
-"""Image bytes to pixels: one function, one error, so that another decoder can take its place."""
+"""Image bytes to pixels: one function, one error, and the decoders that apply it to batches."""
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import itertools
+import logging
 import os
 import struct
 import warnings
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+from miro.rewards.pictures import resized
 
 # Formats are listed because Pillow would also open some (EPS) by running other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -27,10 +31,16 @@ MAX_PIXELS = 64_000_000  # 192 MB as RGB; a larger picture is a mistake or an at
 # `decode` refuses earlier and with a reason; Pillow's own warning would only repeat it.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
+DecoderName = Literal["auto", "pillow", "dali"]
+DALI_INSTALL = "pip install 'miro-trainer[dali]'"
+AHEAD = 2  # batches
+
 # What Pillow's readers raise on damaged bytes (found by fuzzing), beside OSError.
-_DAMAGE = (
+DAMAGE = (
     SyntaxError,
     ValueError,
     TypeError,
@@ -49,8 +59,12 @@ class DecodeError(ValueError):
     """Bytes that are no picture we can use; the message is a reason a person understands."""
 
 
+Pending = Callable[[], list[Tensor | DecodeError]]
+"""Waits for a batch, and gives the picture of each or why there is none."""
+
+
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """The picture in `data` as uint8 (3, H, W), contiguous, sRGB as stored.
+    """The picture in `data` as uint8 (3, H, W), sRGB as stored: a view of rows of RGB pixels.
 
     The EXIF rotation is applied, transparency is laid on white, 16 bits become 8, and of an
     animation the first frame is taken. DecodeError for anything that is not a whole picture.
@@ -68,7 +82,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
             # A copy of the metadata is needed to turn a picture, and few pictures are turned.
             if image.getexif().get(0x0112, 1) != 1:
                 image = ImageOps.exif_transpose(image)
-            pixels = np.asarray(_to_rgb(image))
+            pixels = np.array(_to_rgb(image))
     except DecodeError:
         raise
     except UnidentifiedImageError:
@@ -78,9 +92,9 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
     except OSError as error:
         cut = "truncated" in str(error) or "unrecognized data" in str(error)
         raise DecodeError(f"the picture is {'cut short' if cut else 'damaged'}: {error}") from None
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise DecodeError(f"the picture is damaged: {error or type(error).__name__}") from None
-    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def picture_size(data: bytes) -> tuple[int, int]:
@@ -88,7 +102,7 @@ def picture_size(data: bytes) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return image.size
-    except (OSError, Image.DecompressionBombError, *_DAMAGE) as error:
+    except (OSError, Image.DecompressionBombError, *DAMAGE) as error:
         raise DecodeError(f"the picture has no header: {error or type(error).__name__}") from None
 
 
@@ -98,41 +112,94 @@ def resize_crop(image: Tensor, size: int) -> Tensor:
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     square = image[:, top : top + side, left : left + side]
-    if side == size:
-        return square.contiguous()
-    return F.interpolate(square[None], size=(size, size), mode="bicubic", antialias=True)[0]
+    return resized(square, size, size).contiguous()
+
+
+class Decoder(Protocol):
+    """Decodes batches of encoded pictures, while whoever asked does something else."""
+
+    def start(self, images: Sequence[bytes]) -> Pending:
+        """Begin to decode a batch, as `decode` does but to a device of the decoder's choice."""
+        ...
+
+    def close(self) -> None:
+        """Give up what was begun and let go of threads and memory."""
+        ...
+
+
+class PillowDecoder:
+    """`decode` in threads, which Pillow does not keep from running at once."""
+
+    def __init__(self, workers: int) -> None:
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="miro-decode")
+
+    def start(self, images: Sequence[bytes]) -> Pending:
+        """Begin to decode a batch."""
+        begun = [self._pool.submit(_decode_or_reason, image) for image in images]
+        return lambda: [one.result() for one in begun]
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+def build_decoder(
+    name: DecoderName, device: str | torch.device = "cpu", batch_size: int = 64, workers: int = 0
+) -> Decoder:
+    """A decoder of batches of at most `batch_size`, with `workers` threads (0: one per core, at
+    most 16). "auto" is DALI where it is installed, on a GPU or a CPU, and Pillow elsewhere.
+
+    ValueError where "dali" is asked for and not installed.
+    """
+    workers = workers or min(len(os.sched_getaffinity(0)), 16)
+    if name == "pillow":
+        return PillowDecoder(workers)
+    # Asking for a module inside a package that is not there would raise.
+    if not all(importlib.util.find_spec(module) for module in ("nvidia", "nvidia.dali")):
+        if name == "dali":
+            raise ValueError(f"decoder='dali': DALI is not installed: {DALI_INSTALL}")
+        _say_once(f"Pillow decodes the pictures; DALI, faster, is not installed: {DALI_INSTALL}")
+        return PillowDecoder(workers)
+    from miro.data.dali import DaliDecoder
+
+    return DaliDecoder(torch.device(device), batch_size, workers)
+
+
+@cache
+def _say_once(message: str) -> None:
+    log.warning(message)
 
 
 def decode_ahead(
-    items: Iterable[T], image_of: Callable[[T], bytes | None], batch_size: int, workers: int = 0
+    items: Iterable[T], image_of: Callable[[T], bytes | None], batch_size: int, decoder: Decoder
 ) -> Iterator[list[tuple[T, Tensor | DecodeError | None]]]:
     """Batches of (item, its image, or why it has none), in order; None where `image_of` gives None.
 
-    `workers` threads (0: one per core, at most 16) decode that many batches ahead of the reader.
+    Two batches are read and decoded ahead of the reader. The decoder is left open.
     """
 
-    def decode_batch(batch: list[T]) -> list[tuple[T, Tensor | DecodeError | None]]:
-        return [(item, _decode_or_reason(image_of(item))) for item in batch]
+    def finished() -> list[tuple[T, Tensor | DecodeError | None]]:
+        batch, encoded, finish = begun.popleft()
+        images = iter(finish())
+        return [
+            (item, None if image is None else next(images))
+            for item, image in zip(batch, encoded, strict=True)
+        ]
 
     source = iter(items)
-    batches = iter(lambda: list(itertools.islice(source, batch_size)), [])
-    workers = workers or min(len(os.sched_getaffinity(0)), 16)
-    if workers == 1:
-        yield from map(decode_batch, batches)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        ahead: deque[Future[list[tuple[T, Tensor | DecodeError | None]]]] = deque()
-        for batch in batches:
-            ahead.append(pool.submit(decode_batch, batch))
-            if len(ahead) > workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+    begun: deque[tuple[list[T], list[bytes | None], Pending]] = deque()
+    while batch := list(itertools.islice(source, batch_size)):
+        encoded = [image_of(item) for item in batch]
+        begun.append((batch, encoded, decoder.start([i for i in encoded if i is not None])))
+        if len(begun) > AHEAD:
+            yield finished()
+    while begun:
+        yield finished()
 
 
-def _decode_or_reason(data: bytes | None) -> Tensor | DecodeError | None:
+def _decode_or_reason(data: bytes) -> Tensor | DecodeError:
     try:
-        return None if data is None else decode(data)
+        return decode(data)
     except DecodeError as error:
         return error
 

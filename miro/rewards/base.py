@@ -6,13 +6,16 @@ normalises it: scores are stored raw and binned later over the whole dataset (mi
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from miro.config import unknown_name
+from miro.rewards.pictures import check_picture
 
 # The published seven first, in the paper's order, then those that need no published weights.
 # A checkpoint's reward tables follow this order: append to it, never reorder it.
@@ -33,51 +36,69 @@ REWARD_ORDER: tuple[str, ...] = (
 class Reward(Protocol):
     """A score of (image, caption) pairs.
 
-    name: column name of the score, one of REWARD_ORDER.
+    name: column name of the score; one of REWARD_ORDER, or a name of its own.
+    model: what computes it, as the dataset's manifest records it: an architecture and its weights.
     reads_caption: False if the score depends on the image alone.
     range: nominal lowest and highest raw score, for the axes of plots; not a clamp.
     """
 
     name: str
+    model: str
     reads_caption: bool
     range: tuple[float, float]
 
     def score(self, images: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
         """Raw scores, float32 (B,), on the reward's device; NaN where a score is not known.
 
-        images: B tensors uint8 (3, H, W), whose sizes may differ; captions: B strings. The score
-        of a pair does not depend on what else is in the batch.
+        images: B tensors uint8 (3, H, W), whose sizes may differ; where they are Pictures, squares
+        made of them are shared with other rewards. captions: B strings. The score of a pair does
+        not depend on what else is in the batch.
         """
         ...
 
 
-def _colourfulness(weights: str | None, device: torch.device) -> Reward:
+@dataclass(frozen=True)
+class RewardOptions:
+    """How rewards compute; `device` may be a torch.device or its name."""
+
+    device: torch.device | str = "cpu"
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the networks' weights and arithmetic
+    compile: bool = False  # the networks by torch.compile
+    batch_size: int = 64  # pairs, or pictures, of one forward pass; less where memory ends
+    allow_code: bool = False  # run Python code that comes with a model's weights
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+
+def _colourfulness(weights: str | None, options: RewardOptions) -> Reward:
     from miro.rewards.pixels import Colourfulness
 
     _refuse_weights("colourfulness", weights)
-    return Colourfulness(device)
+    return Colourfulness(options.device)
 
 
-def _sharpness(weights: str | None, device: torch.device) -> Reward:
+def _sharpness(weights: str | None, options: RewardOptions) -> Reward:
     from miro.rewards.pixels import Sharpness
 
     _refuse_weights("sharpness", weights)
-    return Sharpness(device)
+    return Sharpness(options.device)
 
 
-def _alignment(weights: str | None, device: torch.device) -> Reward:
-    from miro.rewards.clip_family import Alignment
+def _alignment(weights: str | None, options: RewardOptions) -> Reward:
+    from miro.rewards.alignment import Alignment
 
     if weights is None:
         raise ValueError(
             "the reward 'alignment' needs a fitted CLIP: make one with 'miro fit-clip DATA FOLDER' "
             "and ask for 'alignment=FOLDER'"
         )
-    return Alignment(weights, device)
+    return Alignment(weights, options.device)
 
 
 # Builders import inside, so that asking for colourfulness does not import open_clip.
-_BUILDERS: dict[str, Callable[[str | None, torch.device], Reward]] = {
+_BUILDERS: dict[str, Callable[[str | None, RewardOptions], Reward]] = {
     "colourfulness": _colourfulness,
     "sharpness": _sharpness,
     "alignment": _alignment,
@@ -89,18 +110,42 @@ def reward_names() -> tuple[str, ...]:
     return order_rewards(_BUILDERS)
 
 
-def build_reward(spec: str, device: torch.device | str = "cpu") -> Reward:
-    """The reward named by `spec`: "name", or "name=WEIGHTS" with a folder (or hub id) of weights.
+def build_reward(
+    spec: str, device: torch.device | str = "cpu", *, options: RewardOptions | None = None
+) -> Reward:
+    """The reward named by `spec`: "name", or "name=WEIGHTS" with a folder, file or hub id.
+
+    A reward of a user's own is "module:Class" or "module:Class=WEIGHTS": a class of the Reward
+    protocol in an importable module, built as Class(weights or None, options). `options` takes the
+    place of `device`.
 
     Raises ValueError for an unknown name (the nearest one is offered), for missing weights and for
     weights given to a reward that has none.
     """
     name, equals, weights = spec.partition("=")
-    if name not in _BUILDERS:
-        raise unknown_name("reward", name, _BUILDERS)
     if equals and not weights:
         raise ValueError(f"reward {spec!r} names no weights after '='")
-    return _BUILDERS[name](weights or None, torch.device(device))
+    options = RewardOptions(device) if options is None else options
+    if ":" in name:
+        return _users_own(name)(weights or None, options)
+    if name not in _BUILDERS:
+        raise unknown_name("reward", name, _BUILDERS)
+    return _BUILDERS[name](weights or None, options)
+
+
+def _users_own(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(
+            f"reward {name!r}: {error}; give MODULE:CLASS of a module that Python can import"
+        ) from error
+
+
+def reward_position(name: str) -> tuple[int, str]:
+    """Sorts the names of REWARD_ORDER in that order, and a user's own after them by name."""
+    return (REWARD_ORDER.index(name) if name in REWARD_ORDER else len(REWARD_ORDER), name)
 
 
 def order_rewards(names: Iterable[str]) -> tuple[str, ...]:
@@ -125,15 +170,7 @@ def same_sized(
         raise ValueError(f"got {len(images)} images but {len(captions)} captions")
     by_size: dict[torch.Size, list[int]] = {}
     for index, image in enumerate(images):
-        if (
-            image.dtype != torch.uint8
-            or image.ndim != 3
-            or image.shape[0] != 3
-            or not len(image[0])
-        ):
-            raise ValueError(
-                f"image {index}: expected uint8 (3, H, W), got {image.dtype} {tuple(image.shape)}"
-            )
+        check_picture(index, image)
         by_size.setdefault(image.shape, []).append(index)
     for indices in by_size.values():
         pixels = torch.stack([images[i] for i in indices]).to(device, non_blocking=True)

@@ -23,6 +23,7 @@ class Colourfulness:
     """
 
     name = "colourfulness"
+    model = "Hasler and Süsstrunk 2003"
     reads_caption = False
     range = (0.0, 110.0)
 
@@ -57,6 +58,7 @@ class Sharpness:
     """
 
     name = "sharpness"
+    model = "edges over noise, miro.rewards.pixels"
     reads_caption = False
     range = (-1.0, 3.5)
 

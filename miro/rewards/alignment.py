@@ -1,4 +1,4 @@
-"""Rewards of the CLIP family: how well a picture and its caption belong together."""
+"""The alignment reward: how far a picture bears out its caption, by a judge fitted here."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class Alignment:
     """
 
     name = "alignment"
+    model = "open_clip CoCa of miro fit-clip"
     reads_caption = True
     range = (-1.0, 1.0)
 

@@ -1,0 +1,160 @@
+"""The decoded pictures of a batch, and the squares of them that models look at.
+
+Several models look at the same square of a picture, so a square is made once and kept while the
+batch lives. What PIL would make of a picture is made here with torch, on the device it is on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Of OpenAI's CLIP, which BLIP, SigLIP's predecessors and most vision-language models took over."""
+
+
+@dataclass(frozen=True)
+class View:
+    """How a picture of any shape becomes the square of size x size pixels that a model sees.
+
+    crop: the shorter side resized to size, bicubic and antialiased, then the central square;
+    pad: the picture laid on a square of the mean colour, then that resized;
+    stretch: both sides resized to size.
+    """
+
+    size: int
+    fit: Literal["crop", "pad", "stretch"] = "crop"
+    rounds: Literal["nearest", "down"] = "nearest"
+    """Where half a pixel is left over by a crop: torchvision takes the nearest, transformers the
+    lower."""
+
+    def of(self, picture: Tensor) -> Tensor:
+        """uint8 (3, H, W) to uint8 (3, size, size)."""
+        height, width = picture.shape[1:]
+        if self.fit == "stretch":
+            return resized(picture, self.size, self.size)
+        if self.fit == "pad":
+            return resized(_on_mean_square(picture), self.size, self.size)
+        short = min(height, width)
+        height, width = height * self.size // short, width * self.size // short
+        whole = resized(picture, height, width)
+        top, left = (self._margin(side) for side in (height, width))
+        return whole[:, top : top + self.size, left : left + self.size]
+
+    def _margin(self, side: int) -> int:
+        spare = side - self.size
+        return spare // 2 if self.rounds == "down" else round(spare / 2)
+
+
+def resized(picture: Tensor, height: int, width: int) -> Tensor:
+    """uint8 (3, H, W) to uint8 (3, height, width): bicubic, antialiased, on the same device."""
+    if picture.shape[1:] == (height, width):
+        return picture
+    size = (height, width)
+    if picture.device.type == "cpu":
+        return F.interpolate(picture[None], size, mode="bicubic", antialias=True)[0]
+    # Only the CPU resizes bytes; PIL rounds and clamps them, so both are done here.
+    made = F.interpolate(picture[None].float(), size, mode="bicubic", antialias=True)[0]
+    return made.round_().clamp_(0, 255).byte()
+
+
+def _on_mean_square(picture: Tensor) -> Tensor:
+    """The picture in the middle of a square of CLIP's mean colour, as LLaVA pads."""
+    height, width = picture.shape[1:]
+    if height == width:
+        return picture
+    side = max(height, width)
+    colour = torch.tensor([int(255 * mean) for mean in CLIP_MEAN], dtype=torch.uint8)
+    square = colour.to(picture.device)[:, None, None].expand(3, side, side).clone()
+    top, left = (side - height) // 2, (side - width) // 2
+    square[:, top : top + height, left : left + width] = picture
+    return square
+
+
+class Pictures(Sequence[Tensor]):
+    """A batch of decoded pictures, uint8 (3, H, W) each, whose squares are made once.
+
+    A picture that occurs several times, for its several captions, is one picture: `distinct` are
+    the pictures, and `rows[i]` is the one that stands at i.
+    """
+
+    def __init__(self, images: Iterable[Tensor]) -> None:
+        numbers: dict[int, int] = {}
+        self.distinct: list[Tensor] = []
+        self.rows: list[int] = []
+        for image in images:
+            if id(image) not in numbers:
+                numbers[id(image)] = len(self.distinct)
+                self.distinct.append(image)
+            self.rows.append(numbers[id(image)])
+        self._squares: dict[View, Tensor] = {}
+
+    def take(self, rows: Iterable[int]) -> Pictures:
+        """The pictures at `rows`, an index may repeat; what is made of either is made for both."""
+        taken = Pictures(())
+        taken.distinct, taken._squares = self.distinct, self._squares
+        taken.rows = [self.rows[row] for row in rows]
+        return taken
+
+    def keep(self, views: Iterable[View]) -> None:
+        """Make these squares, and let go of the pictures."""
+        for view in views:
+            self.squares(view)
+        self.distinct = [torch.empty(3, 0, 0, dtype=torch.uint8) for _ in self.distinct]
+
+    @classmethod
+    def of(cls, images: Sequence[Tensor]) -> Pictures:
+        """The images as Pictures; those that are Pictures keep what was made of them."""
+        return images if isinstance(images, Pictures) else cls(images)
+
+    def squares(self, view: View) -> Tensor:
+        """uint8 (distinct, 3, size, size), on the device of the pictures.
+
+        Raises:
+            ValueError: a picture is not uint8 (3, H, W) with pixels in it.
+        """
+        if view not in self._squares:
+            for number, image in enumerate(self.distinct):
+                check_picture(number, image)
+            made = [view.of(image) for image in self.distinct]
+            empty = torch.empty(0, 3, view.size, view.size, dtype=torch.uint8)
+            self._squares[view] = torch.stack(made) if made else empty
+        return self._squares[view]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor]: ...
+    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(index, slice):
+            return [self.distinct[row] for row in self.rows[index]]
+        return self.distinct[self.rows[index]]
+
+
+def check_picture(number: int, image: Tensor) -> None:
+    """ValueError unless the image is uint8 (3, H, W) with pixels in it."""
+    right = image.dtype == torch.uint8 and image.ndim == 3 and image.shape[0] == 3
+    if not right or not image.numel():
+        raise ValueError(
+            f"image {number}: expected uint8 (3, H, W), got {image.dtype} {tuple(image.shape)}"
+        )
+
+
+def normalised(
+    squares: Tensor,
+    dtype: torch.dtype,
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+) -> Tensor:
+    """uint8 (b, 3, H, W) as a model takes them: (x / 255 − mean) / std per channel, in `dtype`."""
+    offset, scale = (torch.tensor(v, device=squares.device).view(3, 1, 1) for v in (mean, std))
+    return ((squares.float() / 255 - offset) / scale).to(dtype)
