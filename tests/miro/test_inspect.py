@@ -17,7 +17,7 @@ from PIL import Image
 
 from miro.annotate import AnnotateConfig, annotate
 from miro.cli import main
-from miro.data.shards import Manifest, read_scores
+from miro.data.shards import MODELS, Manifest, read_scores
 from miro.survey import contact
 from miro.survey.contact import CELL
 from miro.survey.run import InspectConfig, inspect, survey_of
@@ -112,7 +112,7 @@ def test_text_of_strangers_is_escaped(tmp_path: Path) -> None:
     line = {"source": HOSTILE, "field": HOSTILE, "reason": HOSTILE}
     (folder / "rejected.jsonl").write_text(json.dumps(line) + "\n")
     manifest = Manifest.read(folder)
-    replace(manifest, source={"annotate": {"models": {HOSTILE: HOSTILE}}}).write(folder)
+    replace(manifest, source={MODELS: {HOSTILE: HOSTILE}}).write(folder)
 
     html, _ = page_of(folder)
 
@@ -139,7 +139,7 @@ def test_the_model_that_gave_the_scores_is_named_where_the_manifest_names_it(
     tmp_path: Path,
 ) -> None:
     folder = make_dataset(tmp_path, {"clip": list(range(10)), "vqa": list(range(10))})
-    source = {"annotate": {"models": {"clip": "ViT-B-32 laion2b"}}}
+    source = {MODELS: {"clip": "ViT-B-32 laion2b"}}
     replace(Manifest.read(folder), source=source).write(folder)
 
     html, record = page_of(folder)
