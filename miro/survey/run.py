@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from miro.checkpoint import write_text
-from miro.data.shards import Manifest, scores_path
+from miro.data.shards import MODELS, Manifest, scores_path
 from miro.report.survey_numbers import RewardNumbers, Survey
 from miro.survey.contact import contact_sheets, why_no_pictures
 from miro.survey.rejected import read_rejected
@@ -112,7 +112,6 @@ def survey_of(folder: Path, config: InspectConfig, progress: Progress) -> Survey
 
 def _model(manifest: Manifest, reward: str) -> str | None:
     """What gave a reward's scores, where the manifest says it."""
-    annotate = manifest.source.get("annotate")
-    models = annotate.get("models") if isinstance(annotate, dict) else None
+    models = manifest.source.get(MODELS)
     model = models.get(reward) if isinstance(models, dict) else None
     return None if model is None else str(model)

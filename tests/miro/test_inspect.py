@@ -17,7 +17,7 @@ from PIL import Image
 
 from miro.annotate import AnnotateConfig, annotate
 from miro.cli import main
-from miro.data.shards import Manifest, read_scores
+from miro.data.shards import MODELS, Manifest, read_scores
 from miro.survey import contact
 from miro.survey.contact import CELL
 from miro.survey.run import InspectConfig, inspect, survey_of
@@ -70,6 +70,17 @@ def test_of_a_sample_with_several_captions_the_extreme_pair_is_shown_once(tmp_pa
     ]  # fmt: skip
 
 
+def test_a_sheet_is_full_though_several_pairs_of_a_sample_are_among_the_best(
+    tmp_path: Path,
+) -> None:
+    captions = [{"original": f"short {i}", "long": f"long {i}"} for i in range(3)]
+    folder = make_dataset(tmp_path, {"clip": [9, 8, 1, 7, 2, 3]}, captions=captions)
+
+    _, record = page_of(folder, pictures=2)
+
+    assert keys_of(record, "clip", "best") == ["key0", "key1"]
+
+
 def test_a_picture_that_cannot_be_decoded_is_left_out_and_said(tmp_path: Path) -> None:
     folder = make_dataset(
         tmp_path, {"clip": list(range(10))}, pictures={9: png(shade(9))[:60], 0: b"<html>"}
@@ -101,7 +112,7 @@ def test_text_of_strangers_is_escaped(tmp_path: Path) -> None:
     line = {"source": HOSTILE, "field": HOSTILE, "reason": HOSTILE}
     (folder / "rejected.jsonl").write_text(json.dumps(line) + "\n")
     manifest = Manifest.read(folder)
-    replace(manifest, source={"annotate": {"models": {HOSTILE: HOSTILE}}}).write(folder)
+    replace(manifest, source={MODELS: {HOSTILE: HOSTILE}}).write(folder)
 
     html, _ = page_of(folder)
 
@@ -128,7 +139,7 @@ def test_the_model_that_gave_the_scores_is_named_where_the_manifest_names_it(
     tmp_path: Path,
 ) -> None:
     folder = make_dataset(tmp_path, {"clip": list(range(10)), "vqa": list(range(10))})
-    source = {"annotate": {"models": {"clip": "ViT-B-32 laion2b"}}}
+    source = {MODELS: {"clip": "ViT-B-32 laion2b"}}
     replace(Manifest.read(folder), source=source).write(folder)
 
     html, record = page_of(folder)
