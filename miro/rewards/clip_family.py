@@ -19,15 +19,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from miro.rewards.base import Reward, RewardOptions
-from miro.rewards.networks import Towers, TwoTowers
-from miro.rewards.pictures import View
+from miro.rewards.networks import TwoTowers
+from miro.rewards.pictures import View, normalised
 from miro.rewards.towers import (
     CLIP_TOKENIZER,
     CODED,
     OPEN_CLIP,
+    Towers,
     open_clip_towers,
     open_towers,
     transformers_towers,
@@ -49,7 +51,28 @@ AESTHETIC_LAYERS = (0, 2, 4, 6, 7)
 """The linear layers' places in the published head; dropout stood at the others."""
 
 
-class Similarity(TwoTowers):
+class PretrainedTowers(TwoTowers):
+    """Embeddings by towers of any library, brought to length 1 in fp32."""
+
+    def __init__(self, towers: Towers, options: RewardOptions) -> None:
+        super().__init__(towers.network, options)
+        self.model, self.view = towers.model, towers.view
+        self._towers = towers
+        self._see = self.compiled(towers.see)
+
+    def embed_pictures(self, squares: Tensor) -> Tensor:
+        """uint8 (n, 3, size, size) on the device to float32 (n, width), of length 1."""
+        towers = self._towers
+        pixels = normalised(squares, self.options.dtype, towers.mean, towers.std)
+        return F.normalize(self._see(pixels).float(), dim=-1)
+
+    def embed_captions(self, captions: Sequence[str]) -> Tensor:
+        """float32 (m, width), of length 1, on the device."""
+        tokens = (part.to(self.device) for part in self._towers.tokens(list(captions)))
+        return F.normalize(self._towers.read(*tokens).float(), dim=-1)
+
+
+class Similarity(PretrainedTowers):
     """`scale` times the cosine between the embeddings of a picture and of its caption."""
 
     reads_caption = True
@@ -74,7 +97,7 @@ class Similarity(TwoTowers):
         return self.scale * self.similarity(images, captions)
 
 
-class Aesthetic(TwoTowers):
+class Aesthetic(PretrainedTowers):
     """How much people like to look at a picture, about 1 to 10, whatever its caption.
 
     A head of five linear layers over CLIP's embedding of length 1. Nothing bends between them, so

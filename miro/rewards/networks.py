@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miro.rewards.base import RewardOptions
-from miro.rewards.pictures import Pictures, View, normalised
+from miro.rewards.pictures import Pictures, View
 
 log = logging.getLogger(__name__)
 
@@ -75,50 +73,23 @@ class NetworkReward:
         return torch.cat(parts)
 
 
-@dataclass(frozen=True)
-class Towers:
-    """A network with a tower for pictures and one for captions, whatever library it is of."""
-
-    model: str
-    """Architecture and weights."""
-    network: nn.Module
-    view: View
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    see: Callable[[Tensor], Tensor]
-    """Pixels, normalised, in the network's dtype (n, 3, size, size), to features (n, width)."""
-    tokens: Callable[[list[str]], tuple[Tensor, ...]]
-    """Captions to what `read` takes, on the host."""
-    read: Callable[..., Tensor]
-    """Tokens to features (n, width)."""
-    scale: float
-    """What the network multiplies a cosine by to make a logit of it."""
-
-
 class TwoTowers(NetworkReward):
-    """A reward that looks at embeddings of length 1, of pictures and of captions.
+    """A reward that compares an embedding of the picture with one of the caption.
 
-    Each distinct picture of a batch and each distinct caption is embedded once. Features are
-    brought to length 1 in fp32, whatever the network computes in.
+    Each distinct picture of a batch and each distinct caption is embedded once.
     """
 
-    def __init__(self, towers: Towers, options: RewardOptions) -> None:
-        super().__init__(towers.network, options)
-        self.model, self.view = towers.model, towers.view
-        self._towers = towers
-        self._see = self.compiled(towers.see)
+    def __init__(self, network: nn.Module, options: RewardOptions) -> None:
+        super().__init__(network, options)
         self._texts: dict[str, Tensor] = {}
 
     def embed_pictures(self, squares: Tensor) -> Tensor:
         """uint8 (n, 3, size, size) on the device to float32 (n, width), of length 1."""
-        towers = self._towers
-        pixels = normalised(squares, self.options.dtype, towers.mean, towers.std)
-        return F.normalize(self._see(pixels).float(), dim=-1)
+        raise NotImplementedError
 
     def embed_captions(self, captions: Sequence[str]) -> Tensor:
         """float32 (m, width), of length 1, on the device."""
-        tokens = (part.to(self.device) for part in self._towers.tokens(list(captions)))
-        return F.normalize(self._towers.read(*tokens).float(), dim=-1)
+        raise NotImplementedError
 
     @torch.inference_mode()
     def pictures(self, images: Sequence[Tensor]) -> Tensor:

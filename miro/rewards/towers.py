@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from miro.rewards.networks import Towers
 from miro.rewards.pictures import CLIP_MEAN, CLIP_STD, View
 from miro.rewards.weights import find_folder, tensors_alone
 
@@ -29,6 +29,26 @@ VOCABULARIES = ("tokenizer.json", "vocab.json", "sentencepiece.bpe.model")
 TOKENIZER = (*VOCABULARIES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 CONFIGS = ("open_clip_config.json", "config.json", "preprocessor_config.json")
 FILES = (*CONFIGS, *TOKENIZER, "*.safetensors", "open_clip_pytorch_model.bin", "*.py")
+
+
+@dataclass(frozen=True)
+class Towers:
+    """A network with a tower for pictures and one for captions, whatever library it is of."""
+
+    model: str
+    """Architecture and weights."""
+    network: nn.Module
+    view: View
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    see: Callable[[Tensor], Tensor]
+    """Pixels, normalised, in the network's dtype (n, 3, size, size), to features (n, width)."""
+    tokens: Callable[[list[str]], tuple[Tensor, ...]]
+    """Captions to what `read` takes, on the host."""
+    read: Callable[..., Tensor]
+    """Tokens to features (n, width)."""
+    scale: float
+    """What the network multiplies a cosine by to make a logit of it."""
 
 
 def open_towers(weights: str, *, allow_code: bool = False, captions: bool = True) -> Towers:
