@@ -30,8 +30,10 @@ class VisionLanguage:
         self.model = model.eval().requires_grad_(False)
         self._processor = processor
         tokenizer = processor.tokenizer
-        # Answers of a batch all begin behind the last position.
-        tokenizer.padding_side = "left"
+        # A decoder's answers all begin behind the last position. An encoder counts distances, and
+        # BLIP-2 lays the picture before the padding, so there it comes last.
+        two_halves = getattr(model.config.get_text_config(), "is_encoder_decoder", False)
+        tokenizer.padding_side = "right" if two_halves else "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         image_token = getattr(processor, "image_token", None)
