@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -356,62 +352,3 @@ def test_each_caption_is_scored_and_encoded_by_itself(
     np.testing.assert_array_equal(dataset.scores[..., 0], vqa)
     lengths = [len(dataset.text(0, kind)) for kind in range(3)]
     assert min(lengths) > 0
-
-
-KILLED = """
-    import itertools, os, signal, sys
-    from pathlib import Path
-    from miro.caption import CaptionConfig, caption
-
-    source, table, root = map(Path, sys.argv[1:])
-
-    def run(dest, kill_at=None):
-        "Caption in a process of its own, killed at an event; True if it ended."
-        child = os.fork()
-        if child == 0:
-            seen = 0
-            def watch(event, arguments):
-                nonlocal seen
-                if event in ("os.rename", "os.truncate", "os.mkdir") or (
-                    event == "open" and arguments[1] and set(arguments[1]) & set("wa")
-                ):
-                    if seen == kill_at:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    seen += 1
-            if kill_at is not None:
-                sys.addaudithook(watch)
-            caption(source, dest, config=CaptionConfig(table=table, batch_size=2, workers=1))
-            os._exit(0)
-        return os.waitpid(child, 0)[1] == 0
-
-    def contents(folder):
-        files = (path for path in folder.rglob("*") if path.is_file())
-        return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-    assert run(root / "whole")
-    for moment in itertools.count():
-        dest = root / str(moment)
-        if run(dest, moment):
-            break
-        assert run(dest)
-        assert contents(dest) == contents(root / "whole"), moment
-    print(moment)
-"""
-
-
-def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(source: Path, tmp_path: Path) -> None:
-    rows = [(key, kind, f"{kind} of {key}") for key in KEYS[1:] for kind in ("long", "short")]
-    table = write_table(tmp_path / "captions.parquet", rows)
-    root = Path(__file__).parents[2]
-    path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
-
-    script = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(KILLED), str(source), str(table), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-    assert script.returncode == 0, script.stderr
-    assert int(script.stdout) >= 12, script.stdout  # so many times it was killed
