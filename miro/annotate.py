@@ -1,10 +1,10 @@
 """From captioned images to a dataset folder with raw scores: shards, Parquet, what was set aside.
 
-SOURCE is a folder of images with captions beside them, WebDataset tars, or a dataset folder of
-ours. The first two are read in units (miro.data.sources), each of which becomes a shard with its
-scores; the manifest lists it last, so a stop at any moment loses the unit under way and no more. A
-dataset folder is linked, not copied, and only scored. Scoring looks at what a shard's table lacks:
-that is how a reward is added later, and how a scoring that was stopped goes on.
+SOURCE is a folder, tars or a table that others made, or a dataset folder of ours. The former are
+read in units (miro.data.sources), each of which becomes a shard with its scores; the manifest lists
+it last, so a stop at any moment loses the unit under way and no more. A dataset folder is linked,
+not copied, and only scored. Scoring looks at what a shard's table lacks: that is how a reward is
+added later, and how a scoring that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -12,18 +12,20 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-from torch import Tensor
 
-from miro.data.decode import Decoder, DecoderName, build_decoder, decode_ahead
+from miro.data.decode import DecoderName, build_decoder
 from miro.data.rejected import RejectedLog
 from miro.data.shards import (
+    MODELS,
     Manifest,
     ShardInfo,
     check_shard,
@@ -35,10 +37,22 @@ from miro.data.shards import (
     write_scores,
     write_shard,
 )
-from miro.data.sources import Candidate, Rejection, Source, open_source, read_sample
+from miro.data.sources import (
+    Candidate,
+    Columns,
+    Rejection,
+    Source,
+    open_source,
+    read_sample,
+    shard_name,
+)
 from miro.data.tar import link_or_copy
-from miro.rewards.base import Reward, build_reward, reward_position
-from miro.rewards.pictures import Pictures
+from miro.data.units import STATE, Done, begin, gather, read_done, write_done
+from miro.locks import alone_in, waiting_in
+from miro.ranks import Ranks, ranks_of
+from miro.rewards.base import Reward, RewardOptions, build_reward, reward_position
+from miro.rewards.scorer import Turns
+from miro.scoring import Outcome, ScoringConfig, scored
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +70,16 @@ class AnnotateConfig:
     workers: int = 0  # threads that decode; 0: one per core, at most 16
     decoder: DecoderName = "auto"  # DALI where it is installed, Pillow elsewhere
     device: str = "cpu"  # where rewards compute, and DALI decodes
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the rewards' networks
+    compile: bool = False  # the networks by torch.compile; worth its start on long runs
+    allow_code: bool = False  # run Python code that comes with a model's weights
+    turns: Turns = "auto"  # networks on the device one by one
+    window: int = 2_048  # samples decoded before networks take turns
+    image_column: str | None = None  # of a table; by default found by its name
+    caption_columns: tuple[str, ...] = ()  # of a table; by default all that are named like one
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "samples_per_shard", "max_rejected_after"):
+        for name in ("batch_size", "samples_per_shard", "max_rejected_after", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.max_rejected <= 1:
@@ -101,9 +122,14 @@ def annotate(
     started = time.perf_counter()
     source, dest = Path(source), Path(dest)
     config = AnnotateConfig() if config is None else config
-    if not source.exists():
-        raise ValueError(f"{source}: no such file or folder")
-    built = _build(rewards, config.device)
+    options = RewardOptions(
+        config.device,
+        precision=config.precision,
+        compile=config.compile,
+        batch_size=config.batch_size,
+        allow_code=config.allow_code,
+    )
+    built = _build(rewards, options)
     dataset = Manifest.read(source) if (source / "manifest.json").is_file() else None
     if dataset is not None and dataset.kind != "images":
         raise ValueError(f"{source}: is encoded already; annotate the images it was made from")
@@ -111,10 +137,20 @@ def annotate(
         raise ValueError(f"{dest}: is a file; DEST must be a folder")
     if dataset is None and source.resolve() == dest.resolve():
         raise ValueError(f"{dest}: DEST must not be SOURCE, which is not a dataset folder")
-    opened = open_source(source, config.samples_per_shard) if dataset is None else None
-    decoder = build_decoder(config.decoder, config.device, config.batch_size, config.workers)
-    with closing(decoder), RejectedLog(dest / "rejected.jsonl") as rejected:
-        work = _Work(dest, built, config, decoder, rejected, progress)
+    opened = None
+    if dataset is None:
+        columns = Columns(config.image_column, config.caption_columns)
+        opened = open_source(source, config.samples_per_shard, columns)
+    ranks = ranks_of(os.environ)
+    device = ranks.device(config.device)
+    decoder = build_decoder(config.decoder, device, config.batch_size, config.workers)
+    scoring = ScoringConfig(config.batch_size, decoder, device, config.turns, config.window)
+    with (
+        closing(decoder),
+        alone_in(dest, ranks.rank),
+        RejectedLog(dest / "rejected.jsonl") as rejected,
+    ):
+        work = _Work(dest, built, config, scoring, ranks, rejected, progress)
         if opened is not None:
             work.ingest(source, opened)
         elif dataset is not None:
@@ -124,9 +160,9 @@ def annotate(
         return AnnotateSummary(manifest.samples, len(rejected), work.looked_at, seconds)
 
 
-def _build(rewards: Sequence[str | Reward], device: str) -> list[Reward]:
+def _build(rewards: Sequence[str | Reward], options: RewardOptions) -> list[Reward]:
     """The rewards, in their order; ValueError for one that is not known or comes twice."""
-    built = [build_reward(r, device) if isinstance(r, str) else r for r in rewards]
+    built = [build_reward(r, options=options) if isinstance(r, str) else r for r in rewards]
     names = [reward.name for reward in built]
     for name in names:
         if names.count(name) > 1:
@@ -135,119 +171,138 @@ def _build(rewards: Sequence[str | Reward], device: str) -> list[Reward]:
 
 
 class _Work:
-    """One call of `annotate`: what it does to one folder, and how far it is."""
+    """One call of `annotate`: what this process does to the folder, and how far it is."""
 
     def __init__(
         self,
         dest: Path,
         rewards: list[Reward],
         config: AnnotateConfig,
-        decoder: Decoder,
+        scoring: ScoringConfig,
+        ranks: Ranks,
         rejected: RejectedLog,
         progress: Progress | None,
     ):
         self.looked_at = 0
         self._dest, self._rewards, self._config = dest, rewards, config
-        self._decoder, self._rejected, self._progress = decoder, rejected, progress
+        self._ranks, self._rejected, self._progress = ranks, rejected, progress
+        self._scoring = scoring
         self._total: int | None = None
         self._set_aside = 0
 
     def ingest(self, path: Path, source: Source) -> None:
-        """Make the shards that `source` still lacks in DEST, each with its scores."""
-        manifest = self._begin(path, source)
-        names = tuple(reward.name for reward in self._rewards)
-        done = manifest.source["annotate"]["units"]
-        if source.total is not None:
-            self._total = max(source.total - done * self._config.samples_per_shard, 0)
-        for number, unit in enumerate(source.units(done), done):
-            rows = _Rows(names)
-            samples = self._good(unit, rows)
-            first = next(samples, None)
-            shards, kinds = manifest.shards, manifest.captions
-            if first is not None:
-                tar = self._dest / "shards" / f"{number:05d}.tar"
-                shards += (write_shard(tar, itertools.chain([first], samples)),)
-                table = scores_path(self._dest, shards[-1])
-                write_scores(table, rows.keys, rows.captions, rows.columns())
-                kinds = tuple(dict.fromkeys([*kinds, *rows.captions]))
-            common = [n for n in names if n in manifest.rewards or not manifest.shards]
-            state = {**manifest.source["annotate"], "units": number + 1}
-            manifest = replace(
-                manifest,
-                captions=kinds,
-                shards=shards,
-                rewards=tuple(common),  # `complete` adds what earlier shards lack
-                source={**manifest.source, "annotate": state},
-            )
-            manifest.write(self._dest)
-            log.info("%s: %d samples in %d shards", self._dest, manifest.samples, len(shards))
-        if not manifest.samples:
+        """Make the shards that this process's groups of `source` still lack, with their scores."""
+        self._check_models(begin(self._dest, path.name, source.fingerprint))
+        mine = range(self._ranks.rank, source.groups, self._ranks.world)
+        todo = [(group, unit) for group in mine if (unit := self._next(group)) is not None]
+        if source.total is not None:  # a group of a source that knows its total has one unit
+            most = len(todo) * self._config.samples_per_shard
+            self._total = min(most, source.total)
+        for group, first in todo:
+            units = source.units(group, first)
+            following = next(units, None)
+            for number in itertools.count(first):
+                items, following = following, next(units, None)
+                if items is None:
+                    break
+                self._make(group, number, items, last=following is None)
+                manifest = gather(self._dest, self._rejected)
+                log.info("%s: %d samples", self._dest, manifest.samples)
+        manifest = gather(self._dest, self._rejected)
+        if manifest.source[STATE]["group"] == source.groups and not manifest.samples:
             raise ValueError(
                 f"{path}: not one of its samples can be used, {self._rejected.path} says why;"
                 " mend it and annotate into a new folder"
             )
 
-    def _begin(self, path: Path, source: Source) -> Manifest:
-        """The manifest to go on from; ValueError where DEST was made from something else."""
-        if (self._dest / "manifest.json").is_file():
-            manifest = Manifest.read(self._dest)
-            if manifest.source.get("annotate", {}).get("fingerprint") != source.fingerprint:
-                raise ValueError(
-                    f"{self._dest}: was made from something else than {path} is now, or with"
-                    " another samples_per_shard; annotate into a new folder"
-                )
-            return manifest
-        if (self._dest / "shards").exists():
-            raise ValueError(
-                f"{self._dest}: holds shards but no manifest.json; choose a new folder"
-            )
-        state = {"from": path.name, "fingerprint": source.fingerprint, "units": 0}
-        manifest = Manifest("images", (), (), source={"annotate": state})
-        manifest.write(self._dest)
-        return manifest
+    def _next(self, group: int) -> int | None:
+        """The first unit of a group that is not done, or None."""
+        for unit in itertools.count():
+            done = read_done(self._dest, group, unit)
+            if done is None:
+                return unit
+            if done.last:
+                return None
+
+    def _make(
+        self, group: int, number: int, items: Iterator[Candidate | Rejection], last: bool
+    ) -> None:
+        """A unit's shard, its scores and its record."""
+        names = tuple(reward.name for reward in self._rewards)
+        rows, rejections = _Rows(names), []
+        try:
+            samples = self._good(items, rows, rejections)
+            first, shard = next(samples, None), None
+            if first is not None:
+                tar = self._dest / "shards" / shard_name(group, number)
+                shard = write_shard(tar, itertools.chain([first], samples))
+                table = scores_path(self._dest, shard)
+                write_scores(table, rows.keys, rows.captions, rows.columns())
+        except ValueError:  # too many are unusable: the log says which
+            for rejection in rejections:
+                self._rejected.add(*rejection.line)
+            raise
+        kinds = tuple(dict.fromkeys(rows.captions))
+        done = Done(shard, kinds, tuple(rejections), last)
+        write_done(self._dest, group, number, done)
 
     def _good(
-        self, unit: Iterable[Candidate | Rejection], rows: _Rows
+        self, items: Iterator[Candidate | Rejection], rows: _Rows, rejections: list[Rejection]
     ) -> Iterator[tuple[str, dict[str, bytes]]]:
-        """A unit's good samples as `write_shard` takes them; their scores are added to `rows`."""
-        for item, scores in self._scored(unit, self._rewards):
-            if scores is None:
-                continue
-            if scores.size and np.isnan(scores).all():
-                self._reject(Rejection(item.origin, "scores", "every reward gave NaN"))
-                continue
-            rows.add(item, scores)
-            content = json.dumps({"captions": item.captions, **item.extra})
-            yield item.key, {item.extension: item.image, "json": content.encode()}
+        """A unit's good samples as `write_shard` takes them; the rest is added to the lists."""
+        for batch in scored(items, self._rewards, self._scoring):
+            for outcome in batch:
+                item, scores, rejection = outcome.sample, outcome.scores, outcome.rejection
+                if item and scores is not None and scores.size and np.isnan(scores).all():
+                    rejection = Rejection(item.origin, "scores", "every reward gave NaN")
+                if rejection is not None:
+                    rejections.append(rejection)
+                    self._set_aside += rejection.whole
+                elif item and scores is not None:
+                    rows.add(item, scores)
+                    content = json.dumps({"captions": item.captions, **item.extra})
+                    yield item.key, {item.extension: item.image, "json": content.encode()}
+            self._looked_at(batch, rejections[-1] if rejections else None)
 
     def link(self, source: Path, dataset: Manifest) -> None:
         """Make DEST a dataset of the same shards, unless it is one; bytes are shared."""
+        self._check_models(dataset)
         if source.resolve() == self._dest.resolve():
             return
-        if (self._dest / "manifest.json").is_file():
-            if Manifest.read(self._dest).shards != dataset.shards:
+        with waiting_in(self._dest):
+            if (self._dest / "manifest.json").is_file():
+                if Manifest.read(self._dest).shards != dataset.shards:
+                    raise ValueError(
+                        f"{self._dest}: has other shards than {source}; choose a new folder"
+                    )
+                return
+            for shard in dataset.shards:
+                check_shard(source, shard)
+                for path_of in (shard_path, scores_path):
+                    if path_of(source, shard).is_file():
+                        link_or_copy(path_of(source, shard), path_of(self._dest, shard))
+            dataset.write(self._dest)
+
+    def _check_models(self, manifest: Manifest) -> None:
+        """ValueError where a column that is there was made by another model than is asked for."""
+        models = manifest.source.get(MODELS, {})
+        for reward in self._rewards:
+            before = models.get(reward.name, reward.model)
+            if before != reward.model and reward.name in manifest.rewards:
                 raise ValueError(
-                    f"{self._dest}: has other shards than {source}; choose a new folder"
+                    f"{self._dest}: its {reward.name!r} was scored by {before}, not by "
+                    f"{reward.model}; scores of two models do not compare: annotate into a new "
+                    "folder"
                 )
-            return
-        for shard in dataset.shards:
-            check_shard(source, shard)
-            for path_of in (shard_path, scores_path):
-                if path_of(source, shard).is_file():
-                    link_or_copy(path_of(source, shard), path_of(self._dest, shard))
-        dataset.write(self._dest)
 
     def complete(self) -> Manifest:
-        """Score what the listed shards have no score of; the manifest then lists what all have."""
+        """Score what this process's shards lack; the manifest then lists what all shards have."""
         manifest = Manifest.read(self._dest)
-        columns: list[set[str]] = []
         lacking: list[tuple[ShardInfo, list[Reward]]] = []
-        for shard in manifest.shards:
-            path = scores_path(self._dest, shard)
-            present = set(score_columns(path)) if path.is_file() else set()
-            missing = [reward for reward in self._rewards if reward.name not in present]
-            columns.append(present | {reward.name for reward in missing})
-            if missing or not path.is_file():
+        for shard in manifest.shards[self._ranks.rank :: self._ranks.world]:
+            present = _columns(self._dest, shard)
+            missing = [reward for reward in self._rewards if reward.name not in (present or ())]
+            if missing or present is None:
                 lacking.append((shard, missing))
         if lacking:
             self._total = self.looked_at + sum(shard.samples for shard, _ in lacking)
@@ -255,11 +310,20 @@ class _Work:
             check_shard(self._dest, shard)
         for shard, missing in lacking:
             self._add_scores(shard, missing)
-        everywhere = set.intersection(*columns) if columns else set()
-        complete = replace(manifest, rewards=tuple(sorted(everywhere, key=reward_position)))
-        if complete != manifest:
-            complete.write(self._dest)
-        return complete
+        with waiting_in(self._dest):
+            manifest = Manifest.read(self._dest)
+            columns = [set(_columns(self._dest, shard) or ()) for shard in manifest.shards]
+            everywhere = set.intersection(*columns) if columns else set()
+            models = manifest.source.get(MODELS, {}) | {r.name: r.model for r in self._rewards}
+            models = {name: models[name] for name in sorted(models, key=reward_position)}
+            complete = replace(
+                manifest,
+                rewards=tuple(sorted(everywhere, key=reward_position)),
+                source={**manifest.source, MODELS: models},
+            )
+            if complete != manifest:
+                complete.write(self._dest)
+            return complete
 
     def _add_scores(self, shard: ShardInfo, rewards: list[Reward]) -> None:
         """Add columns to one shard's table, or make the table."""
@@ -270,10 +334,16 @@ class _Work:
             for key, members in iterate_shard(tar)
             for item in read_sample(f"{shard.name}:{key}", key, members)
         )
-        for item, scores in self._scored(unit, rewards):
-            if scores is None:  # the shard stays as it is: the sample keeps its rows, not known
-                scores = np.full((len(item.captions), len(rewards)), np.nan, np.float32)
-            rows.add(item, scores)
+        for batch in scored(unit, rewards, self._scoring):
+            for outcome in batch:
+                if outcome.rejection is not None:
+                    self._rejected.add(*outcome.rejection.line)
+                    self._set_aside += outcome.rejection.whole
+                if (item := outcome.sample) is not None:
+                    # The shard stays as it is: a bad image keeps its rows, not known.
+                    unknown = np.full((len(item.captions), len(rewards)), np.nan, np.float32)
+                    rows.add(item, unknown if outcome.scores is None else outcome.scores)
+            self._looked_at(batch, next((o.rejection for o in batch[::-1] if o.rejection), None))
         columns, path = rows.columns(), scores_path(self._dest, shard)
         if path.is_file():
             keys, captions, before = read_shard_scores(path)
@@ -283,47 +353,25 @@ class _Work:
         ordered = {name: columns[name] for name in sorted(columns, key=reward_position)}
         write_scores(path, rows.keys, rows.captions, ordered)
 
-    def _scored(
-        self, unit: Iterable[Candidate | Rejection], rewards: list[Reward]
-    ) -> Iterator[tuple[Candidate, np.ndarray | None]]:
-        """Samples with their scores, float32 (captions, rewards), or None for a bad image.
-
-        What is set aside is logged, in the order of the unit.
-        """
-        for batch in decode_ahead(unit, _image_of, self._config.batch_size, self._decoder):
-            images: list[Tensor] = []
-            captions: list[dict[str, str]] = []
-            for item, image in batch:
-                if isinstance(item, Candidate) and isinstance(image, Tensor):
-                    images.append(image)
-                    captions.append(item.captions)
-            scores = iter(_score(rewards, images, captions))
-            for item, image in batch:
-                if isinstance(item, Rejection):
-                    self._reject(item)
-                elif isinstance(image, Tensor):
-                    yield item, next(scores)
-                else:
-                    self._reject(Rejection(item.origin, "image", str(image)))
-                    yield item, None
-            self._looked_at(sum(not isinstance(i, Rejection) or i.whole for i, _ in batch))
-
-    def _reject(self, rejection: Rejection) -> None:
-        self._rejected.add(rejection.source, rejection.field, rejection.reason)
-        self._set_aside += rejection.whole
-
-    def _looked_at(self, samples: int) -> None:
+    def _looked_at(self, batch: list[Outcome], last: Rejection | None) -> None:
         """Report progress; ValueError where the share of what was set aside is too large."""
-        self.looked_at += samples
+        self.looked_at += sum(outcome.whole for outcome in batch)
         if self._progress is not None:
             self._progress(self.looked_at, self._total)
         share, limit = self._set_aside / max(self.looked_at, 1), self._config.max_rejected
         if self.looked_at >= self._config.max_rejected_after and share > limit:
+            said = f", last: {last.source}: {last.reason}" if last else ""
             raise ValueError(
                 f"{self._set_aside} of the first {self.looked_at} samples were set aside, more than"
-                f" the share of {limit:g} allowed by max_rejected; {self._rejected.path} says why,"
-                f" last: {self._rejected.last}"
+                f" the share of {limit:g} allowed by max_rejected; {self._rejected.path} says why"
+                f"{said}"
             )
+
+
+def _columns(dest: Path, shard: ShardInfo) -> list[str] | None:
+    """The rewards of a shard's table, or None where it has no table."""
+    path = scores_path(dest, shard)
+    return score_columns(path) if path.is_file() else None
 
 
 @dataclass
@@ -343,35 +391,3 @@ class _Rows:
     def columns(self) -> dict[str, np.ndarray]:
         values = np.concatenate([np.empty((0, len(self.rewards)), np.float32), *self.scores])
         return {name: values[:, i] for i, name in enumerate(self.rewards)}
-
-
-def _image_of(item: Candidate | Rejection) -> bytes | None:
-    return item.image if isinstance(item, Candidate) else None
-
-
-def _score(
-    rewards: list[Reward], images: list[Tensor], captions: list[dict[str, str]]
-) -> list[np.ndarray]:
-    """For each image and its captions: float32 (captions, rewards); what is not finite is NaN."""
-    if not images:
-        return []
-    counts = [len(texts) for texts in captions]
-    rows = np.repeat(np.arange(len(images)), counts)  # the image of each row
-    texts = [text for kinds in captions for text in kinds.values()]
-    firsts = [next(iter(kinds.values())) for kinds in captions]
-    pictures = Pictures(images)
-    pairs = pictures.take(rows)
-    values = np.empty((len(rows), len(rewards)), np.float32)
-    for column, reward in enumerate(rewards):
-        if reward.reads_caption:
-            scores, expected = reward.score(pairs, texts), len(rows)
-        else:
-            scores, expected = reward.score(pictures, firsts), len(images)
-        if tuple(scores.shape) != (expected,):
-            raise ValueError(
-                f"the reward {reward.name!r} gave {tuple(scores.shape)} for {expected} pairs"
-            )
-        found = scores.detach().float().cpu().numpy()
-        values[:, column] = found if reward.reads_caption else found[rows]
-    values[~np.isfinite(values)] = np.nan
-    return np.split(values, np.cumsum(counts)[:-1])

@@ -1,7 +1,7 @@
 """The command line: one command a stage, each usable alone on a user's own files.
 
-    miro scenes | annotate | fit-clip | fit-verifier | encode | train | sample | evaluate | report
-    miro export | launch
+    miro scenes | annotate | inspect | fit-clip | fit-verifier | encode
+    miro train | sample | evaluate | report | export | launch
     miro demo                                              walks them all
 
 Options are the fields of the configuration classes; `miro COMMAND --help` lists them. Those of
@@ -16,128 +16,20 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from rich.logging import RichHandler
 
-from miro.annotate import AnnotateConfig
+from miro.cli_data import annotate, encode, fit_clip, fit_verifier, inspect, scenes
 from miro.cli_train import export, launch, train
 from miro.config import unknown_name
 from miro.demo import DemoConfig
-from miro.encode import EncodeConfig
-from miro.evaluate.verifier import VerifierConfig
-from miro.fit_clip import FitClipConfig
-from miro.progress import bar, console, counting
+from miro.progress import console
 from miro.ranks import EXIT_STOPPED, Stopped
 
 Inline = tyro.conf.arg(name="")
 Positional = tyro.conf.Positional
-
-
-def scenes(
-    dest: Positional[Path],
-    samples: int = 30_000,
-    seed: int = 0,
-    split: Literal["train", "heldout"] = "train",
-    clean: bool = False,
-    wrong_captions: float = 0.5,
-) -> None:
-    """Compose captioned pictures from OpenMoji artwork, uncurated like the web.
-
-    Args:
-        dest: the dataset folder to make.
-        samples: how many pictures.
-        seed: of everything random in them.
-        split: no composition occurs in both splits.
-        clean: no blur, noise or faded colours, and only true captions.
-        wrong_captions: share of captions that are not true of their picture.
-    """
-    from miro.data.scenes import write_scenes
-
-    manifest = write_scenes(
-        dest, samples=samples, seed=seed, split=split, clean=clean, wrong_captions=wrong_captions
-    )
-    console.print(f"{dest}: {manifest.samples} pictures in {len(manifest.shards)} shards")
-
-
-def annotate(
-    source: Positional[Path],
-    dest: Positional[Path],
-    rewards: tuple[str, ...] = ("colourfulness", "sharpness"),
-    config: Annotated[AnnotateConfig, Inline] = AnnotateConfig(),  # noqa: B008 frozen
-) -> None:
-    """Score captioned images with rewards: SOURCE to a dataset folder of shards and scores.
-
-    Args:
-        source: a folder of images with .txt captions beside them, WebDataset tars, or a dataset.
-        dest: the dataset folder to make or to complete.
-        rewards: names, or name=weights where a reward needs them, as in alignment=runs/clip.
-        config: how to go about it.
-    """
-    from miro.annotate import annotate as run
-
-    with counting("annotate") as progress:
-        summary = run(source, dest, rewards=rewards, config=config, progress=progress)
-    console.print(
-        f"{dest}: {summary.samples} samples, {summary.rejected} set aside "
-        f"({dest / 'rejected.jsonl'}), {summary.images_per_second:.0f} images/s"
-    )
-
-
-def fit_clip(
-    data: Positional[Path],
-    dest: Positional[Path],
-    config: Annotated[FitClipConfig, Inline] = FitClipConfig(),  # noqa: B008 frozen
-) -> None:
-    """Fit a small open_clip model to a dataset's own pairs, for the alignment reward.
-
-    Args:
-        data: a dataset folder of captioned images.
-        dest: the folder to write; give it to annotate as alignment=DEST.
-        config: its size and training.
-    """
-    from miro.fit_clip import fit_clip as run
-
-    with bar("fit-clip") as progress:
-        run(data, dest, config=config, progress=progress)
-    console.print(f"{dest}: use it as `miro annotate ... --rewards alignment={dest}`")
-
-
-def fit_verifier(
-    dest: Positional[Path],
-    config: Annotated[VerifierConfig, Inline] = VerifierConfig(),  # noqa: B008 frozen
-) -> None:
-    """Train the held-out judge of scenes, which no model is conditioned on.
-
-    Args:
-        dest: the folder to write.
-        config: its size and training.
-    """
-    from miro.evaluate.verifier import fit_verifier as run
-
-    run(dest, config)
-    console.print(f"{dest}: verifier written, its accuracy is in {dest / 'metrics.json'}")
-
-
-def encode(
-    source: Positional[Path],
-    dest: Positional[Path],
-    config: Annotated[EncodeConfig, Inline] = EncodeConfig(),  # noqa: B008 frozen
-) -> None:
-    """Encode a dataset's images to latents and its captions to text states, once.
-
-    Args:
-        source: a dataset folder that `miro annotate` made.
-        dest: the encoded dataset to make.
-        config: which encoders, and how.
-    """
-    from miro.encode import encode as run
-
-    with counting("encode") as progress:
-        summary = run(source, dest, config=config, progress=progress)
-    cut = f", {summary.cut} captions cut to the encoder's length" if summary.cut else ""
-    console.print(f"{dest}: {summary.samples} samples{cut}, {summary.images_per_second:.0f}/s")
 
 
 def _levels(pairs: Sequence[str], option: str) -> dict[str, float | None]:
@@ -281,6 +173,7 @@ def demo(config: Annotated[DemoConfig, Inline] = DemoConfig()) -> None:  # noqa:
 COMMANDS: Mapping[str, Callable[..., None]] = {
     "scenes": scenes,
     "annotate": annotate,
+    "inspect": inspect,
     "fit-clip": fit_clip,
     "fit-verifier": fit_verifier,
     "encode": encode,

@@ -42,6 +42,7 @@ from miro.data.shards import (
 )
 from miro.data.sources import Candidate, Rejection, read_sample
 from miro.latents import LatentCodec, build_codec
+from miro.locks import alone_in
 from miro.text import TextEncoder, build_text_encoder
 
 log = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ def encode(
         raise ValueError(f"{source}: holds no samples; let `miro annotate` complete a shard first")
     found = (dest / "manifest.json").is_file()
     before = _made_alike(source, dest, pictures, config) if found else None
-    with RejectedLog(dest / "rejected.jsonl") as rejected:
+    with alone_in(dest), RejectedLog(dest / "rejected.jsonl") as rejected:
         for shard in before.shards if before else ():
             copy_scores(source, dest, shard)
         after = before

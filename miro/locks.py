@@ -9,10 +9,15 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
 log = logging.getLogger(__name__)
+
+
+_ABSENT = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+"""What a file system answers that has no locks."""
 
 
 def lock(file: IO[bytes], folder: Path) -> None:
@@ -21,23 +26,51 @@ def lock(file: IO[bytes], folder: Path) -> None:
     The lock goes with the process, however it ends. A file system without locks is said once.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _flock(file, folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(
             f"{folder}: another process is writing this folder; wait until it ends"
         ) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-            raise
-        log.warning("%s: this file system has no locks; run one process only", folder)
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Make the folder if it is absent, and be the only process that writes it."""
+def held(file: IO[bytes], folder: Path) -> Iterator[None]:
+    """Wait for `file`, and hold it for the block."""
+    _flock(file, folder, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        _flock(file, folder, fcntl.LOCK_UN)
+
+
+@lru_cache
+def _say_no_locks(folder: Path) -> None:
+    log.warning("%s: this file system has no locks; run one process only", folder)
+
+
+def _flock(file: IO[bytes], folder: Path, operation: int) -> None:
+    try:
+        fcntl.flock(file, operation)
+    except OSError as error:
+        if error.errno not in _ABSENT:
+            raise
+        _say_no_locks(folder)
+
+
+@contextmanager
+def alone_in(folder: Path, rank: int = 0) -> Iterator[None]:
+    """Make the folder if it is absent, and be the only process of this rank that writes it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "ab") as file:
+    with open(folder / (f".lock-{rank}" if rank else ".lock"), "ab") as file:
         lock(file, folder)
+        yield
+
+
+@contextmanager
+def waiting_in(folder: Path) -> Iterator[None]:
+    """Wait for the processes that share the folder, for the moment it takes to write for all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".turn", "ab") as file, held(file, folder):
         yield
 
 

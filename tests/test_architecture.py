@@ -21,9 +21,9 @@ MAX_LINES = 400
 FLOORS = (
     ("__main__",),
     ("cli",),
-    ("cli_train", "demo"),
+    ("cli_data", "cli_train", "demo"),
     ("annotate", "draw", "encode", "evaluate", "export", "fit_clip", "jobs", "launcher", "train"),
-    ("memory", "meter", "visits"),
+    ("memory", "meter", "scoring", "survey", "visits"),
     ("data", "sample"),
     ("presets",),
     ("engine", "saving"),

@@ -97,6 +97,15 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
+def picture_size(data: bytes) -> tuple[int, int]:
+    """(width, height) as stored, from the picture's header alone; DecodeError where it has none."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return image.size
+    except (OSError, Image.DecompressionBombError, *DAMAGE) as error:
+        raise DecodeError(f"the picture has no header: {error or type(error).__name__}") from None
+
+
 def resize_crop(image: Tensor, size: int) -> Tensor:
     """The central square of an image, uint8 (3, H, W), resized to (3, size, size), antialiased."""
     height, width = image.shape[1:]

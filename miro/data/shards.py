@@ -55,6 +55,8 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
+MODELS = "models"
+"""Where in a manifest's source it says what computed each reward."""
 VERSION = 1
 
 

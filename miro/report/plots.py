@@ -256,6 +256,28 @@ def training_lines(
     return figure
 
 
+@rc_context(_STYLE)
+def histogram(edges: Sequence[float], bars: Sequence[int], marks: Sequence[float]) -> Figure:
+    """How many pairs have which score: a bar between two edges; `marks`: scores, marked below."""
+    figure = Figure(figsize=(3.7, 2.5))
+    axes = figure.add_axes((0.115, 0.165, 0.87, 0.74))
+    axes.stairs(bars, edges, fill=True, color=PALETTE["baseline"])
+    axes.set_xlim(edges[0], edges[-1])
+    top = max(bars) * 1.05
+    axes.set_ylim(-0.09 * top, top)
+    inside = [mark for mark in marks if edges[0] <= mark <= edges[-1]]
+    axes.vlines(inside, -0.07 * top, -0.01 * top, color=PALETTE["miro"], linewidth=0.8)
+    axes.spines["left"].set_visible(False)
+    axes.grid(visible=False, axis="x")
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    ticks = MaxNLocator(5, integer=True).tick_values(0, top)
+    axes.set_yticks([tick for tick in ticks if 0 <= tick <= top])
+    axes.yaxis.set_major_formatter(FuncFormatter(thousands))
+    axes.set_xlabel("raw score", fontsize=9, loc="right")
+    figure.text(0.01, 0.945, "pairs", fontsize=9, color=PALETTE["muted"])
+    return figure
+
+
 def svg(figure: Figure, name: str) -> str:
     """The figure as markup to put into a page; `name` must be its own on the page."""
     buffer = io.StringIO()

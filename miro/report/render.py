@@ -38,7 +38,7 @@ def number(value: float | None, like: float | None = None) -> str:
         return "–"
     size = abs(value if like is None else like)
     decimals = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3
-    return f"{value:,.{decimals}f}".replace("-", "−")
+    return f"{value:z,.{decimals}f}".replace("-", "−")  # z: never −0.00
 
 
 def duration(seconds: float | None) -> str:

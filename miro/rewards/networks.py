@@ -23,15 +23,20 @@ class NetworkReward:
 
     name: str
     model: str
+    reads_caption: bool
+    range: tuple[float, float]
     view: View
     """The squares of the pictures it looks at."""
+
+    def score(self, images: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
+        """See `Reward`."""
+        raise NotImplementedError
 
     def __init__(self, network: nn.Module, options: RewardOptions) -> None:
         self.options = options
         self.device = torch.device(options.device)
         self._batch = options.batch_size
         self.network: Any = network.to(options.dtype).eval().requires_grad_(False)
-        self.to(self.device)
 
     @property
     def bytes(self) -> int:
@@ -39,10 +44,9 @@ class NetworkReward:
         tensors = (*self.network.parameters(), *self.network.buffers())
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    def to(self, device: torch.device | str) -> None:
-        """Move the network; it computes where it is."""
-        self.device = torch.device(device)
-        self.network.to(self.device)
+    def leave(self) -> None:
+        """Move the network to the host's memory; it comes back when it is used."""
+        self.network.to("cpu")
 
     def compiled(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """The function, compiled where the options say so; for shapes that repeat."""
@@ -51,8 +55,10 @@ class NetworkReward:
     def in_batches(self, function: Callable[[int, int], Tensor], count: int) -> Tensor:
         """function(start, stop) over 0 to count, in batches, joined.
 
-        The size is the options', halved for good wherever the device's memory ends.
+        The size is the options', halved for good wherever the device's memory ends. The network
+        moves to its device first, if it is not there.
         """
+        self.network.to(self.device)
         parts: list[Tensor] = []
         start = 0
         while start < count:

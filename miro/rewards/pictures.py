@@ -102,6 +102,12 @@ class Pictures(Sequence[Tensor]):
         taken.rows = [self.rows[row] for row in rows]
         return taken
 
+    def keep(self, views: Iterable[View]) -> None:
+        """Make these squares, and let go of the pictures."""
+        for view in views:
+            self.squares(view)
+        self.distinct = [torch.empty(3, 0, 0, dtype=torch.uint8) for _ in self.distinct]
+
     @classmethod
     def of(cls, images: Sequence[Tensor]) -> Pictures:
         """The images as Pictures; those that are Pictures keep what was made of them."""

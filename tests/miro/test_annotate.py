@@ -21,8 +21,8 @@ from torch import Tensor
 
 from miro.annotate import AnnotateConfig, annotate
 from miro.data.decode import decode
-from miro.data.rejected import RejectedLog
 from miro.data.shards import Manifest, iterate_shard, read_scores, verify
+from miro.locks import alone_in
 from miro.rewards.pixels import Colourfulness, Sharpness
 
 SMALL = AnnotateConfig(batch_size=4, samples_per_shard=5, workers=1)
@@ -32,6 +32,7 @@ class CaptionLength:
     """A reward that reads the caption; it counts what it was asked."""
 
     name = "caption_length"
+    model = "a test"
     reads_caption = True
     range = (0.0, 100.0)
 
@@ -48,6 +49,7 @@ class Brightness(CaptionLength):
     """A reward of the image alone; it counts what it was asked."""
 
     name = "brightness"
+    model = "a test"
     reads_caption = False
 
     def score(self, images: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
@@ -294,8 +296,7 @@ def test_a_folder_made_from_something_else_is_left_alone(tmp_path: Path) -> None
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     source, dest = make_folder(tmp_path / "in"), tmp_path / "out"
-    log = RejectedLog(dest / "rejected.jsonl")
-    with log, pytest.raises(ValueError, match="another process"):
+    with alone_in(dest), pytest.raises(ValueError, match="another process"):
         annotate(source, dest, rewards=["sharpness"], config=SMALL)
     assert annotate(source, dest, rewards=["sharpness"], config=SMALL).samples == 10
 

@@ -53,6 +53,7 @@ def reasons(dest: Path) -> dict[str, tuple[str, str]]:
 class Scores:
     """A reward of the image alone that gives what it is told, picture by picture."""
 
+    model = "a test"
     reads_caption = False
     range = (0.0, 1.0)
 

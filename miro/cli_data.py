@@ -1,0 +1,144 @@
+"""The commands about datasets: scenes, annotate, inspect, fit-clip, fit-verifier, encode."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from miro.annotate import AnnotateConfig
+from miro.encode import EncodeConfig
+from miro.evaluate.verifier import VerifierConfig
+from miro.fit_clip import FitClipConfig
+from miro.progress import bar, console, counting
+from miro.survey.run import InspectConfig
+
+Inline = tyro.conf.arg(name="")
+Positional = tyro.conf.Positional
+
+
+def scenes(
+    dest: Positional[Path],
+    samples: int = 30_000,
+    seed: int = 0,
+    split: Literal["train", "heldout"] = "train",
+    clean: bool = False,
+    wrong_captions: float = 0.5,
+) -> None:
+    """Compose captioned pictures from OpenMoji artwork, uncurated like the web.
+
+    Args:
+        dest: the dataset folder to make.
+        samples: how many pictures.
+        seed: of everything random in them.
+        split: no composition occurs in both splits.
+        clean: no blur, noise or faded colours, and only true captions.
+        wrong_captions: share of captions that are not true of their picture.
+    """
+    from miro.data.scenes import write_scenes
+
+    manifest = write_scenes(
+        dest, samples=samples, seed=seed, split=split, clean=clean, wrong_captions=wrong_captions
+    )
+    console.print(f"{dest}: {manifest.samples} pictures in {len(manifest.shards)} shards")
+
+
+def annotate(
+    source: Positional[Path],
+    dest: Positional[Path],
+    rewards: tuple[str, ...] = ("colourfulness", "sharpness"),
+    config: Annotated[AnnotateConfig, Inline] = AnnotateConfig(),  # noqa: B008 frozen
+) -> None:
+    """Score captioned images with rewards: SOURCE to a dataset folder of shards and scores.
+
+    Args:
+        source: a folder of images with .txt or .json captions beside them; WebDataset tars, as a
+            folder or "a/{000..099}.tar"; a .csv, .tsv, .jsonl or .parquet table; a Hugging Face
+            dataset on disk; or a dataset folder.
+        dest: the dataset folder to make or to complete.
+        rewards: names, or name=weights where a reward needs them, as in alignment=runs/clip.
+        config: how to go about it.
+    """
+    from miro.annotate import annotate as run
+
+    with counting("annotate") as progress:
+        summary = run(source, dest, rewards=rewards, config=config, progress=progress)
+    console.print(
+        f"{dest}: {summary.samples} samples, {summary.rejected} set aside "
+        f"({dest / 'rejected.jsonl'}), {summary.images_per_second:.0f} images/s"
+    )
+
+
+def inspect(
+    data: Positional[Path],
+    out: Path | None = None,
+    config: Annotated[InspectConfig, Inline] = InspectConfig(),  # noqa: B008 frozen
+) -> None:
+    """Show a dataset on one HTML page: counts, scores, what was set aside, the best and worst.
+
+    Args:
+        data: a dataset folder of `miro annotate` or `miro encode`.
+        out: the page, NAME.html, with the numbers in NAME.json; DATA/inspect.html if not given.
+        config: how much to look at, and what to show.
+    """
+    from miro.survey.run import inspect as run
+
+    with counting("inspect") as progress:
+        page = run(data, out, config=config, progress=progress)
+    console.print(f"{page}: the numbers are in {page.with_suffix('.json')}")
+
+
+def fit_clip(
+    data: Positional[Path],
+    dest: Positional[Path],
+    config: Annotated[FitClipConfig, Inline] = FitClipConfig(),  # noqa: B008 frozen
+) -> None:
+    """Fit a small open_clip model to a dataset's own pairs, for the alignment reward.
+
+    Args:
+        data: a dataset folder of captioned images.
+        dest: the folder to write; give it to annotate as alignment=DEST.
+        config: its size and training.
+    """
+    from miro.fit_clip import fit_clip as run
+
+    with bar("fit-clip") as progress:
+        run(data, dest, config=config, progress=progress)
+    console.print(f"{dest}: use it as `miro annotate ... --rewards alignment={dest}`")
+
+
+def fit_verifier(
+    dest: Positional[Path],
+    config: Annotated[VerifierConfig, Inline] = VerifierConfig(),  # noqa: B008 frozen
+) -> None:
+    """Train the held-out judge of scenes, which no model is conditioned on.
+
+    Args:
+        dest: the folder to write.
+        config: its size and training.
+    """
+    from miro.evaluate.verifier import fit_verifier as run
+
+    run(dest, config)
+    console.print(f"{dest}: verifier written, its accuracy is in {dest / 'metrics.json'}")
+
+
+def encode(
+    source: Positional[Path],
+    dest: Positional[Path],
+    config: Annotated[EncodeConfig, Inline] = EncodeConfig(),  # noqa: B008 frozen
+) -> None:
+    """Encode a dataset's images to latents and its captions to text states, once.
+
+    Args:
+        source: a dataset folder that `miro annotate` made.
+        dest: the encoded dataset to make.
+        config: which encoders, and how.
+    """
+    from miro.encode import encode as run
+
+    with counting("encode") as progress:
+        summary = run(source, dest, config=config, progress=progress)
+    cut = f", {summary.cut} captions cut to the encoder's length" if summary.cut else ""
+    console.print(f"{dest}: {summary.samples} samples{cut}, {summary.images_per_second:.0f}/s")

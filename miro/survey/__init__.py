@@ -1,0 +1,1 @@
+"""`miro inspect`: what a dataset folder holds, in numbers and pictures."""

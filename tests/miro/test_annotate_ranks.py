@@ -1,0 +1,151 @@
+"""One dataset folder made by several processes, each with its share: as if one had made it."""
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+from test_annotate import contents, make_folder, make_tar, picture
+from together import Together
+
+from miro.annotate import AnnotateConfig, annotate
+from miro.data.shards import Manifest, scores_path
+from miro.data.units import read_done
+
+CONFIG = AnnotateConfig(batch_size=4, samples_per_shard=5, workers=1, max_rejected_after=1_000)
+BOTH = ("colourfulness", "sharpness")
+
+
+def by_ranks(world: int, source: Path, dest: Path, rewards: tuple[str, ...] = BOTH) -> Together:
+    action = partial(annotate, rewards=rewards, config=CONFIG)
+    return Together(world, dest.with_name(f"{dest.name}-logs"), source, dest, action=action)
+
+
+def made(folder: Path) -> dict[str, bytes]:
+    """Every file, but the locks of each process, which are empty."""
+    return {name: data for name, data in contents(folder).items() if ".lock" not in name}
+
+
+def test_ranks_make_what_one_process_makes(tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "in", 47)
+    annotate(source, tmp_path / "one", rewards=BOTH, config=CONFIG)
+
+    codes = by_ranks(3, source, tmp_path / "three").wait()
+
+    assert codes == [0, 0, 0]
+    assert made(tmp_path / "three") == made(tmp_path / "one")
+
+
+def test_tars_are_divided_too_and_their_parts_are_in_order(tmp_path: Path) -> None:
+    for tar in range(4):
+        samples = [
+            (f"{i:03d}", {"png": picture(i), "txt": f"{tar} {i}".encode()}) for i in range(tar * 6)
+        ]
+        make_tar(tmp_path / "in" / f"{tar}.tar", samples)
+    annotate(tmp_path / "in", tmp_path / "one", rewards=BOTH, config=CONFIG)
+
+    codes = by_ranks(2, tmp_path / "in", tmp_path / "two").wait()
+
+    assert codes == [0, 0]
+    assert made(tmp_path / "two") == made(tmp_path / "one")
+    names = [Path(shard.name).stem for shard in Manifest.read(tmp_path / "two").shards]
+    assert names == sorted(names) and "00003-003" in names
+
+
+def test_ranks_that_run_one_after_the_other_need_not_meet(tmp_path: Path) -> None:
+    """As the tasks of an array job do; the last one completes the manifest, whichever it is."""
+    source = make_folder(tmp_path / "in", 23)
+    annotate(source, tmp_path / "one", rewards=BOTH, config=CONFIG)
+    listed = []
+
+    for rank in (2, 0, 1):
+        before = dict(os.environ)
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": "0"}
+        try:
+            annotate(source, tmp_path / "three", rewards=BOTH, config=CONFIG)
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        listed.append(len(Manifest.read(tmp_path / "three").shards))
+
+    assert listed == [0, 1, 5]
+    assert made(tmp_path / "three") == made(tmp_path / "one")
+
+
+def test_a_killed_rank_leaves_its_unit_and_another_number_of_ranks_goes_on(
+    tmp_path: Path,
+) -> None:
+    source = make_folder(tmp_path / "in", 61)
+    annotate(source, tmp_path / "one", rewards=BOTH, config=CONFIG)
+    generator = random.Random(0)
+    dest = tmp_path / "many"
+
+    for world in (3, 2, 4):
+        together = by_ranks(world, source, dest)
+        time.sleep(generator.uniform(0.1, 0.6))
+        for process in together.ranks:
+            if process.is_alive() and process.pid:
+                os.kill(process.pid, signal.SIGKILL)
+        together.wait()
+    before = {path: path.stat().st_mtime_ns for path in dest.glob("units/*.json")}
+    codes = by_ranks(2, source, dest).wait()
+
+    assert codes == [0, 0]
+    assert made(dest) == made(tmp_path / "one")
+    assert before == {path: path.stat().st_mtime_ns for path in before}, "done twice"
+
+
+def test_a_reward_is_added_by_ranks_to_shards_that_are_there(tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "in", 31)
+    annotate(source, tmp_path / "one", rewards=BOTH, config=CONFIG)
+    annotate(source, tmp_path / "two", rewards=("colourfulness",), config=CONFIG)
+    tables = [scores_path(tmp_path / "two", s) for s in Manifest.read(tmp_path / "two").shards]
+    before = [table.read_bytes() for table in tables]
+
+    codes = by_ranks(2, tmp_path / "two", tmp_path / "two").wait()
+
+    assert codes == [0, 0]
+    assert made(tmp_path / "two") == made(tmp_path / "one")
+    assert all(a != b.read_bytes() for a, b in zip(before, tables, strict=True))
+
+
+def test_two_processes_of_one_rank_do_not_write_one_folder(tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "in", 400)
+    first = by_ranks(2, source, tmp_path / "out")
+    deadline = time.monotonic() + 30
+    while not list((tmp_path / "out").glob("units/*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+    with pytest.raises(ValueError, match="another process is writing this folder"):
+        annotate(source, tmp_path / "out", rewards=BOTH, config=CONFIG)
+
+    assert first.wait() == [0, 0]
+
+
+@pytest.mark.parametrize("break_it", [lambda text: text[:20], lambda text: '{"shard": null}'])
+def test_a_record_that_is_none_is_named_with_the_remedy(
+    tmp_path: Path, break_it: Callable[[str], str]
+) -> None:
+    source = make_folder(tmp_path / "in", 12)
+    annotate(source, tmp_path / "out", rewards=BOTH, config=CONFIG)
+    path = tmp_path / "out" / "units" / "00001.json"
+    path.write_text(break_it(path.read_text()))
+
+    with pytest.raises(ValueError, match=r"00001\.json: not a record .*delete it and run again"):
+        read_done(tmp_path / "out", 1, 0)
+
+
+def test_scores_of_another_model_are_not_put_into_the_same_column(tmp_path: Path) -> None:
+    source, dest = make_folder(tmp_path / "in", 12), tmp_path / "out"
+    annotate(source, dest, rewards=["sharpness"], config=CONFIG)
+    manifest = json.loads((dest / "manifest.json").read_text())
+    manifest["source"]["models"]["sharpness"] = "an older measure"
+    (dest / "manifest.json").write_text(json.dumps(manifest))
+
+    with pytest.raises(ValueError, match="scored by an older measure, not by edges over noise"):
+        annotate(source, dest, rewards=["sharpness"], config=CONFIG)

@@ -1,0 +1,269 @@
+"""The page of `inspect`: what it shows of a dataset, and what bad data does to it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from inspected import make_dataset, page_of, png, shade, text_of
+from PIL import Image
+
+from miro.annotate import AnnotateConfig, annotate
+from miro.cli import main
+from miro.data.shards import Manifest, read_scores
+from miro.survey import contact
+from miro.survey.contact import CELL
+from miro.survey.run import InspectConfig, inspect, survey_of
+
+NAN = float("nan")
+HOSTILE = "<script>alert('$1$')</script>\"'"
+
+
+def keys_of(record: dict[str, Any], reward: str, end: str) -> list[str]:
+    (sheet,) = [s for s in record["sheets"] if (s["reward"], s["end"]) == (reward, end)]
+    return [shown["key"] for shown in sheet["shown"]]
+
+
+def sheets_of(html: str) -> dict[str, np.ndarray]:
+    """The contact sheets of a page by their title, as pixels."""
+    found = re.findall(r'<img alt="([^"]*)" src="data:image/jpeg;base64,([^"]*)">', html)
+    return {
+        title: np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for title, data in found
+    }
+
+
+def test_contact_sheets_show_the_best_and_the_worst_in_their_order(tmp_path: Path) -> None:
+    scores = [3, 9, 4, 1, 5, 2, 6, NAN, 8, 7]
+    folder = make_dataset(tmp_path, {"clip": scores, "vqa": list(range(10))})
+
+    html, record = page_of(folder, pictures=4)
+
+    assert keys_of(record, "clip", "best") == ["key1", "key8", "key9", "key6"]
+    assert keys_of(record, "clip", "worst") == ["key3", "key5", "key0", "key2"]
+    sheets = sheets_of(html)
+    assert list(sheets) == ["Clip, best", "Clip, worst", "Vqa, best", "Vqa, worst"]
+    for title, numbers in (("Clip, best", [1, 8, 9, 6]), ("Clip, worst", [3, 5, 0, 2])):
+        assert sheets[title].shape == (CELL, 4 * CELL, 3)
+        centres = sheets[title][CELL // 2, CELL // 2 :: CELL, 0].astype(int)
+        assert np.abs(centres - 20 * np.array(numbers)).max() <= 3
+    assert 'title="9.00: picture 1 (key1, original)"' in html
+
+
+def test_of_a_sample_with_several_captions_the_extreme_pair_is_shown_once(tmp_path: Path) -> None:
+    captions = [{"original": f"short {i}", "long": f"long {i}"} for i in range(3)]
+
+    _, record = page_of(make_dataset(tmp_path, {"clip": [1, 6, 5, 2, 4, 3]}, captions=captions))
+
+    best, worst = record["sheets"]
+    assert [(s["key"], s["caption"]) for s in best["shown"]] == [
+        ("key0", "long 0"), ("key1", "short 1"), ("key2", "short 2")
+    ]  # fmt: skip
+    assert [(s["key"], s["caption"]) for s in worst["shown"]] == [
+        ("key0", "short 0"), ("key1", "long 1"), ("key2", "long 2")
+    ]  # fmt: skip
+
+
+def test_a_picture_that_cannot_be_decoded_is_left_out_and_said(tmp_path: Path) -> None:
+    folder = make_dataset(
+        tmp_path, {"clip": list(range(10))}, pictures={9: png(shade(9))[:60], 0: b"<html>"}
+    )
+
+    html, record = page_of(folder, pictures=3)
+
+    assert keys_of(record, "clip", "best") == ["key8", "key7"]
+    assert keys_of(record, "clip", "worst") == ["key1", "key2"]
+    assert sheets_of(html)["Clip, best"].shape == (CELL, 2 * CELL, 3)
+    assert "1 could not be decoded: key9: the picture is" in text_of(html)
+    assert "key0: this is an HTML page" in text_of(html)
+    assert record["looks"]["no_picture"] == 1  # the truncated one has its header
+
+
+def test_a_sheet_whose_pictures_are_all_damaged_says_so(tmp_path: Path) -> None:
+    damaged = {i: b"no picture" for i in range(10)}
+
+    html, record = page_of(make_dataset(tmp_path, {"clip": list(range(10))}, pictures=damaged))
+
+    assert sheets_of(html) == {}
+    assert "10 could not be decoded" in text_of(html)
+    assert record["looks"]["no_picture"] == 10
+
+
+def test_text_of_strangers_is_escaped(tmp_path: Path) -> None:
+    captions = [{"original": f"{HOSTILE} {i}"} for i in range(10)]
+    folder = make_dataset(tmp_path, {HOSTILE: list(range(10))}, captions=captions)
+    line = {"source": HOSTILE, "field": HOSTILE, "reason": HOSTILE}
+    (folder / "rejected.jsonl").write_text(json.dumps(line) + "\n")
+    manifest = Manifest.read(folder)
+    replace(manifest, source={"annotate": {"models": {HOSTILE: HOSTILE}}}).write(folder)
+
+    html, _ = page_of(folder)
+
+    assert "<script" not in html
+    titles = re.findall(r'<li title="([^"]*)">', html)
+    assert len(titles) == 20
+    assert all("&lt;script&gt;" in title and "<" not in title for title in titles)
+    assert html.count("&lt;script&gt;alert") > 25
+
+
+def test_page_needs_nothing_but_itself_and_is_the_same_twice(tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path, {"clip": list(range(10)), "vqa": list(range(10, 0, -1))})
+
+    html, _ = page_of(folder)
+
+    assert page_of(folder)[0] == html
+    loaded = re.findall(r'(?:src|xlink:href)="([^"]*)"', html) + re.findall(r"url\(([^)]*)\)", html)
+    assert loaded and all(address.startswith(("data:", "#")) for address in loaded)
+    ids = re.findall(r'\bid="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+
+
+def test_the_model_that_gave_the_scores_is_named_where_the_manifest_names_it(
+    tmp_path: Path,
+) -> None:
+    folder = make_dataset(tmp_path, {"clip": list(range(10)), "vqa": list(range(10))})
+    source = {"annotate": {"models": {"clip": "ViT-B-32 laion2b"}}}
+    replace(Manifest.read(folder), source=source).write(folder)
+
+    html, record = page_of(folder)
+
+    assert text_of(html).count("Scored by") == 1 and "Scored by ViT-B-32 laion2b." in html
+    assert [reward["model"] for reward in record["rewards"]] == ["ViT-B-32 laion2b", None]
+
+
+def test_without_scores_the_page_says_how_to_add_them(tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path, {})
+    for path in folder.glob("scores/*"):
+        path.unlink()
+
+    html, record = page_of(folder)
+
+    assert "miro annotate DATA DATA --rewards" in text_of(html)
+    assert "<svg" not in html and "no rejected.jsonl in the folder" in html
+    assert (record["pairs"], record["rewards"], record["rejected"]) == (None, [], None)
+
+
+def test_what_annotate_set_aside_is_on_the_page(tmp_path: Path) -> None:
+    for i in range(8):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        data = png(shade(i))
+        (tmp_path / "in" / f"{i}.png").write_bytes(data[:50] if i < 3 else data)
+        (tmp_path / "in" / f"{i}.txt").write_text(f"picture {i}")
+    config = AnnotateConfig(samples_per_shard=4)
+    annotate(tmp_path / "in", tmp_path / "out", rewards=["colourfulness"], config=config)
+
+    html, record = page_of(tmp_path / "out")
+
+    assert record["rejected"]["lines"] == 3
+    assert sum(count for *_, count in record["rejected"]["reasons"]) == 3
+    assert "0.png" in text_of(html) and "Set aside 3 lines" in text_of(html)
+    assert read_scores(tmp_path / "out").keys == ["3", "4", "5", "6", "7"]
+
+
+def test_latents_that_are_pixels_are_shown_as_pictures(encoded: Path, tmp_path: Path) -> None:
+    page = inspect(encoded, tmp_path / "page.html", config=InspectConfig(pictures=6))
+    source = inspect(encoded.parent / "scored", tmp_path / "source.html")
+
+    record, original = (
+        json.loads(path.with_suffix(".json").read_text()) for path in (page, source)
+    )
+    assert record["encoding"]["latents"] == "pixels" and record["kind"] == "encoded"
+    assert "minilm" in text_of(page.read_text())
+    for reward in ("colourfulness", "sharpness"):
+        assert keys_of(record, reward, "best") == keys_of(original, reward, "best")[:6]
+    encoded_sheets, original_sheets = (sheets_of(p.read_text()) for p in (page, source))
+    for title, sheet in encoded_sheets.items():
+        difference = sheet.astype(int) - original_sheets[title][:CELL, : 6 * CELL]
+        assert np.abs(difference).mean() < 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "page.html", "page.json", "source.html", "source.json"
+    ]  # fmt: skip
+
+
+def test_latents_of_an_autoencoder_are_not_shown_and_it_is_said(
+    encoded: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "shards").symlink_to(encoded / "shards")
+    (tmp_path / "scores").symlink_to(encoded / "scores")
+    manifest = Manifest.read(encoded)
+    assert manifest.encoding is not None
+    other = {**manifest.encoding, "latents": "stabilityai/sdxl-vae"}
+    replace(manifest, encoding=other).write(tmp_path)
+
+    html, record = page_of(tmp_path, pictures=5)
+
+    assert "holds latents of stabilityai/sdxl-vae, not pictures" in text_of(html)
+    assert sheets_of(html) == {}
+    (best, *_) = record["sheets"]
+    assert len(best["shown"]) == 5 and best["skipped"] == []
+    assert all(shown["caption"] in text_of(html) for shown in best["shown"])
+
+
+def test_folders_and_names_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    Manifest("images", (), ()).write(tmp_path / "empty")
+    folder = make_dataset(tmp_path / "data", {"clip": list(range(10))})
+
+    with pytest.raises(ValueError, match="not a dataset folder; make one with `miro annotate`"):
+        inspect(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="holds no samples yet; let `miro annotate` complete"):
+        inspect(tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"page\.json: the page's name must end in \.html"):
+        inspect(folder, tmp_path / "page.json")
+    with pytest.raises(ValueError, match="bins must be at least 2, got 1"):
+        InspectConfig(bins=1)
+    assert list(tmp_path.rglob("*.html")) == []
+
+
+def test_missing_shards_and_score_files_are_named(tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path, {"clip": list(range(10))})
+    score_file, tar = folder / "scores" / "00001.parquet", folder / "shards" / "00001.tar"
+    data = score_file.read_bytes()
+
+    score_file.write_bytes(b"PAR1 or so")
+    with pytest.raises(ValueError, match=r"00001\.parquet: not a score file"):
+        inspect(folder)
+    score_file.unlink()
+    with pytest.raises(ValueError, match=r"00001\.parquet: no such file; run `miro annotate"):
+        inspect(folder)
+    score_file.write_bytes(data)
+    tar.unlink()
+    with pytest.raises(ValueError, match=r"00001\.tar: no such file, but the manifest lists it"):
+        inspect(folder)
+
+
+def test_only_the_shards_that_hold_what_is_shown_are_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_dataset(tmp_path, {"clip": [0, 1, 5, 5, 5, 5, 5, 5, 8, 9]}, shards=5)
+    opened: list[str] = []
+
+    class Watched(contact.ShardIndex):
+        def __init__(self, folder: Path, manifest: Manifest):
+            opened.extend(shard.name for shard in manifest.shards)
+            super().__init__(folder, manifest)
+
+    monkeypatch.setattr(contact, "ShardIndex", Watched)
+    survey_of(folder, InspectConfig(pictures=2), lambda done, total: None)
+
+    assert opened == ["00000.tar", "00004.tar"]
+
+
+def test_the_command_writes_the_page_and_says_where(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_dataset(tmp_path / "data", {"clip": list(range(10))})
+
+    main(["inspect", str(folder), "--pictures", "2", "--out", str(tmp_path / "p.html")])
+
+    assert "<h1>data</h1>" in (tmp_path / "p.html").read_text()
+    assert "p.json" in "".join(capsys.readouterr().err.split())
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", str(tmp_path / "nowhere")])
+    assert stop.value.code == 1
+    assert "not a dataset folder" in " ".join(capsys.readouterr().err.split())

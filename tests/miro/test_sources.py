@@ -1,0 +1,340 @@
+"""Sources: what is found in folders and tars, and how it is cut to be shared out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from drained import drain, good, picture, refused, write_tar
+from torch import Tensor
+
+from miro.annotate import AnnotateConfig, annotate
+from miro.data.braces import expand_braces
+from miro.data.folder import FolderSource
+from miro.data.shards import Manifest, read_scores, verify
+from miro.data.sources import Columns, open_source, shard_name
+
+
+def put(path: Path, content: bytes | str | object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not isinstance(content, bytes):
+        content = (content if isinstance(content, str) else json.dumps(content)).encode()
+    path.write_bytes(content)
+    return path
+
+
+def captions_in(folder: Path, size: int = 100) -> dict[str, dict[str, str]]:
+    return {key: c.captions for key, c in good(open_source(folder, size)).items()}
+
+
+# What every source promises, whichever it is: (how to make one, how many groups of 4 it has).
+
+
+def make_folder(root: Path) -> Path:
+    for i in range(11):
+        put(root / f"{i % 3}" / f"{i}.png", picture(i))
+        put(root / f"{i % 3}" / f"{i}.txt", f"picture {i}" if i != 5 else "")
+    return root
+
+
+def make_tars(root: Path) -> Path:
+    for number, count in enumerate([9, 0, 2]):
+        samples = [(f"{i}", {"png": picture(i), "txt": b"picture"}) for i in range(count)]
+        write_tar(root / f"{number}.tar", samples)
+    return root
+
+
+def make_table(root: Path) -> Path:
+    lines = [f'../pictures/{i}.png,"picture {i}\nof ""many"", in rows"' for i in range(11)]
+    for i in range(11):
+        put(root / "pictures" / f"{i}.png", picture(i))
+    return put(root / "tables" / "a.csv", "\n".join(["path,caption", *lines]))
+
+
+def make_parquet(root: Path) -> Path:
+    images = [{"bytes": picture(i), "path": None} for i in range(11)]
+    table = pa.table({"image": images, "text": [f"picture {i}" for i in range(11)]})
+    root.mkdir()
+    pq.write_table(table.slice(0, 7), root / "train-00000-of-00002.parquet", row_group_size=3)
+    pq.write_table(table.slice(7), root / "train-00001-of-00002.parquet", row_group_size=3)
+    return root
+
+
+EVERY = pytest.mark.parametrize(
+    ("make", "groups"), [(make_folder, 3), (make_tars, 3), (make_table, 3), (make_parquet, 3)]
+)
+
+
+@EVERY
+def test_groups_open_by_themselves_and_hold_each_sample_once(make, groups, tmp_path) -> None:
+    path = make(tmp_path / "in")
+    whole = drain(open_source(path, 4))
+
+    apart = []
+    for group in range(groups):
+        source = open_source(path, 4)  # as another process would
+        apart += [item for unit in source.units(group) for item in unit]
+
+    assert open_source(path, 4).groups == groups
+    assert apart == whole
+    assert len(good(open_source(path, 4))) >= 10
+
+
+@EVERY
+def test_units_that_are_done_are_left_out_and_the_rest_is_the_same(make, groups, tmp_path) -> None:
+    source = open_source(make(tmp_path / "in"), 4)
+
+    for group in range(groups):
+        units = [list(unit) for unit in source.units(group)]
+        assert units
+        for done in range(len(units) + 1):
+            assert [list(unit) for unit in source.units(group, done)] == units[done:]
+
+
+@EVERY
+def test_a_fingerprint_is_of_the_contents_and_of_the_cut(make, groups, tmp_path) -> None:
+    path, again = make(tmp_path / "in"), make(tmp_path / "again")
+
+    one = open_source(path, 4).fingerprint
+    assert open_source(again, 4).fingerprint == one
+    assert open_source(again, 5).fingerprint != one
+
+    if make is make_folder:
+        put(again / "more.png", picture(0))
+    elif make is make_tars:
+        write_tar(again / "1.tar", [("0", {"png": picture(0), "txt": b"picture"})] * 99)
+    elif make is make_table:
+        again.write_bytes(again.read_bytes() + b"\n../pictures/0.png,more")
+    else:
+        (again / "train-00001-of-00002.parquet").unlink()
+    assert open_source(again, 4).fingerprint != one
+
+
+class Stopping:
+    """A reward that is stopped after some images."""
+
+    name, reads_caption, range = "brightness", False, (0.0, 255.0)
+
+    def __init__(self, after: int):
+        self._left = after
+
+    def score(self, images: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
+        self._left -= len(images)
+        if self._left < 0:
+            raise KeyboardInterrupt
+        return torch.stack([image.float().mean() for image in images])
+
+
+@EVERY
+def test_stopped_anywhere_annotate_goes_on_to_the_same_bytes(make, groups, tmp_path) -> None:
+    path = make(tmp_path / "in")
+    config = AnnotateConfig(batch_size=2, samples_per_shard=4, workers=1)
+    annotate(path, tmp_path / "whole", rewards=[Stopping(100)], config=config)
+    expected = {
+        str(file.relative_to(tmp_path / "whole")): file.read_bytes()
+        for file in (tmp_path / "whole").rglob("*")
+        if file.is_file()
+    }
+
+    for after in (0, 4, 6, 9):
+        dest = tmp_path / f"stopped after {after}"
+        with pytest.raises(KeyboardInterrupt):
+            annotate(path, dest, rewards=[Stopping(after)], config=config)
+        annotate(path, dest, rewards=[Stopping(100)], config=config)
+        files = (file for file in dest.rglob("*") if file.is_file())
+        assert {str(f.relative_to(dest)): f.read_bytes() for f in files} == expected
+
+
+def test_shards_are_named_by_group_and_unit(tmp_path: Path) -> None:
+    path = make_tars(tmp_path / "in")
+    config = AnnotateConfig(samples_per_shard=4, workers=1)
+
+    annotate(path, tmp_path / "out", rewards=["sharpness"], config=config)
+
+    verify(tmp_path / "out")
+    manifest = Manifest.read(tmp_path / "out")
+    names = [shard.name for shard in manifest.shards]
+    assert names == ["00000.tar", "00000-001.tar", "00000-002.tar", "00002.tar"]
+    assert names == [shard_name(*unit) for unit in [(0, 0), (0, 1), (0, 2), (2, 0)]]
+    assert (tmp_path / "out" / "scores" / "00000-001.parquet").is_file()
+    assert read_scores(tmp_path / "out").keys[-2:] == ["00002_0", "00002_1"]
+
+
+# Folders.
+
+
+def test_captions_of_a_folder_stand_in_txt_or_json_or_both(tmp_path: Path) -> None:
+    captions = {"original": "from json", "long": "a longer one"}
+    for name in ["a", "b", "c", "d"]:
+        put(tmp_path / f"{name}.png", picture(0))
+    put(tmp_path / "a.txt", "from txt")
+    put(tmp_path / "b.json", {"caption": "from json", "width": 5})
+    put(tmp_path / "c.txt", "from txt")
+    put(tmp_path / "c.json", {"captions": captions})
+    put(tmp_path / "d.txt", "from txt")
+    put(tmp_path / "d.json", {"captions": ["", "second"], "seen": True})
+
+    source = open_source(tmp_path, 100)
+    found = good(source)
+
+    assert {key: candidate.captions for key, candidate in found.items()} == {
+        "a": {"original": "from txt"},
+        "b": {"original": "from json"},
+        "c": captions,
+        "d": {"original_1": "second"},
+    }
+    assert (found["a"].extra, found["b"].extra, found["d"].extra) == ({}, {"width": 5}, {"seen": 1})
+    assert refused(source) == {("d.png", "captions.original"): "the caption is empty"}
+
+
+def test_a_caption_file_of_a_folder_that_cannot_be_used_is_told(tmp_path: Path) -> None:
+    for name in ["list", "deep", "none", "large", "loop", "digits"]:
+        put(tmp_path / f"{name}.png", picture(0))
+    put(tmp_path / "list.json", [1])
+    put(tmp_path / "deep.json", '{"caption": "good", "x": ' + "[" * 500 + "]" * 500 + "}")
+    put(tmp_path / "none.json", {"width": 5})
+    put(tmp_path / "large.json", b'{"caption": "' + b"x" * 10_000_000 + b'"}')
+    put(tmp_path / "digits.json", '{"caption": "good", "x": ' + "1" * 5000 + "}")
+    (tmp_path / "loop.json").symlink_to("loop.json")
+
+    reasons = {what: why for (what, _), why in refused(open_source(tmp_path, 100)).items()}
+
+    assert reasons.keys() == {
+        f"{n}.png" for n in ("list", "deep", "none", "large", "loop", "digits")
+    }
+    assert "no object but list" in reasons["list.png"]
+    assert "nested too deeply" in reasons["deep.png"]
+    assert "no caption in a .json" in reasons["none.png"]
+    assert "more than 1 MB" in reasons["large.png"]
+    assert "link to itself" in reasons["loop.png"]
+    assert "digits" in reasons["digits.png"]
+
+
+def test_json_nested_as_deeply_as_is_allowed_survives_the_whole_way(tmp_path: Path) -> None:
+    put(tmp_path / "in" / "a.png", picture(0))
+    put(tmp_path / "in" / "a.json", '{"caption": "a", "x": ' + "[" * 99 + "]" * 99 + "}")
+
+    annotate(tmp_path / "in", tmp_path / "a", rewards=[])
+    annotate(tmp_path / "a", tmp_path / "a", rewards=["sharpness"])
+
+    assert read_scores(tmp_path / "a").keys == ["a"]
+
+
+def test_keys_are_made_once_for_a_whole_folder(tmp_path: Path) -> None:
+    for name in ["a b.png", "a_b.png", "a-b.png", "a.b.png"]:
+        put(tmp_path / name, picture(0))
+        put(tmp_path / name.replace(".png", ".txt"), "caption")
+
+    source = open_source(tmp_path, 1)
+
+    assert isinstance(source, FolderSource)
+    assert list(good(source)) == ["a_b", "a-b", "a_b-2", "a_b-3"]
+
+
+# Tars.
+
+
+def test_brace_ranges_are_expanded_as_a_shell_does() -> None:
+    assert expand_braces("a/{008..011}.tar") == [f"a/{n}.tar" for n in ("008", "009", "010", "011")]
+    assert expand_braces("{8..11}") == ["8", "9", "10", "11"]
+    assert expand_braces("{train-{0..1},val}.{a,b}") == [
+        "train-0.a", "train-0.b", "train-1.a", "train-1.b", "val.a", "val.b",
+    ]  # fmt: skip
+    assert expand_braces("plain.tar") == ["plain.tar"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{0..9.tar", "not closed"),
+        ("{9..0}.tar", "ends before it begins"),
+        ("{0..99999999999}.tar", "more than 1,000,000"),
+        ("{0..9999}{0..9999}.tar", "more than 1,000,000"),
+        ("{abc}.tar", "neither a range"),
+        ("{}.tar", "neither a range"),
+    ],
+)
+def test_a_brace_that_makes_no_sense_is_refused(text: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        expand_braces(text)
+
+
+def test_tars_by_a_brace_range_in_the_order_it_says(tmp_path: Path) -> None:
+    for split in ["train", "val"]:
+        for number in range(3):
+            name = tmp_path / split / f"{number:05d}.tar"
+            write_tar(name, [("0", {"png": picture(number), "txt": b"x", "cls": b"1"})])
+    (tmp_path / "val" / "00001.tar").write_bytes(b"")
+
+    source = open_source(f"{tmp_path}/{{val,train}}/{{00000..00001}}.tar", 4)
+
+    assert source.groups == 4
+    assert [item.origin for item in good(source).values()] == [
+        "val/00000.tar:0", "train/00000.tar:0", "train/00001.tar:0",
+    ]  # fmt: skip
+    assert list(refused(source)) == [("val/00001.tar", "shard")]
+
+
+def test_a_file_that_a_brace_range_names_must_be_there(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", [])
+
+    with pytest.raises(ValueError, match=r"1\.tar: no such file or folder \(2 of 3 are absent\)"):
+        open_source(tmp_path / "{0..2}.tar", 4)
+    with pytest.raises(ValueError, match="names a file twice"):
+        open_source(tmp_path / "{0,0}.tar", 4)
+    with pytest.raises(ValueError, match=r"absent\.tar: no such file or folder"):
+        open_source(tmp_path / "absent.tar", 4)
+
+
+def test_a_folder_whose_name_has_braces_is_that_folder(tmp_path: Path) -> None:
+    make_folder(tmp_path / "{0..3}")
+
+    assert open_source(tmp_path / "{0..3}", 4).total == 11
+
+
+def test_the_released_layout_gives_its_captions_and_keeps_its_scores(tmp_path: Path) -> None:
+    said = {
+        "caption": "alt text",
+        "synthetic_caption": "a long one",
+        "short_synthetic_caption": "short",
+        "clip_score": 0.31,
+        "synthetic_clip_score": 0.42,
+        "caption_length": 8,
+    }
+    arrays = {"vae_embeddings_mean_256.npy": b"x" * 999, "flan_t5_xl_embeddings.npy": b"y" * 999}
+    members = {"jpg": picture(0), "txt": b"<PERSON> alt text", "json": json.dumps(said).encode()}
+    tar = write_tar(tmp_path / "0.tar", [("000", {**members, **arrays})])
+
+    (sample,) = good(open_source(tar, 4)).values()
+
+    assert sample.captions == {
+        "original": "alt text",
+        "synthetic": "a long one",
+        "short_synthetic": "short",
+    }
+    assert sample.extra == {n: v for n, v in said.items() if "score" in n or "length" in n}
+
+
+def test_the_same_captions_are_found_in_the_shards_that_annotate_makes(tmp_path: Path) -> None:
+    said = {"captions": {"original": "a", "long": "b"}, "long_caption": "c", "tall_caption": "d"}
+    tar = write_tar(
+        tmp_path / "0.tar", [("0", {"png": picture(0), "json": json.dumps(said).encode()})]
+    )
+
+    annotate(tar, tmp_path / "a", rewards=["sharpness"])
+    annotate(tmp_path / "a", tmp_path / "b", rewards=["colourfulness"])
+
+    assert captions_in(tar) == {"0": {"original": "a", "long": "b", "tall": "d"}}
+    assert read_scores(tmp_path / "b").captions == ["original", "long", "tall"]
+    assert read_scores(tmp_path / "b").rewards == ("colourfulness", "sharpness")
+
+
+def test_columns_are_refused_where_there_is_no_table(tmp_path: Path) -> None:
+    for path in [make_folder(tmp_path / "folder"), make_tars(tmp_path / "tars")]:
+        with pytest.raises(ValueError, match="not a table"):
+            open_source(path, 4, Columns(captions=("caption",)))
