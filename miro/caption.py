@@ -23,6 +23,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -32,8 +33,15 @@ from torch import Tensor
 
 from miro.config import differences
 from miro.data.caption_table import CaptionTable
-from miro.data.decode import DecodeError, decode_ahead
+from miro.data.decode import (
+    DecodeError,
+    Decoder,
+    DecoderName,
+    build_decoder,
+    decode_ahead,
+)
 from miro.data.rejected import RejectedLog
+from miro.data.samples import Candidate, Rejection, read_caption, read_sample
 from miro.data.shards import (
     Manifest,
     ShardIndex,
@@ -43,7 +51,7 @@ from miro.data.shards import (
     shard_path,
     write_shard,
 )
-from miro.data.samples import Candidate, Rejection, read_caption, read_sample
+from miro.locks import alone_in
 from miro.rewards.vision_language import VisionLanguage, load_vision_language
 
 log = logging.getLogger(__name__)
@@ -74,6 +82,7 @@ class CaptionConfig:
     precision: Literal["fp32", "bf16"] = "bf16"
     batch_size: int = 16  # pictures of one generation
     workers: int = 0  # threads that decode; 0: one per core, at most 16
+    decoder: DecoderName = "auto"  # DALI where it is installed, Pillow elsewhere
     device: str = "cpu"
     allow_code: bool = False  # run Python code that comes with the model's weights
 
@@ -152,15 +161,19 @@ def caption(
     settings = _settings(config, kinds)
     found = (dest / "manifest.json").is_file()
     before = _made_alike(source, dest, pictures, settings) if found else None
-    with RejectedLog(dest / "rejected.jsonl") as rejected:
+    with alone_in(dest), RejectedLog(dest / "rejected.jsonl") as rejected:
         manifest = before or _first_manifest(pictures, kinds, settings)
         if before is None:
             manifest.write(dest)
         if len(manifest.shards) < len(pictures.shards):
             writer = table or _Model(config)
-            manifest = _Work(source, dest, writer, config, rejected, progress).run(
-                manifest, pictures.shards[len(manifest.shards) :]
+            todo = pictures.shards[len(manifest.shards) :]
+            decoder = build_decoder(
+                config.decoder, config.device, config.batch_size, config.workers
             )
+            with closing(decoder):
+                work = _Work(source, dest, writer, config, decoder, rejected, progress)
+                manifest = work.run(manifest, todo)
         return CaptionSummary(
             samples=manifest.samples,
             rejected=len(rejected),
@@ -258,11 +271,13 @@ class _Work:
         dest: Path,
         writer: _Writer,
         config: CaptionConfig,
+        decoder: Decoder,
         rejected: RejectedLog,
         progress: Progress | None,
     ) -> None:
         self._source, self._dest, self._writer = source, dest, writer
-        self._config, self._rejected, self._progress = config, rejected, progress
+        self._config, self._decoder = config, decoder
+        self._rejected, self._progress = rejected, progress
         self._looked_at = self._total = 0
 
     def run(self, manifest: Manifest, todo: Sequence[ShardInfo]) -> Manifest:
@@ -288,8 +303,8 @@ class _Work:
             for key, members in iterate_shard(shard_path(self._source, shard))
             for item in read_sample(f"{shard.name}:{key}", key, members)
         )
-        config = self._config
-        for batch in decode_ahead(unit, self._image_of, config.batch_size, config.workers):
+        size = self._config.batch_size
+        for batch in decode_ahead(unit, self._image_of, size, self._decoder):
             items: list[tuple[Candidate, dict[str, bytes]]] = []
             images: list[Tensor | None] = []
             for (item, members), image in batch:
