@@ -50,6 +50,7 @@ HELD_OUT_SHARE = 1 / 8
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 RELATIONS = tuple(OPPOSITE)
+SIDE_BY_SIDE = RELATIONS[:2]
 MIN_DISTANCE = 0.1  # picture widths between two centres before one is left of, or above, the other
 # One thing wrong. The first five are those an alignment score is judged by.
 HARD_KINDS = (

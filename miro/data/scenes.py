@@ -25,7 +25,7 @@ from miro.data.compositions import (
     CATEGORIES,
     HARD_KINDS,
     OPPOSITE,
-    RELATIONS,
+    SIDE_BY_SIDE,
     SPLITS,
     WRONG_KINDS,
     Scene,
@@ -190,7 +190,7 @@ def _arrange(truth: Statement, background: str, rng: np.random.Generator) -> Sce
     """Where the objects of a true statement lie.
 
     One object fills the middle, two sit at the ends of a middle line, which the relation chooses
-    if there is one, and counted ones take cells of a 2 x 2 lattice.
+    if there is one and lies across if not, and counted ones take cells of a 2 x 2 lattice.
     """
     concepts = truth.concepts * truth.count
     tints = truth.tints * truth.count or (None,) * len(concepts)
@@ -202,7 +202,7 @@ def _arrange(truth: Statement, background: str, rng: np.random.Generator) -> Sce
             "left of": ((_NEAR, _MIDDLE), (_FAR, _MIDDLE)),
             "above": ((_MIDDLE, _NEAR), (_MIDDLE, _FAR)),
         }
-        relation = truth.relation or RELATIONS[rng.integers(len(RELATIONS))]
+        relation = truth.relation or SIDE_BY_SIDE[rng.integers(len(SIDE_BY_SIDE))]
         places = ends[relation] if relation in ends else ends[OPPOSITE[relation]][::-1]
     else:
         places = [(_MIDDLE, _MIDDLE)]
