@@ -152,9 +152,10 @@ def _train(
         meter = Meter(
             engine, metrics, report, lambda start: visits.keys(layout, ranks.rank, start), images
         )
+        coming = meter.wait.timed(ahead)
         while images < config.images:
             losses = [
-                _learn(config, engine, v) for v in itertools.islice(ahead, layout.accumulation)
+                _learn(config, engine, v) for v in itertools.islice(coming, layout.accumulation)
             ]
             meter.add(images, losses, engine.step(images))
             images += config.batch
