@@ -21,7 +21,7 @@ from miro import checkpoint, flow
 from miro.checkpoint import RunFolder
 from miro.conditioning import Bins, trained_rewards
 from miro.config import differences, to_dict
-from miro.data.encoded import EncodedDataset
+from miro.data.mixture import TrainingData, open_data
 from miro.engine import DTYPES, Engine, Layout, deepspeed_config, lay_out
 from miro.locks import alone_in, one_at_a_time
 from miro.memory import choose_stage
@@ -80,7 +80,7 @@ def train(
         torch.set_num_threads(config.threads)
     ranks = ranks_of(os.environ)
     device = ranks.device(config.device)
-    dataset = EncodedDataset(config.data, config.conditioning.places)
+    dataset = open_data(config.data, config.conditioning.places)
     pairs = dataset.scores.size // max(1, len(dataset.rewards))
     trained = trained_rewards(config.conditioning, dataset.rewards)
     # What the network is not told is not known, so a score that comes later changes nothing.
@@ -123,7 +123,7 @@ def train(
 def _train(
     config: TrainConfig,
     run: RunFolder,
-    dataset: EncodedDataset,
+    dataset: TrainingData,
     bins: Bins,
     engine: Engine,
     visits: Visits,
@@ -172,7 +172,7 @@ def _train(
                     metrics.flush()
                 pieces, numbers = engine.state()
                 # With it a checkpoint can be exported without its data.
-                encoding = dataset.manifest.encoding
+                encoding = dataset.encoding
                 saver.checkpoint(images, pieces, {**numbers, "encoding": encoding})
             if stopped and not done:
                 saver.wait()
@@ -195,7 +195,7 @@ def _learn(config: TrainConfig, engine: Engine, visit: Visit) -> Tensor:
 
 
 def _prewarm(
-    config: TrainConfig, dataset: EncodedDataset, layout: Layout, levels: int, device: torch.device
+    config: TrainConfig, dataset: TrainingData, layout: Layout, levels: int, device: torch.device
 ) -> None:
     """Compile the kernels before the ranks meet, so that none keeps the others waiting.
 
@@ -217,7 +217,7 @@ def _prewarm(
 
 def _engine(
     config: TrainConfig,
-    dataset: EncodedDataset,
+    dataset: TrainingData,
     layout: Layout,
     device: torch.device,
     ranks: Ranks,
@@ -256,7 +256,7 @@ def _open_run(
     run: RunFolder,
     config: TrainConfig,
     bins: Bins,
-    dataset: EncodedDataset,
+    dataset: TrainingData,
     resume: Literal["auto", "never"],
 ) -> None:
     """Write what the run is, or check that the folder's run is this one."""
@@ -294,12 +294,12 @@ def _versions() -> dict[str, str]:
 
 
 def _inference_state(
-    config: TrainConfig, dataset: EncodedDataset, bins: Bins, images: int
+    config: TrainConfig, dataset: TrainingData, bins: Bins, images: int
 ) -> dict[str, Any]:
     """All that sampling needs beside the weights."""
     return {
         "images": images,
         "config": to_dict(config),
         "bins": json.loads(bins.to_json()),
-        "encoding": dataset.manifest.encoding,
+        "encoding": dataset.encoding,
     }
