@@ -6,6 +6,7 @@ import importlib.metadata
 import itertools
 import json
 import logging
+import math
 import os
 import platform
 from collections.abc import Callable
@@ -94,13 +95,20 @@ def train(
         optional=[n for n, told in zip(dataset.rewards, trained.tolist(), strict=True) if not told],
     )
     visits = Visits(config, dataset, trained, scores, bins)
+    for _, height, width in dataset.shapes:
+        config.model.grid(height, width)
     run = RunFolder(folder)
     layout = lay_out(
         config.sharding,
         batch=config.batch,
         world=ranks.world,
         stage=choose_stage(
-            config, dataset.latent_shape, dataset.text_dim, len(dataset.rewards), ranks, device
+            config,
+            max(dataset.shapes, key=math.prod),
+            dataset.text_dim,
+            len(dataset.rewards),
+            ranks,
+            device,
         ),
     )
     with use_backend(config.kernels), ExitStack() as stack:
@@ -201,18 +209,18 @@ def _prewarm(
 
     One process of a machine compiles, and the others find the kernels in Triton's cache.
     """
-    _, height, width = dataset.latent_shape
     with one_at_a_time("miro-prewarm"):
-        prewarm(
-            config.model,
-            batch=layout.micro_batch,
-            tokens=(height // config.model.patch) * (width // config.model.patch),
-            rewards=len(dataset.rewards),
-            levels=levels,
-            dtype=DTYPES[config.precision],
-            device=device,
-            optimized=layout.optimized(config.precision),
-        )
+        for tokens in sorted({math.prod(config.model.grid(*s[1:])) for s in dataset.shapes}):
+            prewarm(
+                config.model,
+                batch=layout.micro_batch,
+                tokens=tokens,
+                rewards=len(dataset.rewards),
+                levels=levels,
+                dtype=DTYPES[config.precision],
+                device=device,
+                optimized=layout.optimized(config.precision),
+            )
 
 
 def _engine(

@@ -1,10 +1,14 @@
-"""Encoded dataset folders, written directly. Imported by the tests of what reads them."""
+"""Dataset folders, written directly. Imported by the tests of what reads them."""
 
-from collections.abc import Sequence
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from miro.data.npy import npy_bytes
 from miro.data.shards import Manifest, scores_path, write_scores, write_shard
@@ -49,3 +53,34 @@ def write_encoded(
         record["latent_shapes"] = [list(shape) for shape in distinct]
     Manifest("encoded", kinds, (made,), rewards, record | encoding).write(folder)
     return folder
+
+
+def write_images(folder: Path, sides: Sequence[tuple[int, int]], each: int = 8) -> Path:
+    """An images folder as annotate makes it: picture n is of sides[n], (width, height)."""
+    manifest = Manifest("images", ("original", "short"), (), ("sharpness",))
+    for shard, start in enumerate(range(0, len(sides), each)):
+        numbers = range(start, min(start + each, len(sides)))
+        made = write_shard(folder / "shards" / f"{shard:05d}.tar", map(_picture(sides), numbers))
+        rows = [(n, kind) for n in numbers for kind in manifest.captions]
+        write_scores(
+            scores_path(folder, made),
+            [f"k{n}" for n, _ in rows],
+            [kind for _, kind in rows],
+            {"sharpness": [n for n, _ in rows]},
+        )
+        manifest = replace(manifest, shards=(*manifest.shards, made))
+    manifest.write(folder)
+    return folder
+
+
+def _picture(sides: Sequence[tuple[int, int]]) -> Callable[[int], tuple[str, dict[str, bytes]]]:
+    def sample(n: int) -> tuple[str, dict[str, bytes]]:
+        width, height = sides[n]
+        pixels = np.random.default_rng(n).integers(0, 256, (height, width, 3), np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        captions = {"original": f"a photo of {n} red apples", "short": f"{n % 3} apples"}
+        record = json.dumps({"captions": captions}).encode()
+        return f"k{n}", {"png": file.getvalue(), "json": record}
+
+    return sample
