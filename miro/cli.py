@@ -73,6 +73,7 @@ def sample(
     count: int = 1,
     best_of: int = 1,
     best_by: str | None = None,
+    aspect: str | None = None,
     out: Path | None = None,
     device: str = "cpu",
 ) -> None:
@@ -85,6 +86,7 @@ def sample(
         count: pictures of each prompt.
         best_of: candidates for each picture, of which the best is kept.
         best_by: the reward that chooses, NAME or NAME=weights.
+        aspect: as 4:3; the pictures are of the nearest shape the run was trained on.
         out: folder for the PNG files; RUN/samples if not given.
         device: where to compute.
     """
@@ -103,6 +105,7 @@ def sample(
         count=count,
         candidates=best_of,
         best_by=best_by,
+        aspect=aspect,
         out=out,
         device=device,
     )

@@ -61,6 +61,8 @@ def train(args: Sequence[str]) -> None:
 
         def report(progress: Progress) -> None:
             detail = f"loss {progress.loss:.4f}  {progress.images_per_second:,.0f} images/s"
+            if progress.data_wait > 0.02:
+                detail += f"  {progress.data_wait:.0%} waiting for data"
             show(progress.images, progress.total, detail)
 
         weights = run(options.config, options.run, resume=options.resume, report=report)

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from miro.checkpoint import write_text
+from miro.encoding import aspect as ratio
 from miro.rewards.base import build_reward
 from miro.sample import Guidance, Pipeline, best_of, to_bytes
 
@@ -30,6 +31,7 @@ def draw(
     count: int = 1,
     candidates: int = 1,
     best_by: str | None = None,
+    aspect: str | None = None,
     out: Path | None = None,
     device: str = "cpu",
 ) -> list[Path]:
@@ -40,6 +42,7 @@ def draw(
         prompts: what to draw.
         wanted: levels asked for by reward; a trained reward not named is asked for at 1.
         unwanted: levels reward guidance moves away from; a reward not named is at 0.
+        aspect: as 4:3; the pictures are of the nearest shape the run was trained on.
         out: folder for the files; `run`/samples where None.
 
     Returns:
@@ -55,6 +58,7 @@ def draw(
         raise ValueError(f"count and best-of must be at least 1, got {count} and {candidates}")
     if candidates > 1 and best_by is None:
         raise ValueError(f"best of {candidates} needs a reward to choose by: --best-by NAME")
+    wide = None if aspect is None else ratio(aspect)
     judge = build_reward(best_by, torch.device(device)) if best_by is not None else None
     pipeline = Pipeline.load(run, device)
     guidance = Guidance(
@@ -66,7 +70,10 @@ def draw(
     captions = [prompt for prompt in prompts for _ in range(count * candidates)]
     # Every prompt starts from the same noises, so that prompts can be compared.
     numbers = list(range(count * candidates)) * len(prompts)
-    pictures = to_bytes(pipeline(captions, guidance, seed=seed, numbers=numbers, steps=steps))
+    shape = pipeline.shape(wide)
+    pictures = to_bytes(
+        pipeline(captions, guidance, seed=seed, numbers=numbers, steps=steps, shape=shape)
+    )
     if judge is not None:
         chosen = best_of(judge.score(list(pictures), captions), candidates).tolist()
         captions, numbers = [captions[i] for i in chosen], [numbers[i] for i in chosen]

@@ -1,10 +1,11 @@
-"""Means between two reports, and the watch over steps that were skipped."""
+"""Means between two reports, the wait for data, and the watch over steps that were skipped."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from miro.engine import Engine
 from miro.report.metrics import MetricsWriter
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,48 @@ class Progress:
     gradient_norm: float
     images_per_second: float
     seconds_left: float
+    data_wait: float
+    """Share of the time since the last report in which the device waited for data, 0 to 1."""
+
+
+class DataWait:
+    """Seconds in which the device had nothing to do because the next visit was not made yet.
+
+    On a GPU the host runs ahead, and that it waits for data costs nothing while the device is busy.
+    So there two events are recorded round each wait: the time between them on the device is what it
+    was idle.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._events = device.type == "cuda"
+        self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._seconds = 0.0
+
+    def timed(self, endless: Iterator[T]) -> Iterator[T]:
+        """The same items; what each is waited for is counted."""
+        while True:
+            started, before = time.perf_counter(), self._mark()
+            item = next(endless)
+            self._seconds += time.perf_counter() - started
+            if before is not None and (after := self._mark()) is not None:
+                self._waits.append((before, after))
+            yield item
+
+    def _mark(self) -> torch.cuda.Event | None:
+        if not self._events:
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def read(self) -> float:
+        """The seconds since it was read last. On a GPU it waits for the last event."""
+        seconds = self._seconds
+        if self._waits:
+            self._waits[-1][1].synchronize()
+            seconds = sum(before.elapsed_time(after) for before, after in self._waits) / 1000
+        self._waits, self._seconds = [], 0.0
+        return seconds
 
 
 class Meter:
@@ -43,6 +88,7 @@ class Meter:
         """
         self.engine, self.metrics, self.report = engine, metrics, report
         self.suspects = suspects
+        self.wait = DataWait(engine.device)
         self._begin(images)
 
     def _begin(self, images: int) -> None:
@@ -96,7 +142,12 @@ class Meter:
         if self.engine.ranks.world > 1:
             dist.all_reduce(sums)
         loss_sum, loss_count, norm_sum, norm_count = sums.tolist()
-        rate = (images - self.start) / (time.perf_counter() - self.clock)
+        seconds = time.perf_counter() - self.clock
+        waited = torch.tensor(self.wait.read() / seconds, device=self.engine.device)
+        if self.engine.ranks.world > 1:
+            # All wait for the slowest of them, though only it waits for data.
+            dist.all_reduce(waited, dist.ReduceOp.MAX)
+        rate = (images - self.start) / seconds
         progress = Progress(
             images,
             total,
@@ -104,12 +155,14 @@ class Meter:
             norm_sum / max(1, norm_count),
             rate,
             (total - images) / rate,
+            waited.item(),
         )
         if self.metrics is not None:
             values = {
                 "loss": progress.loss,
                 "gradient_norm": progress.gradient_norm,
                 "images_per_second": rate,
+                "data_wait": round(progress.data_wait, 4),
             }
             if skipped := self.engine.guard.read()["total"]:
                 values["steps_skipped"] = skipped

@@ -22,7 +22,8 @@ class TrainConfig:
 
     model: ModelConfig
     data: Path | None = None
-    """The encoded dataset folder (`miro encode` makes it)."""
+    """The encoded dataset folder (`miro encode` makes it), or a .json that mixes several by weight:
+    {"sources": [{"folder": "a", "weight": 2.0}, {"folder": "b", "weight": 1.0}]}."""
     images: int = 1_000_000
     """Images to train on, the same image counted each time it is seen."""
     batch: int = 64

@@ -23,6 +23,7 @@ from miro import checkpoint
 from miro.checkpoint import CheckpointError, RunFolder
 from miro.conditioning import Bins, Target, trained_rewards
 from miro.config import from_dict
+from miro.encoding import nearest
 from miro.engine import cast_parameters
 from miro.flow import FlowConfig, euler_step, euler_times, velocity
 from miro.latents import LatentCodec, build_codec
@@ -192,6 +193,8 @@ class Pipeline:
     latents: str
     max_tokens: int
     """Of a caption, read in training; prompts are cut there too."""
+    shapes: tuple[tuple[int, int, int], ...]
+    """Of the latents it was trained on, (C, H, W)."""
     _texts: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -221,8 +224,16 @@ class Pipeline:
         except RuntimeError as error:
             raise CheckpointError(f"{folder} holds other weights than it says: {error}") from error
         model = cast_parameters(model.to(device), config.precision).eval().requires_grad_(False)
-        read = (encoding[name] for name in ("text_encoder", "latents", "max_tokens"))
-        return cls(model, config, bins, state["images"], *read)
+        return cls(
+            model,
+            config,
+            bins,
+            state["images"],
+            text_encoder=encoding["text_encoder"],
+            latents=encoding["latents"],
+            max_tokens=encoding["max_tokens"],
+            shapes=tuple(map(tuple, encoding.get("latent_shapes", [shape]))),
+        )
 
     @property
     def rewards(self) -> tuple[str, ...]:
@@ -237,6 +248,13 @@ class Pipeline:
     def encoder(self) -> TransformersEncoder:
         device = self.model.cos.device
         return build_text_encoder(self.text_encoder, device, max_tokens=self.max_tokens)
+
+    def shape(self, aspect: float | None = None) -> tuple[int, int, int]:
+        """The trained shape whose width over height is nearest to `aspect`; the network's own."""
+        if aspect is None:
+            return self.model.latent_shape
+        channels = self.model.latent_shape[0]
+        return channels, *nearest([(height, width) for _, height, width in self.shapes], aspect)
 
     def target(
         self, wanted: Mapping[str, float | None] | None = None, default: float | None = 1.0
@@ -274,11 +292,13 @@ class Pipeline:
         numbers: Sequence[int] | None = None,
         steps: int = 50,
         batch: int = 96,
+        shape: tuple[int, int, int] | None = None,
     ) -> Tensor:
         """One picture a prompt: float32 (len(prompts), 3, H, W) in [0, 1], on the CPU.
 
         `numbers` say which noise of `seed` each picture starts from; 0, 1, 2, ... if not given. A
-        picture depends on its prompt, number and seed alone, up to rounding.
+        picture depends on its prompt, number and seed alone, up to rounding. `shape` is that of the
+        latents, as `self.shape(aspect)` gives it; the network's own if not given.
         """
         numbers = range(len(prompts)) if numbers is None else numbers
         device = self.model.cos.device
@@ -286,7 +306,7 @@ class Pipeline:
         pictures = []
         for start in range(0, len(prompts), batch):
             part = slice(start, start + batch)
-            noise = draw_noise(self.model.latent_shape, seed, numbers[part]).to(device)
+            noise = draw_noise(shape or self.shape(), seed, numbers[part]).to(device)
             text = self.read(prompts[part]).to(device)
             latents = sample(
                 self.model, self.config.flow, text, guidance, noise, steps=steps, limit=limit

@@ -6,6 +6,7 @@ import importlib.metadata
 import itertools
 import json
 import logging
+import math
 import os
 import platform
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from miro import checkpoint, flow
 from miro.checkpoint import RunFolder
 from miro.conditioning import Bins, trained_rewards
 from miro.config import differences, to_dict
-from miro.data.encoded import EncodedDataset
+from miro.data.mixture import TrainingData, open_data
 from miro.engine import DTYPES, Engine, Layout, deepspeed_config, lay_out
 from miro.locks import alone_in, one_at_a_time
 from miro.memory import choose_stage
@@ -80,7 +81,7 @@ def train(
         torch.set_num_threads(config.threads)
     ranks = ranks_of(os.environ)
     device = ranks.device(config.device)
-    dataset = EncodedDataset(config.data, config.conditioning.places)
+    dataset = open_data(config.data, config.conditioning.places)
     pairs = dataset.scores.size // max(1, len(dataset.rewards))
     trained = trained_rewards(config.conditioning, dataset.rewards)
     # What the network is not told is not known, so a score that comes later changes nothing.
@@ -94,13 +95,20 @@ def train(
         optional=[n for n, told in zip(dataset.rewards, trained.tolist(), strict=True) if not told],
     )
     visits = Visits(config, dataset, trained, scores, bins)
+    for _, height, width in dataset.shapes:
+        config.model.grid(height, width)
     run = RunFolder(folder)
     layout = lay_out(
         config.sharding,
         batch=config.batch,
         world=ranks.world,
         stage=choose_stage(
-            config, dataset.latent_shape, dataset.text_dim, len(dataset.rewards), ranks, device
+            config,
+            max(dataset.shapes, key=math.prod),
+            dataset.text_dim,
+            len(dataset.rewards),
+            ranks,
+            device,
         ),
     )
     with use_backend(config.kernels), ExitStack() as stack:
@@ -123,7 +131,7 @@ def train(
 def _train(
     config: TrainConfig,
     run: RunFolder,
-    dataset: EncodedDataset,
+    dataset: TrainingData,
     bins: Bins,
     engine: Engine,
     visits: Visits,
@@ -152,9 +160,10 @@ def _train(
         meter = Meter(
             engine, metrics, report, lambda start: visits.keys(layout, ranks.rank, start), images
         )
+        coming = meter.wait.timed(ahead)
         while images < config.images:
             losses = [
-                _learn(config, engine, v) for v in itertools.islice(ahead, layout.accumulation)
+                _learn(config, engine, v) for v in itertools.islice(coming, layout.accumulation)
             ]
             meter.add(images, losses, engine.step(images))
             images += config.batch
@@ -171,7 +180,7 @@ def _train(
                     metrics.flush()
                 pieces, numbers = engine.state()
                 # With it a checkpoint can be exported without its data.
-                encoding = dataset.manifest.encoding
+                encoding = dataset.encoding
                 saver.checkpoint(images, pieces, {**numbers, "encoding": encoding})
             if stopped and not done:
                 saver.wait()
@@ -194,29 +203,29 @@ def _learn(config: TrainConfig, engine: Engine, visit: Visit) -> Tensor:
 
 
 def _prewarm(
-    config: TrainConfig, dataset: EncodedDataset, layout: Layout, levels: int, device: torch.device
+    config: TrainConfig, dataset: TrainingData, layout: Layout, levels: int, device: torch.device
 ) -> None:
     """Compile the kernels before the ranks meet, so that none keeps the others waiting.
 
     One process of a machine compiles, and the others find the kernels in Triton's cache.
     """
-    _, height, width = dataset.latent_shape
     with one_at_a_time("miro-prewarm"):
-        prewarm(
-            config.model,
-            batch=layout.micro_batch,
-            tokens=(height // config.model.patch) * (width // config.model.patch),
-            rewards=len(dataset.rewards),
-            levels=levels,
-            dtype=DTYPES[config.precision],
-            device=device,
-            optimized=layout.optimized(config.precision),
-        )
+        for tokens in sorted({math.prod(config.model.grid(*s[1:])) for s in dataset.shapes}):
+            prewarm(
+                config.model,
+                batch=layout.micro_batch,
+                tokens=tokens,
+                rewards=len(dataset.rewards),
+                levels=levels,
+                dtype=DTYPES[config.precision],
+                device=device,
+                optimized=layout.optimized(config.precision),
+            )
 
 
 def _engine(
     config: TrainConfig,
-    dataset: EncodedDataset,
+    dataset: TrainingData,
     layout: Layout,
     device: torch.device,
     ranks: Ranks,
@@ -255,7 +264,7 @@ def _open_run(
     run: RunFolder,
     config: TrainConfig,
     bins: Bins,
-    dataset: EncodedDataset,
+    dataset: TrainingData,
     resume: Literal["auto", "never"],
 ) -> None:
     """Write what the run is, or check that the folder's run is this one."""
@@ -293,12 +302,12 @@ def _versions() -> dict[str, str]:
 
 
 def _inference_state(
-    config: TrainConfig, dataset: EncodedDataset, bins: Bins, images: int
+    config: TrainConfig, dataset: TrainingData, bins: Bins, images: int
 ) -> dict[str, Any]:
     """All that sampling needs beside the weights."""
     return {
         "images": images,
         "config": to_dict(config),
         "bins": json.loads(bins.to_json()),
-        "encoding": dataset.manifest.encoding,
+        "encoding": dataset.encoding,
     }

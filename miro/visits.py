@@ -17,8 +17,8 @@ from torch import Tensor
 
 from miro import flow
 from miro.conditioning import Bins, keep_rewards, keep_text
-from miro.data.encoded import EncodedDataset
 from miro.data.loader import Loader, made_ahead
+from miro.data.mixture import TrainingData
 from miro.engine import Layout
 from miro.model.transformer import Rewards
 from miro.presets import TrainConfig
@@ -55,13 +55,13 @@ class Visits:
     def __init__(
         self,
         config: TrainConfig,
-        dataset: EncodedDataset,
+        dataset: TrainingData,
         trained: Tensor,
         scores: np.ndarray,
         bins: Bins,
     ) -> None:
         self.config, self.dataset, self.trained = config, dataset, trained
-        self.loader = Loader(dataset, config.seed)
+        self.loader = Loader(dataset, config.seed, config.batch)
         self.binned, self.known = (t.view(dataset.scores.shape) for t in bins.assign(scores))
         self.levels = bins.levels()
 

@@ -39,7 +39,7 @@ FLOORS = (
     ("presets",),
     ("engine", "saving"),
     ("model", "partition"),
-    ("conditioning", "optimizer"),
+    ("conditioning", "encoding", "optimizer"),
     ("flow", "latents", "muon", "report", "rewards", "text"),
     ("checkpoint", "config", "locks", "progress", "random", "ranks"),
 )

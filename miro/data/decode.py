@@ -21,8 +21,6 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from miro.rewards.pictures import resized
-
 # Formats are listed because Pillow would also open some (EPS) by running other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
@@ -104,15 +102,6 @@ def picture_size(data: bytes) -> tuple[int, int]:
             return image.size
     except (OSError, Image.DecompressionBombError, *DAMAGE) as error:
         raise DecodeError(f"the picture has no header: {error or type(error).__name__}") from None
-
-
-def resize_crop(image: Tensor, size: int) -> Tensor:
-    """The central square of an image, uint8 (3, H, W), resized to (3, size, size), antialiased."""
-    height, width = image.shape[1:]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = image[:, top : top + side, left : left + side]
-    return resized(square, size, size).contiguous()
 
 
 class Decoder(Protocol):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from miro.data.npy import npy_view
+from miro.data.npy import npy_shape, npy_view
 from miro.data.shards import (
     Manifest,
     ShardIndex,
@@ -25,6 +25,9 @@ from miro.data.shards import (
     scores_path,
     write_scores,
 )
+from miro.data.strata import Part
+
+Shape = tuple[int, int, int]  # (C, H, W) of a latent
 
 LATENT = "latent.npy"  # the extensions of an encoded sample's members
 RECORD = "json"
@@ -38,9 +41,11 @@ def text_extension(caption_kind: str) -> str:
 class EncodedDataset:
     """A folder made by `miro encode`, memory-mapped.
 
-    latent_shape: (C, H, W); has_std: whether the latents are posteriors (mean and deviation);
+    latent_shape: (C, H, W) of the network's own grid; shapes: all that occur, and shape_of: (n,)
+    which of them each sample has; has_std: whether the latents are posteriors (mean and deviation);
     text_dim; caption_kinds; rewards: names of the scores' columns, which the folder need not have;
-    scores: float32 (samples, caption kinds, rewards), raw, NaN where not known.
+    scores: float32 (samples, caption kinds, rewards), raw, NaN where not known; encoding: the
+    record of how it was made, with the shapes that occur; parts: its sources, of which it has one.
     """
 
     def __init__(self, folder: Path | str, rewards: Sequence[str] | None = None) -> None:
@@ -59,11 +64,16 @@ class EncodedDataset:
         self.caption_kinds = manifest.captions
         self.rewards = manifest.rewards if rewards is None else tuple(rewards)
         channels, height, width = manifest.encoding["latent_shape"]
-        self.latent_shape: tuple[int, int, int] = (channels, height, width)
+        self.latent_shape: Shape = (channels, height, width)
         self.has_std = bool(manifest.encoding["has_std"])
         self.text_dim = int(manifest.encoding["text_dim"])
         self.index = ShardIndex(folder, manifest)
         self.keys = self.index.keys
+        self.parts = (Part(0, len(self)),)
+        self.shapes, self.shape_of = self._shapes_held()
+        self.encoding = dict(manifest.encoding)
+        if "latent_shapes" in self.encoding:
+            self.encoding["latent_shapes"] = [list(shape) for shape in self.shapes]
         self._choices, self._choice_counts = self._captions_held()
         self.scores = self._aligned_scores()
 
@@ -78,6 +88,17 @@ class EncodedDataset:
         """(length, dim) token states of one caption of a sample; float16, a view of the file."""
         return npy_view(self.index.member(sample, text_extension(self.caption_kinds[caption])))
 
+    def latents(self, samples: np.ndarray) -> np.ndarray:
+        """float32 (n, C, H, W), or (n, 2, C, H, W) mean and deviation, of samples of one shape."""
+        shape = self.shapes[self.shape_of[samples[0]]]
+        found = np.empty((len(samples), *((2,) if self.has_std else ()), *shape), np.float32)
+        np.stack([self.latent(i) for i in samples], out=found)
+        return found
+
+    def texts(self, samples: np.ndarray, captions: np.ndarray) -> list[np.ndarray]:
+        """Each sample's token states of one of its captions, float16 (length, dim)."""
+        return [self.text(i, c) for i, c in zip(samples, captions, strict=True)]
+
     def record(self, sample: int) -> dict[str, Any]:
         """The sample's .json: "captions" {kind: text} and whatever else its source said."""
         return json.loads(bytes(self.index.member(sample, RECORD)))
@@ -86,6 +107,25 @@ class EncodedDataset:
         """A caption kind for each sample, of those it has: int64 (n,) for int (n,) draws >= 0."""
         kinds = self._choices[samples, draws % self._choice_counts[samples]]
         return kinds.astype(np.int64)
+
+    def _shapes_held(self) -> tuple[tuple[Shape, ...], np.ndarray]:
+        """The shapes that occur, and (n,) which of them each sample has."""
+        assert self.manifest.encoding is not None
+        declared = [tuple(shape) for shape in self.manifest.encoding.get("latent_shapes", ())]
+        if len(declared) < 2:
+            return (self.latent_shape,), np.zeros(len(self), np.uint8)
+        number = {shape: k for k, shape in enumerate(declared)}
+        found = np.empty(len(self), np.uint8)
+        for sample, key in enumerate(self.keys):
+            shape = npy_shape(self.index.member(sample, LATENT))[-3:]
+            if shape not in number:
+                raise ValueError(
+                    f"{self.folder}: the latent of sample {key!r} is {shape}, which its manifest "
+                    "does not list; encode it again"
+                )
+            found[sample] = number[shape]
+        held, shape_of = np.unique(found, return_inverse=True)
+        return tuple(declared[k] for k in held), shape_of.astype(np.uint8)
 
     def _captions_held(self) -> tuple[np.ndarray, np.ndarray]:
         """Each sample's caption kinds, uint8 (n, kinds), those it has first; and their count."""

@@ -1,9 +1,10 @@
 """Batches of an encoded dataset, as a pure function of (seed, position).
 
 The training set is read as an endless row: epoch after epoch, each a permutation of all samples
-drawn from (seed, epoch). A step that begins after `images` images reads the row from there on, cut
-among ranks and micro-batches. So a resumed run needs no state of the loader, and a run that goes on
-at another world size reads the same row. Shards are memory-mapped: a batch is one copy out of the
+drawn from (seed, epoch); `miro.data.strata` says what it is of several sources and shapes. A step
+that begins after `images` images reads the row from there on, cut among ranks and micro-batches. So
+a resumed run needs no state of the loader, and a run that goes on at another world size reads the
+same row. Shards are memory-mapped: a batch is one copy out of the
 page cache, no worker processes.
 """
 
@@ -14,7 +15,6 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TypeVar
 
 import numpy as np
@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from miro.data.encoded import EncodedDataset
-from miro.random import generator_from
+from miro.data.mixture import TrainingData
+from miro.data.strata import Row, stratify
 from miro.text import PackedText
 
 __all__ = ["Batch", "EncodedDataset", "Loader"]
@@ -58,54 +59,30 @@ class Loader:
     A data set smaller than a batch is read around.
     """
 
-    def __init__(self, dataset: EncodedDataset, seed: int) -> None:
+    def __init__(self, dataset: TrainingData, seed: int, batch: int | None = None) -> None:
+        """batch: images of a step, which are of one shape; needed where there are several."""
         self.dataset = dataset
-        self.seed = seed
-        # A batch touches one epoch, or two at their seam.
-        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
-
-    def _draw_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """An epoch's samples in their order, and the caption kind of each visit; int64 (n,)."""
-        n = len(self.dataset)
-        order = torch.randperm(n, generator=generator_from(self.seed, "order", epoch)).numpy()
-        draws = generator_from(self.seed, "captions", epoch)
-        chosen = torch.randint(2**31 - 1, (n,), generator=draws, dtype=torch.int32).numpy()
-        return order, self.dataset.choose_captions(order, chosen)
+        self._row = Row(stratify(dataset.shape_of, dataset.parts), seed, batch)
 
     def visits_at(self, position: int, size: int) -> tuple[np.ndarray, np.ndarray]:
         """(samples, caption kinds), int64 (size,) each, of the row from `position` on."""
         if position < 0 or size < 1:
             raise ValueError(f"position must not be negative and size above 0: {position}, {size}")
-        at, left = position, size
-        samples, captions = [], []
-        while left:
-            epoch, offset = divmod(at, len(self.dataset))
-            order, kinds = self._epoch(epoch)
-            take = slice(offset, offset + left)
-            samples.append(order[take])
-            captions.append(kinds[take])
-            at, left = at + len(samples[-1]), left - len(samples[-1])
-        return np.concatenate(samples), np.concatenate(captions)
+        samples, draws = self._row.at(position, size)
+        return samples, self.dataset.choose_captions(samples, draws)
 
     def batch_at(self, position: int, size: int) -> Batch:
-        """The `size` visits of the row from `position` on."""
+        """The `size` visits of the row from `position` on; of several shapes, of one batch."""
         data = self.dataset
         samples, captions = self.visits_at(position, size)
-        shape = (
-            (len(samples), 2, *data.latent_shape)
-            if data.has_std
-            else (len(samples), *data.latent_shape)
-        )
-        latents = np.empty(shape, np.float32)
-        np.stack([data.latent(i) for i in samples], out=latents)
-        texts = [data.text(i, c) for i, c in zip(samples, captions, strict=True)]
+        latents = torch.from_numpy(data.latents(samples))
+        texts = data.texts(samples, captions)
         offsets = np.zeros(len(texts) + 1, np.int32)
         np.cumsum([len(text) for text in texts], out=offsets[1:])
-        tensor = torch.from_numpy(latents)
         return Batch(
             keys=[data.keys[i] for i in samples],
-            latents=tensor[:, 0].contiguous() if data.has_std else tensor,
-            std=tensor[:, 1].contiguous() if data.has_std else None,
+            latents=latents[:, 0].contiguous() if data.has_std else latents,
+            std=latents[:, 1].contiguous() if data.has_std else None,
             text=PackedText(
                 torch.from_numpy(np.concatenate(texts)),
                 torch.from_numpy(offsets),

@@ -16,21 +16,31 @@ def npy_bytes(array: np.ndarray) -> bytes:
     return file.getvalue()
 
 
+def npy_shape(buffer: memoryview | bytes) -> tuple[int, ...]:
+    """The shape of a .npy file's array, by its header alone."""
+    return _parse_header(bytes(buffer[: _start(buffer)]))[1]
+
+
 def npy_view(buffer: memoryview | bytes) -> np.ndarray:
     """The array of a .npy file as a read-only view of `buffer`: nothing is copied.
 
     ValueError for anything that is not a whole .npy file of plain numbers in C order.
     """
-    # Version 1 states its header's length in two bytes, versions 2 and 3 in four.
-    wide = len(buffer) > 6 and buffer[6] > 1
-    start = 12 if wide else 10
-    stop = start + int.from_bytes(buffer[8:start], "little")
+    stop = _start(buffer)
     dtype, shape, count = _parse_header(bytes(buffer[:stop]))
     if len(buffer) != stop + count * dtype.itemsize:
         raise ValueError(
             f"the .npy has {len(buffer) - stop} bytes of numbers, its header {shape} of {dtype}"
         )
     return np.frombuffer(buffer, dtype, count, stop).reshape(shape)
+
+
+def _start(buffer: memoryview | bytes) -> int:
+    """Where the numbers of a .npy file begin."""
+    # Version 1 states its header's length in two bytes, versions 2 and 3 in four.
+    wide = len(buffer) > 6 and buffer[6] > 1
+    start = 12 if wide else 10
+    return start + int.from_bytes(buffer[8:start], "little")
 
 
 @lru_cache(maxsize=4096)

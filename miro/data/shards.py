@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -40,10 +41,12 @@ __all__ = [
     "ShardError",
     "ShardIndex",
     "ShardInfo",
+    "ShardWriter",
     "TruncatedShardError",
     "atomic_write",
     "check_shard",
     "iterate_shard",
+    "open_shard",
     "read_scores",
     "read_shard_scores",
     "score_columns",
@@ -138,36 +141,61 @@ def scores_path(folder: Path, shard: ShardInfo) -> Path:
     return Path(folder) / "scores" / f"{Path(shard.name).stem}.parquet"
 
 
+class ShardWriter:
+    """A tar under way: (key, {extension: bytes}) samples, one at a time."""
+
+    def __init__(self, path: Path, file: IO[bytes]) -> None:
+        self._path, self._file = path, file
+        self._seen: set[str] = set()
+        self._digest = hashlib.sha256()
+        self._size = 0
+
+    def add(self, key: str, members: Mapping[str, bytes]) -> None:
+        """ValueError for a key that is empty, repeated, or holds "." or "/" (it would be read back
+        as another key)."""
+        if not key or "." in key or "/" in key:
+            raise ValueError(
+                f"{self._path.name}: a sample key may not hold '.' or '/', got {key!r}"
+            )
+        if key in self._seen:
+            raise ValueError(f"{self._path.name}: the sample key {key!r} occurs twice")
+        self._seen.add(key)
+        for extension, data in members.items():
+            self.put(header(f"{key}.{extension}", len(data)))
+            self.put(data)
+            self.put(bytes(-len(data) % BLOCK))
+
+    def put(self, data: bytes) -> None:
+        """Bytes of the tar itself."""
+        self._file.write(data)
+        self._digest.update(data)
+        self._size += len(data)
+
+    @property
+    def info(self) -> ShardInfo:
+        """What was written."""
+        return ShardInfo(self._path.name, len(self._seen), self._size, self._digest.hexdigest())
+
+
+@contextmanager
+def open_shard(path: Path) -> Iterator[ShardWriter]:
+    """A tar that appears at `path` when the block ends well; equal samples, equal bytes."""
+    with atomic_file(path) as file:
+        shard = ShardWriter(path, file)
+        yield shard
+        shard.put(END)
+
+
 def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> ShardInfo:
-    """Write (key, {extension: bytes}) samples as a tar, atomically; equal samples, equal bytes.
+    """Write (key, {extension: bytes}) samples as a tar, atomically.
 
     Samples are taken one at a time, so a generator needs the memory of one. ValueError for a key
-    that is empty, repeated, or holds "." or "/" (it would be read back as another key).
+    that `ShardWriter.add` refuses.
     """
-    path = Path(path)
-    seen: set[str] = set()
-    digest = hashlib.sha256()
-    size = 0
-    with atomic_file(path) as file:
-
-        def put(data: bytes) -> None:
-            nonlocal size
-            file.write(data)
-            digest.update(data)
-            size += len(data)
-
+    with open_shard(Path(path)) as shard:
         for key, members in samples:
-            if not key or "." in key or "/" in key:
-                raise ValueError(f"{path.name}: a sample key may not hold '.' or '/', got {key!r}")
-            if key in seen:
-                raise ValueError(f"{path.name}: the sample key {key!r} occurs twice")
-            seen.add(key)
-            for extension, data in members.items():
-                put(header(f"{key}.{extension}", len(data)))
-                put(data)
-                put(bytes(-len(data) % BLOCK))
-        put(END)
-    return ShardInfo(path.name, len(seen), size, digest.hexdigest())
+            shard.add(key, members)
+    return shard.info
 
 
 class ShardIndex:

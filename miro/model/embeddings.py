@@ -98,33 +98,58 @@ class TextEmbedding(nn.Module):
         return words, self.summary(mean.to(text.states.dtype))
 
 
-def grid_positions(rows: int, columns: int, channels: int) -> Tensor:
+def _centred(length: int, base: int, device: torch.device | None) -> Tensor:
+    """(length,) coordinates of an axis whose centre is that of an axis from 0 to base − 1."""
+    return torch.arange(length, device=device) + (base - length) / 2
+
+
+def grid_positions(
+    rows: int,
+    columns: int,
+    channels: int,
+    base: tuple[int, int] | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
     """(rows·columns, channels) fixed sines and cosines of each token's place, of unit variance.
 
     The periods run from two tokens to twice the grid's side, so that neighbours differ clearly on
-    a grid of any size (learned places start too small to be noticed on a small budget).
+    a grid of any size (learned places start too small to be noticed on a small budget). `base` is
+    the (rows, columns) of the grid that decides them: another lies with its centre on that one's,
+    its tokens as far apart, so that a place means the same in both.
     """
     quarter = channels // 4
     assert channels % 4 == 0
+    base = base or (rows, columns)
 
-    def axis(length: int) -> Tensor:
-        # From π / (2·length) to π / 2, evenly spaced in their logarithm.
-        share = 1 - torch.arange(quarter) / max(1, quarter - 1)
-        frequencies = math.pi / 2 * length**-share
-        angles = torch.arange(length)[:, None] * frequencies
+    def axis(length: int, base: int) -> Tensor:
+        # From π / (2·base) to π / 2, evenly spaced in their logarithm.
+        share = 1 - torch.arange(quarter, device=device) / max(1, quarter - 1)
+        frequencies = math.pi / 2 * base**-share
+        angles = _centred(length, base, device)[:, None] * frequencies
         return math.sqrt(2) * torch.cat((angles.sin(), angles.cos()), -1)
 
-    down = axis(rows)[:, None].expand(rows, columns, -1)
-    across = axis(columns)[None].expand(rows, columns, -1)
+    down = axis(rows, base[0])[:, None].expand(rows, columns, -1)
+    across = axis(columns, base[1])[None].expand(rows, columns, -1)
     return torch.cat((down, across), -1).reshape(rows * columns, channels)
 
 
-def rope_angles(rows: int, columns: int, head_size: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (rows·columns, head size / 2): half of the pairs turn with the row."""
+def rope_angles(
+    rows: int,
+    columns: int,
+    head_size: int,
+    base: tuple[int, int] | None = None,
+    device: torch.device | None = None,
+) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (rows·columns, head size / 2): half of the pairs turn with the row.
+
+    `base` as in `grid_positions`.
+    """
     quarter = head_size // 4
     assert head_size % 4 == 0
-    frequencies = 100.0 ** -(torch.arange(quarter) / quarter)
-    down = torch.arange(rows)[:, None, None].expand(rows, columns, 1) * frequencies
-    across = torch.arange(columns)[None, :, None].expand(rows, columns, 1) * frequencies
+    base = base or (rows, columns)
+    frequencies = 100.0 ** -(torch.arange(quarter, device=device) / quarter)
+    row, column = _centred(rows, base[0], device), _centred(columns, base[1], device)
+    down = row[:, None, None].expand(rows, columns, 1) * frequencies
+    across = column[None, :, None].expand(rows, columns, 1) * frequencies
     angles = torch.cat((down, across), -1).reshape(rows * columns, head_size // 2)
     return angles.cos(), angles.sin()

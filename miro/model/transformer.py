@@ -46,6 +46,14 @@ class ModelConfig:
                 "of a size divisible by 4 (2-D rotation)"
             )
 
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tokens of a latent; ValueError where the patch does not divide it."""
+        if height % self.patch or width % self.patch:
+            raise ValueError(
+                f"model: patch={self.patch} does not divide latents of {height}x{width}"
+            )
+        return height // self.patch, width // self.patch
+
 
 class TextKeys(NamedTuple):
     """What the network needs of a batch of texts: computed once, used at every step."""
@@ -68,6 +76,9 @@ class Rewards(NamedTuple):
 class FlowTransformer(nn.Module):
     """x_t (B, C, H, W), t (B,), rewards and text to the raw prediction (B, C, H, W).
 
+    `latent_shape` is the grid it keeps the places of. Latents of any other height and width that
+    the patch divides are taken too: their centre lies on that grid's, at the same scale.
+
     A site is a place where the residual stream is normed: the entry of each attention, the entry
     of each MLP, and the output. Its modulation (gate of the branch before it, shift, scale) is the
     sum of a part shared by all sites of its kind, from time and text, of the rewards' table, and of
@@ -82,13 +93,11 @@ class FlowTransformer(nn.Module):
         rewards: int,
     ) -> None:
         super().__init__()
-        channels, height, width = latent_shape
+        channels, *_ = latent_shape
         side, dim = config.patch, config.channels
-        if height % side or width % side:
-            raise ValueError(f"model: patch={side} does not divide latents of {height}x{width}")
         self.config, self.latent_shape = config, latent_shape
         self.recompute = False  # Whether backward computes the blocks again, to save memory.
-        rows, columns = height // side, width // side
+        rows, columns = config.grid(*latent_shape[1:])
         self.patches = nn.Linear(channels * side * side, dim)
         cos, sin = rope_angles(rows, columns, dim // config.heads)
         self.places = nn.Buffer(grid_positions(rows, columns, dim), persistent=False)
@@ -123,7 +132,9 @@ class FlowTransformer(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, rewards: Rewards, text: TextKeys) -> Tensor:
         dtype = self.patches.weight.dtype
-        x = self.patches(self._patchify(x_t.to(dtype))) + self.places.to(dtype)
+        height, width = x_t.shape[2:]
+        places, rope = self._grid(height, width)
+        x = self.patches(self._patchify(x_t.to(dtype))) + places.to(dtype)
         base = self.shared(nn.functional.silu(self.time(t) + text.summary))
         base = base.unflatten(-1, (2, 3, -1)).unbind(1)
         table = self.table(rewards.levels).unflatten(-1, (2, 3, -1)).unbind(2)
@@ -142,7 +153,7 @@ class FlowTransformer(nn.Module):
             index: int, block: Block, keys: tuple[Tensor, Tensor], x: Tensor, branch: Tensor | None
         ) -> tuple[Tensor, Tensor]:
             x, h = site(2 * index, x, branch)
-            branch = block.attention(h, (self.cos, self.sin), keys, text.offsets, text.longest)
+            branch = block.attention(h, rope, keys, text.offsets, text.longest)
             x, h = site(2 * index + 1, x, branch)
             return x, block.mlp(h)
 
@@ -154,18 +165,31 @@ class FlowTransformer(nn.Module):
             else:
                 x, branch = through(*inputs)
         _, h = site(2 * self.config.depth, x, branch)
-        return self._unpatchify(self.out(h)).float()
+        return self._unpatchify(self.out(h), height, width).float()
 
     def _blocks(self) -> list[Block]:
         return cast("list[Block]", self.blocks)
 
+    def _grid(self, height: int, width: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Places and angles of a latent's tokens: kept, or where they lie about those kept."""
+        _, *own = self.latent_shape
+        if height == own[0] and width == own[1]:
+            return self.places, (self.cos, self.sin)
+        grid, base = self.config.grid(height, width), self.config.grid(*own)
+        dim, device = self.config.channels, self.cos.device
+        return (
+            grid_positions(*grid, dim, base, device),
+            rope_angles(*grid, dim // self.config.heads, base, device),
+        )
+
     def _patchify(self, x: Tensor) -> Tensor:
-        side, (channels, height, width) = self.config.patch, self.latent_shape
-        x = x.reshape(-1, channels, height // side, side, width // side, side)
+        side = self.config.patch
+        rows, columns = self.config.grid(*x.shape[2:])
+        x = x.unflatten(3, (columns, side)).unflatten(2, (rows, side))
         return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
-    def _unpatchify(self, tokens: Tensor) -> Tensor:
-        side, (channels, height, width) = self.config.patch, self.latent_shape
-        x = tokens.unflatten(1, (height // side, width // side))
+    def _unpatchify(self, tokens: Tensor, height: int, width: int) -> Tensor:
+        side, channels = self.config.patch, self.latent_shape[0]
+        x = tokens.unflatten(1, self.config.grid(height, width))
         x = x.unflatten(-1, (channels, side, side))
         return x.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, height, width)

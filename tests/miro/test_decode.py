@@ -8,7 +8,7 @@ import torch
 from damaged import PICTURE, bomb, encoded, noise
 from PIL import Image
 
-from miro.data.decode import DecodeError, decode, resize_crop
+from miro.data.decode import DecodeError, decode
 
 
 @pytest.mark.parametrize(
@@ -104,13 +104,3 @@ def test_of_an_animation_the_first_frame_is_taken() -> None:
     for form in ("GIF", "WEBP"):
         image = decode(encoded(frames[0], form, save_all=True, append_images=frames[1:]))
         assert image[0].min() > 240 and image[2].max() < 15
-
-
-def test_resize_crop_takes_the_centre_and_keeps_a_fitting_image() -> None:
-    image = torch.zeros(3, 30, 90, dtype=torch.uint8)
-    image[:, :, 30:60] = 200
-    small = resize_crop(image, 10)
-    assert (small.shape, small.dtype) == ((3, 10, 10), torch.uint8)
-    assert small.unique().tolist() == [200]
-    assert torch.equal(resize_crop(image[:, :, 30:60], 30), image[:, :, 30:60])
-    assert resize_crop(image, 64).shape == (3, 64, 64)

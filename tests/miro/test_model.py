@@ -250,7 +250,7 @@ def test_patches_and_back_is_the_identity(draw: Callable[..., Tensor]) -> None:
     assert tokens.shape == (2, 12, 12)
     # Token 5 is row 1, column 1 of a 3 x 4 grid.
     assert torch.equal(tokens[0, 5], x[0, :, 2:4, 2:4].flatten())
-    assert torch.equal(model._unpatchify(tokens), x)
+    assert torch.equal(model._unpatchify(tokens, *x.shape[2:]), x)
 
 
 def test_places_are_distinct_and_of_unit_variance() -> None:

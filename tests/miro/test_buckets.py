@@ -1,0 +1,292 @@
+"""Pictures of several aspects and resolutions: encoded, trained on, and drawn."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from encoded_folder import write_images
+from PIL import Image
+from together import train_together
+
+import miro.data.decode
+import miro.encode
+from miro import checkpoint
+from miro.checkpoint import RunFolder
+from miro.data.decode import decode
+from miro.data.encoded import EncodedDataset
+from miro.data.shards import Manifest, ShardIndex
+from miro.draw import draw
+from miro.encode import EncodeConfig, encode
+from miro.encoding import Encoding, cover, nearest
+from miro.engine import ShardingConfig
+from miro.model.embeddings import grid_positions, rope_angles
+from miro.model.transformer import FlowTransformer, ModelConfig, Rewards
+from miro.presets import TrainConfig
+from miro.report.metrics import read_metrics
+from miro.text import pack
+from miro.train import train
+
+# Widths and heights: squares, wide, tall, and one wider than any bucket.
+SIDES = [(40, 40), (60, 40), (33, 50), (64, 64), (120, 30), (48, 32)] * 4
+CONFIG = EncodeConfig(size=32, buckets=("1:1", "3:2", "2:3"), multiple=8, workers=1)
+SQUARE, WIDE, TALL = (3, 32, 32), (3, 24, 40), (3, 40, 24)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"), SIDES)
+
+
+@pytest.fixture(scope="module")
+def bucketed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bucketed") / "data"
+    encode(images, folder, config=CONFIG)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("buckets", "multiple", "expected"),
+    [
+        ((), 16, [(256, 256)]),
+        (("1:1", "4:3", "3:4"), 64, [(256, 256), (192, 320), (320, 192)]),
+        (("16:9", "9:16"), 16, [(192, 336), (336, 192)]),
+        (("100:1",), 64, [(64, 2560)]),
+    ],
+)
+def test_a_bucket_has_about_the_area_of_the_size(
+    buckets: tuple[str, ...], multiple: int, expected: list[tuple[int, int]]
+) -> None:
+    assert Encoding(size=256, buckets=buckets, multiple=multiple).sides() == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"size": 64, "buckets": ("4x3",)}, "an aspect is WIDTH:HEIGHT, as 4:3, got '4x3'"),
+        ({"size": 64, "buckets": ("0:3",)}, "got '0:3'"),
+        ({"size": 32, "buckets": ("1:1", "4:3")}, "'1:1' and '4:3' are both 32 x 32 pixels"),
+        ({"buckets": ("1:1",)}, "buckets 1:1 need a size"),
+        ({"size": 32, "sizes": (32, 64)}, "size=32 or sizes=.32, 64., not both"),
+        ({"sizes": (32, 32)}, "names one twice"),
+        ({"multiple": 0}, "multiple must be at least 1"),
+    ],
+)
+def test_impossible_buckets_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EncodeConfig(**settings)
+
+
+def test_the_nearest_bucket_is_nearest_by_ratio() -> None:
+    sides = [(32, 32), (24, 40), (40, 24)]
+
+    assert nearest(sides, 1.29) == (32, 32) and nearest(sides, 1.30) == (24, 40)
+    assert nearest(sides, 1 / 1.29) == (32, 32) and nearest(sides, 1 / 1.30) == (40, 24)
+
+
+def test_a_picture_covers_its_bucket_and_is_cropped_at_its_centre() -> None:
+    image = torch.zeros(3, 30, 120, dtype=torch.uint8)
+    image[:, :, 35:85] = 200  # The middle 50 columns are those that 24 x 40 keeps.
+
+    assert torch.equal(cover(image, 24, 40), torch.full((3, 24, 40), 200, dtype=torch.uint8))
+    noise = torch.randint(256, (3, 37, 53), dtype=torch.uint8)
+    assert torch.equal(cover(noise, 37, 37), noise[:, :, 8:45])
+    assert cover(noise, 64, 64).shape == (3, 64, 64)
+
+
+def test_each_picture_is_encoded_in_its_bucket(images: Path, bucketed: Path) -> None:
+    data = EncodedDataset(bucketed)
+
+    assert data.shapes == (SQUARE, WIDE, TALL) and data.latent_shape == SQUARE
+    assert data.shape_of.tolist() == [0, 1, 2, 0, 1, 1] * 4
+    for i in (1, 2, 3, 4):
+        pixels = decode(bytes(ShardIndex(images).member(i, "png")))
+        fitted = cover(pixels, *data.shapes[data.shape_of[i]][1:])
+        restored = np.rint((data.latent(i).astype(np.float32) + 1) * 127.5)
+        assert np.array_equal(restored, fitted.numpy())
+    record = Manifest.read(bucketed).encoding
+    assert record is not None
+    assert record["latent_shape"] == [3, 32, 32] and record["buckets"] == ["1:1", "3:2", "2:3"]
+
+
+def test_a_bucket_without_pictures_is_no_shape_of_the_data(images: Path, tmp_path: Path) -> None:
+    encode(images, tmp_path, config=replace(CONFIG, buckets=(*CONFIG.buckets, "9:1")))
+
+    data = EncodedDataset(tmp_path)
+
+    assert len(Manifest.read(tmp_path).encoding["latent_shapes"]) == 4  # type: ignore[index]
+    assert data.shapes == (SQUARE, WIDE, TALL)
+    assert data.encoding["latent_shapes"] == [list(shape) for shape in data.shapes]
+
+
+def test_other_buckets_are_another_encoding(images: Path, bucketed: Path) -> None:
+    for config in (replace(CONFIG, buckets=("1:1",)), replace(CONFIG, buckets=())):
+        with pytest.raises(ValueError, match="encoded otherwise .buckets"):
+            encode(images, bucketed, config=config)
+
+
+def test_several_sizes_are_complete_folders_and_a_picture_is_decoded_once(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[int] = []
+    for module in (miro.encode, miro.data.decode):
+        monkeypatch.setattr(module, "decode", lambda data: (decoded.append(1), decode(data))[1])
+    both = replace(CONFIG, size=None, sizes=(32, 64), decoder="pillow")
+
+    summary = encode(images, tmp_path / "both", config=both)
+
+    assert len(decoded) == len(SIDES) + 1  # The first stands for all before any shard is made.
+    assert (summary.samples, summary.encoded) == (24, 24)
+    for size in (32, 64):
+        encode(images, tmp_path / str(size), config=replace(CONFIG, size=size))
+        assert contents(tmp_path / "both" / str(size)) == contents(tmp_path / str(size))
+    before = len(decoded)
+    assert encode(images, tmp_path / "both", config=both).encoded == 0 and len(decoded) == before
+
+
+def test_a_size_whose_shard_is_missing_is_brought_level(images: Path, tmp_path: Path) -> None:
+    """As a run is found that was killed between the shards of two sizes."""
+    both = replace(CONFIG, size=None, sizes=(32, 64))
+    encode(images, tmp_path / "whole", config=both)
+    encode(images, tmp_path / "cut", config=both)
+    manifest = Manifest.read(tmp_path / "cut" / "64")
+    kept = {shard.name: shard.sha256 for shard in Manifest.read(images).shards[:1]}
+    origin = {**manifest.source, "encoded_from": kept}
+    replace(manifest, shards=manifest.shards[:1], source=origin).write(tmp_path / "cut" / "64")
+
+    assert encode(images, tmp_path / "cut", config=both).encoded == 16
+
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_another_grid_lies_round_the_same_centre_at_the_same_scale() -> None:
+    for make in (grid_positions, lambda *grid: rope_angles(*grid)[0]):
+        base = make(6, 6, 16).view(6, 6, -1)
+        wide, small = make(6, 10, 16, (6, 6)).view(6, 10, -1), make(2, 4, 16, (6, 6)).view(2, 4, -1)
+        torch.testing.assert_close(wide[:, 2:8], base)
+        torch.testing.assert_close(small, base[2:4, 1:5])
+
+    places = grid_positions(6, 10, 16, (6, 6))
+    assert torch.cdist(places, places).fill_diagonal_(9).min() > 1
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def network() -> FlowTransformer:
+    torch.manual_seed(0)
+    model = FlowTransformer(ModelConfig(16, 2, 2, 24, 2), (2, 4, 4), 6, rewards=2)
+    with torch.no_grad():
+        for param in model.parameters():
+            param += 0.2 * torch.randn(param.shape)
+    return model
+
+
+def predict(model: Any, network: FlowTransformer, shape: tuple[int, int]) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    bins = torch.ones(3, 2, dtype=torch.long)
+    rewards = Rewards(torch.linspace(0, 1, 3), bins, bins > 0)
+    text = pack([torch.randn(n, 6, generator=generator) for n in (2, 1, 3)])
+    x, t = torch.randn(3, 2, *shape, generator=generator), torch.rand(3, generator=generator)
+    return model(x, t, rewards, network.read_text(text))
+
+
+def test_the_network_takes_any_grid_and_learns_from_it() -> None:
+    model = network()
+
+    out = predict(model, model, (4, 8))
+    out.square().mean().backward()
+
+    assert out.shape == (3, 2, 4, 8)
+    assert all(param.grad is not None and param.grad.abs().sum() > 0 for param in model.parameters()
+               if param.numel() > 1)  # fmt: skip
+    with pytest.raises(ValueError, match="patch=2 does not divide latents of 4x5"):
+        predict(model, model, (4, 5))
+
+
+def test_a_compiled_network_takes_several_grids() -> None:
+    model, graphs = network(), []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=count, dynamic=True)
+    shapes = [(4, 4), (4, 8), (8, 4), (6, 6), (4, 12), (12, 4), (8, 8), (6, 10), (10, 6), (4, 4)]
+
+    for shape in shapes:
+        torch.testing.assert_close(
+            predict(compiled, model, shape), predict(model, model, shape), rtol=1e-5, atol=1e-5
+        )
+
+    # One for the grid whose places are kept, and few for all others. Torch would give up at 8.
+    assert len(graphs) <= 4
+
+
+@pytest.fixture(scope="module")
+def config(training: TrainConfig, bucketed: Path) -> TrainConfig:
+    return replace(training, data=bucketed, images=64, weights_at=())
+
+
+@pytest.fixture(scope="module")
+def whole(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train(config, folder)
+    return RunFolder(folder)
+
+
+def losses(run: RunFolder) -> list[float]:
+    return [line["loss"] for line in read_metrics(run.metrics)]
+
+
+def test_a_run_in_buckets_resumes_bit_for_bit(
+    config: TrainConfig, whole: RunFolder, tmp_path: Path
+) -> None:
+    def stop(progress: Any) -> None:
+        if progress.images == 40:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path, report=stop)
+    train(config, tmp_path)
+
+    run = RunFolder(tmp_path)
+    ours, theirs = (checkpoint.load(r.checkpoint(64))[0] for r in (run, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert losses(run) == losses(whole)
+
+
+def test_two_ranks_learn_the_same_in_buckets(
+    config: TrainConfig, whole: RunFolder, tmp_path: Path
+) -> None:
+    sharding = ShardingConfig(stage="2", micro_batch=2)
+
+    train_together(2, replace(config, sharding=sharding), tmp_path / "run")
+
+    found = losses(RunFolder(tmp_path / "run"))
+    torch.testing.assert_close(found, losses(whole), rtol=1e-5, atol=0)
+
+
+def test_pictures_are_drawn_in_the_nearest_trained_aspect(whole: RunFolder, tmp_path: Path) -> None:
+    sizes = {None: (32, 32), "16:9": (40, 24), "1:1": (32, 32), "1:4": (24, 40)}
+
+    for number, (aspect, size) in enumerate(sizes.items()):
+        (path,) = draw(
+            whole.root, ["apples"], wanted={}, steps=1, aspect=aspect, out=tmp_path / str(number)
+        )
+        assert Image.open(path).size == size
+    with pytest.raises(ValueError, match="an aspect is WIDTH:HEIGHT"):
+        draw(whole.root, ["apples"], wanted={}, aspect="wide")
+
+
+def test_a_patch_that_does_not_divide_every_bucket_is_refused(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    model = replace(config.model, patch=16)
+
+    with pytest.raises(ValueError, match="patch=16 does not divide latents of 24x40"):
+        train(replace(config, model=model), tmp_path)

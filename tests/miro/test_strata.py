@@ -1,0 +1,239 @@
+"""The order of visits where samples come from several sources and in several shapes."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from encoded_folder import SQUARE, WIDE, write_encoded
+
+from miro.checkpoint import RunFolder, load
+from miro.data.encoded import EncodedDataset
+from miro.data.loader import Loader
+from miro.data.mixture import Mixture, open_data
+from miro.data.strata import Part, Row, shares, stratify
+from miro.presets import TrainConfig
+from miro.report.metrics import read_metrics
+from miro.train import train
+
+# Two sources in three shapes; the second source has none of the last.
+SHAPE_OF = np.array([0] * 50 + [1] * 23 + [2] * 4 + [0] * 30 + [1] * 14)
+PARTS = (Part(0, 77, 3.0), Part(77, 121, 1.0))
+BATCH = 8
+
+
+def row(seed: int = 0, shape_of: np.ndarray = SHAPE_OF, parts: tuple = PARTS) -> Row:
+    return Row(stratify(shape_of, parts), seed, BATCH)
+
+
+def mixture(folder: Path, *sources: tuple[str, float]) -> Path:
+    path = folder / "mixture.json"
+    listed = [{"folder": name, "weight": weight} for name, weight in sources]
+    path.write_text(json.dumps({"sources": listed}))
+    return path
+
+
+def test_of_one_source_and_shape_the_row_is_what_it_was(tmp_path: Path) -> None:
+    """Fixed in the first version: a run that was begun goes on as it would have."""
+    folder = write_encoded(tmp_path, [SQUARE] * 21, kinds=("original", "short", "long"))
+
+    samples, captions = Loader(EncodedDataset(folder), seed=1).visits_at(17, 9)
+
+    assert samples.tolist() == [1, 3, 7, 12, 14, 15, 19, 5, 12]
+    assert captions.tolist() == [2, 1, 0, 1, 2, 2, 2, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("total", "weights", "expected"),
+    [
+        (30, [2.0, 1.0], [20, 10]),
+        (10, [0.1, 0.2], [3, 7]),
+        (7, [1, 1, 1], [3, 2, 2]),
+        (121, [77, 44], [77, 44]),
+        (1000, [1e6, 1e-6, 1e-6], [998, 1, 1]),
+        (3, [5, 1, 1], [1, 1, 1]),
+    ],
+)
+def test_shares_are_whole_and_keep_their_sum(
+    total: int, weights: list[float], expected: list[int]
+) -> None:
+    assert shares(total, weights) == expected
+
+
+def test_weights_are_honoured_exactly_over_each_epoch(tmp_path: Path) -> None:
+    for name, count in (("a", 30), ("b", 60)):
+        write_encoded(tmp_path / name, [SQUARE] * count)
+    data = Mixture(mixture(tmp_path, ("a", 2.0), ("b", 1.0)))
+    loader = Loader(data, seed=0)
+
+    for epoch in range(4):
+        samples, _ = loader.visits_at(epoch * 90, 90)
+        assert ((samples < 30).sum(), (samples >= 30).sum()) == (60, 30)
+        # Mixed: no stretch of an epoch is of one source.
+        assert all(0 < (samples[at : at + 30] < 30).sum() < 30 for at in (0, 30, 60))
+
+
+def test_every_sample_of_a_stratum_is_visited_equally_often() -> None:
+    one = row()
+    visits = Counter(np.concatenate([one.at(8 * k, 8)[0] for k in range(1500)]).tolist())
+
+    for samples in (s for shape in stratify(SHAPE_OF, PARTS) for s in [st.samples for st in shape]):
+        seen = [visits[int(n)] for n in samples]
+        # A row of permutations: after any number of visits they differ by one, by two where the
+        # batch that is under way was mixed with another source's.
+        assert max(seen) - min(seen) <= 2, seen
+
+
+def test_weights_are_honoured_within_a_batch_of_each_shape_at_any_time() -> None:
+    one = row()
+    samples = np.concatenate([one.at(8 * k, 8)[0] for k in range(1500)])
+
+    first = np.cumsum(samples < 77)
+    expected = 91 / 121 * np.arange(1, len(samples) + 1)
+    # Of 121 visits 91 (3/4). Besides whole batches, an epoch's order is random.
+    assert np.abs(first - expected).max() < 3 * BATCH + 30
+    assert abs(first[-1] - expected[-1]) < 3 * BATCH + 30
+
+
+def test_a_batch_is_of_one_shape_and_any_part_of_it_is_the_same() -> None:
+    whole, again = row(), row()
+    seen = set()
+    for number in (*range(40), 10_000, 123_456):
+        samples, draws = whole.at(8 * number, 8)
+        (shape,) = set(SHAPE_OF[samples].tolist())
+        seen.add(shape)
+        for size in (1, 2, 4):
+            parts = [again.at(8 * number + at, size) for at in range(0, 8, size)]
+            assert np.array_equal(np.concatenate([s for s, _ in parts]), samples)
+            assert np.array_equal(np.concatenate([d for _, d in parts]), draws)
+    assert seen == {0, 1, 2}
+
+
+def test_a_part_of_two_batches_is_refused() -> None:
+    with pytest.raises(ValueError, match="not of one batch of 8"):
+        row().at(4, 8)
+
+
+def test_shapes_are_shuffled_and_each_seed_has_an_order_of_its_own() -> None:
+    rows = [row(seed) for seed in range(4)]
+    orders = {tuple(int(SHAPE_OF[one.at(8 * k, 1)[0][0]]) for k in range(60)) for one in rows}
+
+    assert len(orders) == 4
+    assert all(order != tuple(sorted(order)) for order in orders)
+
+
+def test_a_shape_rarer_than_a_batch_waits_for_enough_epochs_and_is_not_repeated() -> None:
+    shape_of = np.array([0] * 60 + [1] * 3)
+    one = Row(stratify(shape_of, (Part(0, 63),)), 0, BATCH)
+
+    samples = np.concatenate([one.at(8 * k, 8)[0] for k in range(630)])
+
+    seen = Counter(samples.tolist())
+    assert max(seen.values()) - min(seen.values()) <= 3
+    rare = [k for k in range(630) if samples[8 * k] >= 60]
+    assert len(rare) == 630 * 3 // 63
+
+
+def test_a_source_too_light_for_its_shapes_is_refused() -> None:
+    with pytest.raises(ValueError, match="a source of weight 1e-06 has 1 of the 121 visits"):
+        stratify(SHAPE_OF, (Part(0, 77, 1.0), Part(77, 121, 1e-6)))
+
+
+def test_samples_of_the_same_key_are_not_confused(tmp_path: Path) -> None:
+    write_encoded(tmp_path / "a", [SQUARE] * 5, kinds=("short", "original"))
+    write_encoded(tmp_path / "b", [WIDE, SQUARE, WIDE], rewards=("sharpness", "colourfulness"))
+    data = Mixture(mixture(tmp_path, ("a", 1.0), ("b", 1.0)))
+    own = [EncodedDataset(tmp_path / name) for name in "ab"]
+
+    batch = Loader(data, seed=3, batch=2).batch_at(0, 2)
+
+    assert data.keys == [f"a/k{n}" for n in range(5)] + [f"b/k{n}" for n in range(3)]
+    assert data.rewards == ("colourfulness",) and data.caption_kinds == ("short", "original")
+    assert data.shapes == (SQUARE, WIDE) and data.shape_of.tolist() == [0] * 5 + [1, 0, 1]
+    assert data.scores[:, 1, 0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
+    assert np.isnan(data.scores[5:, 0]).all() and not np.isnan(data.scores[:5]).any()
+    for key, latent, text, kind in zip(
+        batch.keys, batch.latents, range(2), batch.caption_index.tolist(), strict=True
+    ):
+        name, _, number = key.partition("/k")
+        source, n = own["ab".index(name)], int(number)
+        assert np.array_equal(latent, source.latent(n).astype(np.float32))
+        caption = source.caption_kinds.index(data.caption_kinds[kind])
+        assert np.array_equal(batch.text.text(text), source.text(n, caption))
+
+
+def test_a_source_is_one_of_its_own_where_a_mixture_has_no_other(tmp_path: Path) -> None:
+    write_encoded(tmp_path / "a", [SQUARE] * 9)
+    data = Mixture(mixture(tmp_path, ("a", 0.3)))
+
+    alone = Loader(EncodedDataset(tmp_path / "a"), seed=1).visits_at(0, 30)
+
+    assert np.array_equal(Loader(data, seed=1).visits_at(0, 30), alone)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not JSON"),
+        ("[]", "lists no sources; a mixture is"),
+        ('{"sources": []}', "lists no sources"),
+        ('{"sources": [{"weight": 1}]}', "names no folder"),
+        ('{"sources": [{"folder": "a", "wieght": 1}]}', "did you mean 'weight'"),
+        ('{"sources": [{"folder": "a", "weight": 0}]}', "'a' must be above 0, got 0"),
+        ('{"sources": [{"folder": "a", "weight": "2"}]}', "must be above 0, got '2'"),
+        ('{"sources": [{"folder": "a"}, {"folder": "a"}]}', "'a' is listed twice"),
+        ('{"sources": [{"folder": "none"}]}', "none/manifest.json: no such file"),
+    ],
+)
+def test_a_mixture_that_cannot_be_read_is_refused(
+    tmp_path: Path, content: str, message: str
+) -> None:
+    write_encoded(tmp_path / "a", [SQUARE])
+    (tmp_path / "mixture.json").write_text(content)
+
+    with pytest.raises(ValueError, match=message):
+        open_data(tmp_path / "mixture.json")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"latents": "pixels"}, {"size": 256}, {"text_dim": 8}, {"has_std": True}],
+    ids=lambda other: next(iter(other)),
+)
+def test_sources_encoded_in_different_ways_are_refused(
+    tmp_path: Path, other: dict[str, Any]
+) -> None:
+    write_encoded(tmp_path / "a", [SQUARE])
+    write_encoded(tmp_path / "b", [SQUARE], **other)
+
+    with pytest.raises(ValueError, match=f"different ways .{next(iter(other))}: .*encode them"):
+        open_data(mixture(tmp_path, ("a", 1), ("b", 1)))
+
+
+def test_a_run_on_a_mixture_resumes_bit_for_bit(
+    training: TrainConfig, encoded: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "b").symlink_to(encoded)
+    path = mixture(tmp_path, (str(encoded), 2.0), ("b", 1.0))
+    config = replace(training, data=path, weights_at=(), images=64)
+    train(config, tmp_path / "whole")
+
+    def stop(progress: Any) -> None:
+        if progress.images == 40:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "run", report=stop)
+    train(config, tmp_path / "run")
+
+    ours, theirs = (RunFolder(tmp_path / name) for name in ("run", "whole"))
+    expected = load(theirs.weights_at(64))
+    found = load(ours.weights_at(64))
+    assert found[1] == expected[1] and found[1]["encoding"] == EncodedDataset(encoded).encoding
+    assert all(torch.equal(found[0][name], expected[0][name]) for name in expected[0])
+    both = [[line["loss"] for line in read_metrics(run.metrics)] for run in (ours, theirs)]
+    assert both[0] == both[1]
