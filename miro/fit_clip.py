@@ -133,7 +133,7 @@ def fit_clip(
 
 def _read_pairs(data: Path, manifest: Manifest, size: int) -> tuple[Tensor, list[str]]:
     """All pictures as uint8 (N, 3, size, size), one a caption, and the captions."""
-    from miro.data.decode import resize_crop
+    from miro.encoding import cover
 
     pictures, captions = [], []
     for shard in manifest.shards:
@@ -142,7 +142,7 @@ def _read_pairs(data: Path, manifest: Manifest, size: int) -> tuple[Tensor, list
             image = next(d for name, d in members.items() if name != "json")
             picture = decode(image)
             if picture.shape[1:] != (size, size):
-                picture = resize_crop(picture, size)
+                picture = cover(picture, size, size)
             for caption in record["captions"].values():
                 pictures.append(picture)
                 captions.append(caption)
