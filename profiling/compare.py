@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LARGER_IS_BETTER = ("images_per_second", "ratio", "mfu", "share")
+LARGER_IS_BETTER = ("images_per_second", "ratio", "together_to_apart", "mfu", "share")
 TIMED = {"median", "p20", "p80"}
 
 
@@ -64,7 +64,7 @@ def judge(path: tuple[str, ...], before: Any, after: Any) -> Change:
     if not isinstance(before, dict):
         verdict = "grew" if after > before else "shrank" if after < before else "same"
         return Change(name, before, after, verdict)
-    up = any(word in path for word in LARGER_IS_BETTER)
+    up = any(word in part for word in LARGER_IS_BETTER for part in path)
     verdict = "same"
     if after["p20"] > before["p80"]:
         verdict = "faster" if up else "slower"

@@ -7,8 +7,9 @@ torch, and the fused kernels with the rest eager. An operation reads each input 
 output once; an operation of several kernels counts as one launch, but ours as what they are.
 Eager's attention is counted as the products, softmax and copies that torch makes of it where no
 library has it whole. What torch.compile would move for an operation is in kernel_report.py. The
-time is a PROJECTION: for each operation the larger of its FLOPs and its bytes over what DEVICES
-say, and no host. Writes budget-PRESET.json, and budget-PRESET.svg: the groups on a roofline.
+time is a PROJECTION: for each operation the larger of its FLOPs and its bytes over what the devices
+of roofline.py reach, and no host. Writes budget-PRESET.json, and budget-PRESET.svg: the groups on a
+roofline.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
+from charts import roofline_plot, standalone
 from measured import machine, write
+from roofline import DEVICES, Row, grouped, projected
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -59,51 +61,6 @@ MOVING |= {
 MOVING |= {"new_zeros", "index_add", "_index_put_impl_", "arange"}
 # Bytes of a parameter that AdamWEMA moves: gradient and copy in bf16, and four fp32 states twice.
 OPTIMIZER_BYTES = 2 + 2 + 8 * 4
-
-
-@dataclass(frozen=True)
-class Device:
-    """What a device is taken to reach."""
-
-    flops: float
-    """Dense bf16 FLOP/s of the data sheet."""
-    bandwidth: float
-    """Bytes/s of the data sheet."""
-    gemm: float = 0.79
-    """Share of `flops` that matrix products reach: 784 of 989 TFLOP/s, measured on the H100
-    (results/gpu-NVIDIA-H100-*.json); the same share elsewhere is an assumption."""
-    attention: float = 0.25
-    """Share of `flops` that attention reaches, whatever computes it: 0.2 to 0.3 there."""
-    memory: float = 0.80
-    """Share of `bandwidth` that everything else reaches; a copy reached 0.90 there."""
-    launch: float = 2e-6
-    """Seconds between one kernel's end and the next one's start, the host being ahead."""
-
-
-DEVICES = {
-    "H100 SXM": Device(989e12, 3.35e12),
-    "H200": Device(989e12, 4.8e12),
-    "B200": Device(2250e12, 8.0e12),
-    "MI300X": Device(1307e12, 5.3e12),
-}
-
-
-@dataclass
-class Row:
-    """An operation of the step, all its calls together."""
-
-    op: str
-    group: str
-    calls: int = 0
-    launches: int = 0
-    flops: float = 0.0
-    bytes: float = 0.0
-
-    def seconds(self, device: Device) -> float:
-        share = device.attention if self.group == "attention" else device.gemm
-        arithmetic = self.flops / (device.flops * share)
-        movement = self.bytes / (device.bandwidth * device.memory)
-        return max(arithmetic, movement) + self.launches * device.launch
 
 
 def group_of(op: str, namespace: str) -> str:
@@ -204,51 +161,6 @@ def optimizer(model: nn.Module) -> Row:
     return Row("AdamWEMA", "optimizer", 1, 2, 0.0, OPTIMIZER_BYTES * parameters)
 
 
-def grouped(rows: list[Row]) -> list[Row]:
-    """The rows of each group as one, the group for its name."""
-    found: dict[str, Row] = {}
-    for row in rows:
-        total = found.setdefault(row.group, Row(row.group, row.group))
-        total.calls += row.calls
-        total.launches += row.launches
-        total.flops += row.flops
-        total.bytes += row.bytes
-    return list(found.values())
-
-
-def projected(rows: list[Row], device: Device) -> float:
-    """Seconds of a step by the assumptions of `device`."""
-    return sum(row.seconds(device) for row in rows)
-
-
-def draw(variants: dict[str, list[Row]], device: Device, name: str) -> Figure:
-    """Groups by their FLOPs a byte, under what the device is taken to reach."""
-    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
-    axes = figure.subplots()
-    axes.set_title(f"Projection for {name}: nothing here was timed", fontsize=10)
-    intensities = [10 ** (power / 20) for power in range(-40, 81)]
-    bound = [min(device.flops, device.bandwidth * i) / 1e12 for i in intensities]
-    axes.plot(intensities, bound, color="black", linewidth=1)
-    markers = dict(zip(variants, "osD^", strict=False))
-    colours: dict[str, str] = {}
-    for variant, rows in variants.items():
-        for row in grouped(rows):
-            if not row.bytes:
-                continue
-            colour = colours.setdefault(row.group, f"C{len(colours)}")
-            # What only moves bytes lies at the left edge, at its bandwidth.
-            intensity = max(row.flops / row.bytes, 1e-2)
-            rate = max(row.flops, 1e-2 * row.bytes) / row.seconds(device) / 1e12
-            axes.scatter(intensity, rate, marker=markers[variant], color=colour, s=28)
-    for variant, marker in markers.items():
-        axes.scatter([], [], marker=marker, color="grey", label=variant)
-    for group, colour in colours.items():
-        axes.scatter([], [], color=colour, label=group)
-    axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="TFLOP/s")
-    axes.legend(fontsize=7)
-    return figure
-
-
 def table(variants: dict[str, list[Row]], batch: int) -> str:
     lines = []
     for variant, rows in variants.items():
@@ -299,7 +211,8 @@ def main() -> None:
     }
     path = given.out / f"budget-{given.preset}.json"
     write(record, path)
-    draw(variants, DEVICES["H100 SXM"], "an H100").savefig(path.with_suffix(".svg"))
+    figure = roofline_plot(variants, DEVICES["H100 SXM"])
+    path.with_suffix(".svg").write_text(standalone(figure, path.stem), "utf-8")
 
 
 if __name__ == "__main__":

@@ -55,6 +55,8 @@ _STYLE: dict[Any, Any] = {
     "lines.solid_capstyle": "round",
     "legend.frameon": False,
 }
+styled = rc_context(_STYLE)
+"""Decorates a function that draws in this style, for plots made elsewhere."""
 
 # Left, bottom, width, height of the axes in a panel: the same in each, so that neighbours line up.
 _PANEL = (0.115, 0.165, 0.87, 0.81)

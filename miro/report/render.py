@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 from miro.checkpoint import write_text
 from miro.report.plots import svg
 
+_FOLDER = Path(__file__).parent
 _NAMES = {
     "baseline": "Baseline",
     "miro": "MIRO",
@@ -65,10 +67,19 @@ def data_uri(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
-def write_page(path: Path, template: str, **values: Any) -> Path:
-    """Render a template to `path`, whole or not at all; every value is escaped."""
+def page_colours() -> str:
+    """The rules of page.css that give the colours of `plots.PALETTE`, light and dark."""
+    css = (_FOLDER / "page.css").read_text("utf-8")
+    return css[: css.index("* {")]
+
+
+def write_page(path: Path, template: str, folders: Sequence[Path] = (), **values: Any) -> Path:
+    """Render a template to `path`, whole or not at all; every value is escaped.
+
+    folders: where templates lie, besides the folder of this file.
+    """
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader([_FOLDER, *folders]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -1,6 +1,7 @@
-"""The scripts of profiling/ are run by path, and import one another by name."""
+"""The scripts of profiling/ are run by path, and import one another by name; so do the examples."""
 
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[2] / "profiling"))
+HERE = Path(__file__).parent
+sys.path += [str(HERE.parents[1] / "profiling"), str(HERE)]

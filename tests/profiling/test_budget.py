@@ -9,7 +9,8 @@ import pytest
 import step_budget
 import torch
 from count_flops import derived
-from step_budget import DEVICES, LATENTS, Budget, Device, Row, budget, grouped, projected
+from roofline import DEVICES, Device, Row, grouped, projected, seconds_by_bound, seconds_by_group
+from step_budget import LATENTS, Budget, budget
 
 from miro.model.transformer import ModelConfig
 
@@ -76,6 +77,12 @@ def test_the_projection_is_the_larger_of_both_and_the_launches() -> None:
     assert projected([product, copy], device) == pytest.approx(4.003)
     assert [row.group for row in grouped([product, copy, product])] == ["GEMM", "data movement"]
     assert grouped([product, copy, product])[0].flops == 2e12
+    assert seconds_by_group([product, copy], device) == pytest.approx(
+        {"GEMM": 2.002, "data movement": 2.001}
+    )
+    assert seconds_by_bound([product, copy], device) == pytest.approx(
+        {"FLOPs": 2.0, "bytes": 2.0, "launches": 0.003}
+    )
 
 
 def test_the_script_writes_its_table_and_its_plot(tmp_path: Path) -> None:
