@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from html import escape
 
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -24,6 +25,7 @@ from miro.report.render import number, page_colours
 
 WIDTH = 5.4  # inches, of which the page makes 520 pixels
 _COUNTS = ("flops", "bytes")
+_BEHIND = {"facecolor": PALETTE["paper"], "linewidth": 0, "pad": 0.6}  # text over a line
 _LETTER = 0.078  # inches of a letter of a label, on the safe side
 # What is ours has the colour of MIRO everywhere, and a rival its own.
 _FIXED = {
@@ -70,11 +72,11 @@ def bars(
             axes.annotate(
                 number(middle), (max(middle, most), y), (4, 0), textcoords="offset points",
                 va="center", fontsize=8.5, color=PALETTE["muted"],
-                bbox={"facecolor": PALETTE["paper"], "linewidth": 0, "pad": 0.6},
+                bbox=_BEHIND,
             )  # fmt: skip
             top = max(top, most)
         centre += high
-    axes.set_xlim(0, top * 1.14)
+    axes.set_xlim(0, top * 1.14 or 1)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     _finish(axes, unit, mark)
@@ -160,27 +162,27 @@ def roofline_plot(variants: Mapping[str, Sequence[Row]], device: Device) -> Figu
                 *([value] for value in point), linestyle="", marker=_MARKERS[place], markersize=8,
                 color=fills[variant], markeredgecolor=PALETTE["paper"], markeredgewidth=0.8,
             )  # fmt: skip
+            # The first variant is told on the right below its points, the others left above.
+            side, to = ("right", (-6, 6)) if place else ("left", (6, -12))
             axes.annotate(
-                row.group, point, (0, -13), textcoords="offset points", ha="center", fontsize=8.5,
-                color=PALETTE["muted"],
+                row.group, point, to, textcoords="offset points", ha=side, fontsize=8.5,
+                color=fills[variant], bbox=_BEHIND,
             )  # fmt: skip
         axes.plot([], [], linestyle="", marker=_MARKERS[place], color=fills[variant], label=variant)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    left, low = (
-        10 ** math.floor(math.log10(min(values)) - 0.3) for values in zip(*points, strict=True)
-    )
-    right, high = (
-        10 ** math.ceil(math.log10(max(values)) + 0.1) for values in zip(*points, strict=True)
-    )
+    left, low = (min(values) / 3 for values in zip(*points, strict=True))
+    right, high = (max(values) * 3 for values in zip(*points, strict=True))
     ends = [min(device.flops, device.bandwidth * end) / 1e12 for end in (left, ridge, right)]
     axes.plot([left, ridge, right], ends, color=PALETTE["ink"], linewidth=1.2)
     axes.set_xlim(left, right)
     axes.set_ylim(low, high)
-    _decades(axes.xaxis)
-    _decades(axes.yaxis)
+    _decades(axes.xaxis, (1.0, 2.0, 5.0))
+    _decades(axes.yaxis, (1.0, 2.0, 5.0))
     axes.set_xlabel("FLOPs a byte", fontsize=9, loc="right")
-    figure.text(0.01, 3.0 / height, "TFLOP/s", fontsize=9, color=PALETTE["muted"])
+    axes.annotate(
+        "TFLOP/s", (0.015, 0.94), xycoords="axes fraction", fontsize=9, color=PALETTE["muted"]
+    )
     axes.annotate(
         "Projection: nothing here was timed", (0.98, 0.05), xycoords="axes fraction", ha="right",
         fontsize=9, color=PALETTE["muted"],
@@ -200,12 +202,19 @@ def markup(figure: Figure, name: str) -> str:
     return re.sub(placing, rounded, plots.svg(figure, name))
 
 
-def standalone(figure: Figure, name: str) -> str:
-    """The figure as an SVG file, which follows the reader's theme by itself."""
-    text = markup(figure, name)
+def standalone(figure: Figure, name: str, title: str, note: str) -> str:
+    """The figure as an SVG file under its title, which follows the reader's theme by itself."""
+    width, height = figure.get_size_inches() * 72
+    whole = f'viewBox="0 -38 {width:g} {height + 38:g}"'
+    text = re.sub(r'viewBox="[^"]*"', whole, markup(figure, name), count=1)
     style = f"<style>{page_colours()}svg {{ background: var(--paper); }}</style>"
+    head = "".join(
+        f'<text x="8" y="{y}" font-family="DejaVu Sans, sans-serif" font-size="{size}" '
+        f'fill="var(--{colour})">{escape(said if len(said) <= 60 else said[:60] + "…")}</text>'
+        for said, y, size, colour in ((title, -22, 11, "ink"), (note, -8, 9, "muted"))
+    )
     end = text.index(">") + 1
-    return f'<?xml version="1.0" encoding="utf-8"?>\n{text[:end]}{style}{text[end:]}\n'
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{text[:end]}{style}{head}{text[end:]}\n'
 
 
 def _rows(

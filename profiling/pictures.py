@@ -86,8 +86,8 @@ def _budget(result: Result) -> list[Picture]:
     batch = result.record["settings"]["batch"]
     return [
         Picture(
-            "roofline", f"Roofline of a step, {name}", "what computes, and the whole; projected",
-            roofline_plot(variants, given),
+            "roofline", f"Roofline of a step, {name}",
+            "what computes, and the whole step; projected", roofline_plot(variants, given),
         ),
         Picture(
             "groups", f"Time of a step by group, {name}", f"{batch} images, projected",
@@ -225,7 +225,8 @@ def _precision(result: Result) -> list[Picture]:
         name: {"ours": Spread(row["images_per_second"], row["p20"], row["p80"])}
         for name, row in result.record["variants"].items()
     }
-    return [Picture("rates", "Training step of the demo", "measured", bars(rows, "images/s"))]
+    note = ", ".join(filter(None, (result.place, "measured")))
+    return [Picture("rates", "Training step of the demo", note, bars(rows, "images/s"))]
 
 
 def _demo(result: Result) -> list[Picture]:

@@ -88,7 +88,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     for stem, picture in drawn.items():
         path = folder / f"{stem}.svg"
-        path.write_text(standalone(picture.figure, stem), "utf-8")
+        path.write_text(standalone(picture.figure, stem, picture.title, picture.note), "utf-8")
         print(path)
     return 0
 

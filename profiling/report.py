@@ -12,6 +12,7 @@ that is not understood is an error. Equal files give an equal page.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -28,6 +29,11 @@ from miro.report.render import write_page
 HERE = Path(__file__).parent
 QUESTIONS = (bound, fusion, released, gpu_hours)
 REST = (data, rewards, sampling, demo, past)
+
+
+def unbroken(sentence: str) -> str:
+    """A sentence whose numbers stay with their signs and units where a line ends."""
+    return re.sub(r"(?<=\d) (?=(?:×|%|ms|GB|M|h)\b|×|%)", "\u00a0", sentence)
 
 
 def write_report(results: Path, path: Path) -> Path:
@@ -50,6 +56,7 @@ def write_report(results: Path, path: Path) -> Path:
         "report.html",
         [HERE],
         sections=sections,
+        unbroken=unbroken,
         plots=plots,
         files=len(found),
         newest=max((result.date for result in found), default=""),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from compare import TIMED, quantities
-from result_kinds import KINDS, MAYBE, POSITIVE, Kind
+from result_kinds import COUNTED, KINDS, MAYBE, POSITIVE, Kind
 
 
 class Spread(NamedTuple):
@@ -60,8 +60,10 @@ class Result:
     @property
     def series(self) -> str:
         """What must be equal for two files to be of one history."""
-        about = [f"{key} {self.record[key]}" for key in ("device", "seed") if key in self.record]
-        if self.kind.name not in ("demo", "kernels"):
+        # What is counted is the same on any machine.
+        keys = ("seed",) if self.kind.name in COUNTED else ("device", "threads", "seed")
+        about = [f"{key} {self.record[key]}" for key in keys if key in self.record]
+        if self.kind.name != "demo":
             settings = self.record.get("settings", {})
             about += [f"{key} {_short(value)}" for key, value in settings.items()]
         return ", ".join([self.kind.name, *about])

@@ -192,3 +192,5 @@ KINDS = (
     ),
 )  # fmt: skip
 KIND = {kind.name: kind for kind in KINDS}
+COUNTED = {"step budget", "FLOPs", "kernels"}
+"""Kinds whose files say nothing of the machine they were made on."""

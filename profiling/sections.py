@@ -92,9 +92,9 @@ def data(results: Sequence[Result]) -> Section:
     loading = found.record["loading"]
     loader, step = (loading[f"{who}_images_per_second"]["median"] for who in ("loader", "step"))
     section.text.append(
-        f"The loader alone makes {number(loader)} images/s; a step of the demo behind it takes "
-        f"{number(step)}, and waits for data {100 * loading['share_of_time_waiting']:.1f} % of the "
-        "time."
+        f"The loader alone makes {number(loader)} images/s; a training step of the demo behind it "
+        f"takes in {number(step)}, and waits for data "
+        f"{100 * loading['share_of_time_waiting']:.1f} % of the time."
     )
     rows: list[list[str | Basis]] = []
     for row in found.record["decoding"]:
@@ -144,7 +144,7 @@ def rewards(results: Sequence[Result]) -> Section:
 
 
 def sampling(results: Sequence[Result]) -> Section:
-    section = Section("sampling", "Sampling")
+    section = Section("sampling", "Sampling, and precision on a CPU")
     found = section.take(results, "sampling")
     if found is not None:
         variants = found.record["variants"]

@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from charts import roofline_plot, standalone
+from charts import standalone
 from measured import machine, write
+from pictures import pictures
+from result_files import read
 from roofline import DEVICES, Row, grouped, projected
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -211,8 +213,9 @@ def main() -> None:
     }
     path = given.out / f"budget-{given.preset}.json"
     write(record, path)
-    figure = roofline_plot(variants, DEVICES["H100 SXM"])
-    path.with_suffix(".svg").write_text(standalone(figure, path.stem), "utf-8")
+    picture = pictures(read(path))[0]
+    drawn = standalone(picture.figure, path.stem, picture.title, picture.note)
+    path.with_suffix(".svg").write_text(drawn, "utf-8")
 
 
 if __name__ == "__main__":

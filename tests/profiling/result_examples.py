@@ -48,7 +48,7 @@ def budget() -> dict[str, Any]:
     }
 
 
-def gpu(device: str = "a card") -> dict[str, Any]:
+def gpu(device: str = "an H100") -> dict[str, Any]:
     """Steps of 100, 125 and 400 ms; one kernel twice as fast as the compiled one, one half."""
 
     def row(op: str, by: str, milliseconds: float, flops: float = 0) -> dict[str, Any]:

@@ -99,4 +99,4 @@ def test_the_script_writes_its_table_and_its_plot(tmp_path: Path) -> None:
     assert fused["fused"]["launches"] > 0 and "fused" not in eager
     moved = [sum(group["bytes"] for group in found.values()) for found in (eager, fused)]
     assert moved[1] < moved[0]
-    assert "Projection" in (tmp_path / "budget-demo.svg").read_text()
+    assert "Projection" in (tmp_path / "budget-demo.svg").read_text("utf-8")

@@ -43,14 +43,23 @@ def test_what_bounds_a_step_is_said_with_its_shares(page: str) -> None:
         "projected at 10,000 ms, 70 % of it bound by bytes."
     ) in page
     assert (
-        "Measured on a card, it takes 100 ms with the rest compiled and 200 ms with the rest "
+        "Measured on an H100, it takes 100 ms with the rest compiled and 200 ms with the rest "
         "eager: 0.025 × and 0.050 × the projection"
     ) in page
 
 
+def test_a_projection_is_held_against_its_own_device_alone(tmp_path: Path) -> None:
+    folder = examples.write(tmp_path, **{"gpu-card": examples.gpu("another card")})
+
+    page = text_of(write_report(folder, tmp_path / "report.html"))
+
+    assert "On another card a training step with the kernels does 640 images/s" in page
+    assert "with the rest compiled" not in page
+
+
 def test_what_fusion_bought_is_said_with_its_ratios(page: str) -> None:
     assert (
-        "On a card a training step with the kernels does 640 images/s: 1.25 × torch.compile alone "
+        "On an H100 a training step with the kernels does 640 images/s: 1.25 × torch.compile alone "
         "(512) and 4.00 × eager (160), in 20.0 GB against 25.0 and 50.0."
     ) in page
     assert (
@@ -81,12 +90,12 @@ def test_what_the_released_code_wastes_is_said_with_its_parts(page: str) -> None
 
 def test_what_a_gpu_hour_yields_is_said_and_labelled(page: str) -> None:
     assert (
-        "A fused step on a card, batch 64, yields 2.30 M images in a GPU-hour, so 512 M images "
+        "A fused step on an H100, batch 64, yields 2.30 M images in a GPU-hour, so 512 M images "
         "take 222 GPU-hours of steps; the released training took 832, 3.74 × as many."
     ) in page
     # 64 images in 4 s, and in 2.5 s where only launches take as long.
     assert "images in a GPU-hour: H100 SXM 0.06 M, twice 0.09 M." in page
-    assert "fused a card 640 2.30 222 MEASURED 2026-01-02, a card, commit abc1234 (" in page
+    assert "fused an H100 640 2.30 222 MEASURED 2026-01-02, an H100, commit abc1234 (" in page
     assert (
         "fused twice 25.6 0.09 5,556 PROJECTION twice: 50 % of 2 TFLOP/s in matrix products, 25 % "
         "in attention, 50 % of 2 TB/s elsewhere, 1000 µs a launch, no host"
@@ -95,8 +104,10 @@ def test_what_a_gpu_hour_yields_is_said_and_labelled(page: str) -> None:
 
 
 def test_data_and_rewards_are_shown_where_they_were_measured(page: str) -> None:
-    assert "The loader alone makes 9,000 images/s; a step of the demo behind it takes 200" in page
-    assert "waits for data 0.4 % of the time" in page
+    assert (
+        "The loader alone makes 9,000 images/s; a training step of the demo behind it takes in "
+        "200, and waits for data 0.4 % of the time."
+    ) in page
     assert "do 1.75 × the images/s of seven passes (1.65 to 1.85)" in page
     assert "projected to take 123 H100-hours at 40 % of peak; the released code took 369." in page
 
@@ -165,21 +176,25 @@ def test_a_file_that_is_not_understood_is_named(tmp_path: Path, content: str, sa
     assert not (tmp_path / "report.html").exists()
 
 
-def test_the_scripts_say_what_is_wrong_and_exit_with_2(tmp_path: Path) -> None:
+def test_the_scripts_say_what_is_wrong_and_exit_with_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     wrong = tmp_path / "wrong.json"
     wrong.write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(wrong)])
 
-    for command in ([report.__file__, "--results", tmp_path], [plot.__file__, wrong]):
-        run = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    command = [sys.executable, report.__file__, "--results", tmp_path]
+    run = subprocess.run(command, capture_output=True, text=True)
 
-        assert run.returncode == 2 and f"{wrong}: not a result" in run.stderr
+    assert run.returncode == 2 and f"report: {wrong}: not a result" in run.stderr
+    assert plot.main() == 2 and f"plot: {wrong}: not a result" in capsys.readouterr().err
 
 
 def test_history_compares_files_of_equal_settings_alone(tmp_path: Path) -> None:
     files = {
         "a": examples.precision("2026-01-02", 100.0),
         "b": examples.precision("2026-01-05", 120.0),
-        "c": examples.precision("2026-01-03", 10.0, settings={"threads": 2}),
+        "c": examples.precision("2026-01-03", 10.0, threads=2),
     }
     for name, record in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(record))
@@ -205,7 +220,7 @@ def test_plot_tells_the_kind_by_the_content(
         drawn = (tmp_path / f"{stem}.svg").read_text("utf-8")
         # A file of its own, in the colours of the reader's theme.
         assert "--miro: #" in drawn and "prefers-color-scheme: dark" in drawn
-        assert "fused" in drawn and "GEMM" in drawn
+        assert "fused" in drawn and "GEMM" in drawn and "projected" in drawn
 
 
 def test_plot_draws_several_files_as_their_history(
