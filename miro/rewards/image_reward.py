@@ -82,7 +82,7 @@ class ImageReward(NetworkReward):
     name = "image_reward"
     reads_caption = True
     range = (-2.0, 2.0)
-    view = View(224)
+    view: View = View(224)
 
     def __init__(self, weights: str | None, options: RewardOptions) -> None:
         """weights: ImageReward.pt or its folder, a hub id, None for the published one's.

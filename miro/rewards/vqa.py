@@ -54,6 +54,7 @@ class ClipT5Score(NetworkReward):
     name = "vqa"
     reads_caption = True
     range = (0.0, 1.0)
+    view: View
 
     def __init__(
         self, weights: str, network: ClipT5, tokenizer: Any, options: RewardOptions
