@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from miro.rewards.base import RewardOptions
 from miro.rewards.networks import NetworkReward
 from miro.rewards.pictures import Pictures, View, normalised
+from miro.rewards.weights import named
 
 FILE, HUB = "ImageReward.pt", "THUDM/ImageReward"
 TOKENS = 35
@@ -91,7 +92,7 @@ class ImageReward(NetworkReward):
             ValueError: no such file, or it holds something else.
         """
         path = _located(weights or HUB)
-        self.model = f"ImageReward of {weights or HUB}"
+        self.model = f"ImageReward of {named(weights or HUB)}"
         network = _loaded(path)
         head = network.head.state_dict()
         super().__init__(network, options)
