@@ -38,11 +38,16 @@ $(ORACLES)/.installed: tests/oracles/requirements.txt tests/oracles/no-deps.txt
 	$(PYTHON) -m venv $(ORACLES)
 	$(ORACLES)/bin/pip install --quiet --requirement tests/oracles/requirements.txt
 	$(ORACLES)/bin/pip install --quiet --no-deps --requirement tests/oracles/no-deps.txt
+	# The wheel of hpsv2 lacks its vocabulary, which is open_clip's.
+	cp $(ORACLES)/lib/python3*/site-packages/open_clip/bpe_simple_vocab_16e6.txt.gz \
+		$(ORACLES)/lib/python3*/site-packages/hpsv2/src/open_clip/
 	touch $@
 
-# Proves and times the kernels on a GPU; exits 2 on a machine without one.
+# Proves and times the kernels on a GPU, decoding and rewards; exits 2 on a machine without one.
 gpu-check: setup
 	$(BIN)/python profiling/gpu_check.py
+	$(BIN)/python profiling/check_data.py
+	$(BIN)/python profiling/bench_rewards.py --device cuda
 
 lint: setup
 	$(BIN)/ruff check .

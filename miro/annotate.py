@@ -16,25 +16,25 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 
 from miro.data.decode import DecoderName, build_decoder
 from miro.data.rejected import RejectedLog
+from miro.data.score_rows import ScoreRows
 from miro.data.shards import (
     MODELS,
     Manifest,
     ShardInfo,
     check_shard,
     iterate_shard,
-    read_shard_scores,
     score_columns,
     scores_path,
     shard_path,
-    write_scores,
     write_shard,
 )
 from miro.data.sources import (
@@ -70,8 +70,8 @@ class AnnotateConfig:
     workers: int = 0  # threads that decode; 0: one per core, at most 16
     decoder: DecoderName = "auto"  # DALI where it is installed, Pillow elsewhere
     device: str = "cpu"  # where rewards compute, and DALI decodes
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the rewards' networks
-    compile: bool = False  # the networks by torch.compile; worth its start on long runs
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of networks; auto: bf16 on a GPU
+    compile: Literal["auto", "always", "never"] = "auto"  # networks; auto: on a GPU
     allow_code: bool = False  # run Python code that comes with a model's weights
     turns: Turns = "auto"  # networks on the device one by one
     window: int = 2_048  # samples decoded before networks take turns
@@ -124,14 +124,7 @@ def annotate(
     config = AnnotateConfig() if config is None else config
     ranks = ranks_of(os.environ)
     device = ranks.device(config.device)
-    options = RewardOptions(
-        device,
-        precision=config.precision,
-        compile=config.compile,
-        batch_size=config.batch_size,
-        allow_code=config.allow_code,
-    )
-    built = _build(rewards, options)
+    built = _build(rewards, _options(config, device))
     dataset = Manifest.read(source) if (source / "manifest.json").is_file() else None
     if dataset is not None and dataset.kind != "images":
         raise ValueError(f"{source}: is encoded already; annotate the images it was made from")
@@ -158,6 +151,18 @@ def annotate(
         manifest = work.complete()
         seconds = time.perf_counter() - started
         return AnnotateSummary(manifest.samples, len(rejected), work.looked_at, seconds)
+
+
+def _options(config: AnnotateConfig, device: torch.device) -> RewardOptions:
+    on_gpu = device.type == "cuda"
+    automatic: Literal["fp32", "bf16"] = "bf16" if on_gpu else "fp32"
+    return RewardOptions(
+        device,
+        precision=automatic if config.precision == "auto" else config.precision,
+        compile=on_gpu if config.compile == "auto" else config.compile == "always",
+        batch_size=config.batch_size,
+        allow_code=config.allow_code,
+    )
 
 
 def _build(rewards: Sequence[str | Reward], options: RewardOptions) -> list[Reward]:
@@ -229,15 +234,14 @@ class _Work:
     ) -> None:
         """A unit's shard, its scores and its record."""
         names = tuple(reward.name for reward in self._rewards)
-        rows, rejections = _Rows(names), []
+        rows, rejections = ScoreRows(names), []
         try:
             samples = self._good(items, rows, rejections)
             first, shard = next(samples, None), None
             if first is not None:
                 tar = self._dest / "shards" / shard_name(group, number)
                 shard = write_shard(tar, itertools.chain([first], samples))
-                table = scores_path(self._dest, shard)
-                write_scores(table, rows.keys, rows.captions, rows.columns())
+                rows.write(scores_path(self._dest, shard))
         except ValueError:  # too many are unusable: the log says which
             for rejection in rejections:
                 self._rejected.add(*rejection.line)
@@ -247,7 +251,7 @@ class _Work:
         write_done(self._dest, group, number, done)
 
     def _good(
-        self, items: Iterator[Candidate | Rejection], rows: _Rows, rejections: list[Rejection]
+        self, items: Iterator[Candidate | Rejection], rows: ScoreRows, rejections: list[Rejection]
     ) -> Iterator[tuple[str, dict[str, bytes]]]:
         """A unit's good samples as `write_shard` takes them; the rest is added to the lists."""
         for batch in scored(items, self._rewards, self._scoring):
@@ -327,7 +331,7 @@ class _Work:
 
     def _add_scores(self, shard: ShardInfo, rewards: list[Reward]) -> None:
         """Add columns to one shard's table, or make the table."""
-        rows = _Rows(tuple(reward.name for reward in rewards))
+        rows = ScoreRows(tuple(reward.name for reward in rewards))
         tar = shard_path(self._dest, shard)
         unit = (
             item
@@ -344,14 +348,7 @@ class _Work:
                     unknown = np.full((len(item.captions), len(rewards)), np.nan, np.float32)
                     rows.add(item, unknown if outcome.scores is None else outcome.scores)
             self._looked_at(batch, next((o.rejection for o in batch[::-1] if o.rejection), None))
-        columns, path = rows.columns(), scores_path(self._dest, shard)
-        if path.is_file():
-            keys, captions, before = read_shard_scores(path)
-            if (keys, captions) != (rows.keys, rows.captions):
-                raise ValueError(f"{path}: has rows of other samples; delete it and run again")
-            columns = before | columns
-        ordered = {name: columns[name] for name in sorted(columns, key=reward_position)}
-        write_scores(path, rows.keys, rows.captions, ordered)
+        rows.add_to(scores_path(self._dest, shard))
 
     def _looked_at(self, batch: list[Outcome], last: Rejection | None) -> None:
         """Report progress; ValueError where the share of what was set aside is too large."""
@@ -372,22 +369,3 @@ def _columns(dest: Path, shard: ShardInfo) -> list[str] | None:
     """The rewards of a shard's table, or None where it has no table."""
     path = scores_path(dest, shard)
     return score_columns(path) if path.is_file() else None
-
-
-@dataclass
-class _Rows:
-    """The rows of one shard's score table, as they come."""
-
-    rewards: tuple[str, ...]
-    keys: list[str] = field(default_factory=list)
-    captions: list[str] = field(default_factory=list)
-    scores: list[np.ndarray] = field(default_factory=list)
-
-    def add(self, item: Candidate, scores: np.ndarray) -> None:
-        self.keys += [item.key] * len(item.captions)
-        self.captions += item.captions
-        self.scores.append(scores)
-
-    def columns(self) -> dict[str, np.ndarray]:
-        values = np.concatenate([np.empty((0, len(self.rewards)), np.float32), *self.scores])
-        return {name: values[:, i] for i, name in enumerate(self.rewards)}

@@ -5,14 +5,14 @@
                       {key}.json "captions"                      {key}.json  "captions", and more
     scores/00000.parquet                       none: each caption gets scores of its own
 
-A shard of SOURCE becomes the shard of the same name, whole or not at all, in the same order, so a
-run that was stopped goes on where it was and its files equal an undisturbed run's byte for byte.
+A shard of SOURCE becomes the shard of the same name, whole or not at all, in the same order, and
+the ranks of a launch divide them. So a run that was stopped goes on where it was, and its files
+equal an undisturbed run's byte for byte.
 DEST is a dataset of its own: `miro annotate DEST DEST --rewards ...` scores old captions and new.
 
 The paper (arXiv 2510.25897) captions its web pictures with google/gemma-3-12b-it: a long one of
 about 200 tokens, for which the model reads the web's text too, and a short one. The wording here is
-ours; the paper's is not published. As in its released code "<PERSON>", by which CC12M replaces
-names, is taken out of the original.
+ours; the paper's is not published.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -40,6 +40,7 @@ from miro.data.decode import (
     build_decoder,
     decode_ahead,
 )
+from miro.data.made import Made, gather_made, read_made, write_made
 from miro.data.rejected import RejectedLog
 from miro.data.samples import Candidate, Rejection, read_caption, read_sample
 from miro.data.shards import (
@@ -51,7 +52,8 @@ from miro.data.shards import (
     shard_path,
     write_shard,
 )
-from miro.locks import alone_in
+from miro.locks import alone_in, waiting_in
+from miro.ranks import ranks_of
 from miro.rewards.vision_language import VisionLanguage, load_vision_language
 
 log = logging.getLogger(__name__)
@@ -59,7 +61,6 @@ log = logging.getLogger(__name__)
 Progress = Callable[[int, int | None], None]  # samples looked at by this call, of how many
 
 ORIGINAL = "original"
-NAME = re.compile(r"\s*<PERSON>", re.IGNORECASE)
 PROMPTS = {
     "long": "Describe this picture in one paragraph of about 150 words: what there is, how it looks"
     " and where it is. {alt}Write the description and nothing else.",
@@ -159,25 +160,33 @@ def caption(
     for shard in pictures.shards:
         check_shard(source, shard)
     settings = _settings(config, kinds)
-    found = (dest / "manifest.json").is_file()
-    before = _made_alike(source, dest, pictures, settings) if found else None
-    with alone_in(dest), RejectedLog(dest / "rejected.jsonl") as rejected:
-        manifest = before or _first_manifest(pictures, kinds, settings)
-        if before is None:
-            manifest.write(dest)
-        if len(manifest.shards) < len(pictures.shards):
+    ranks = ranks_of(os.environ)
+    with alone_in(dest, ranks.rank), RejectedLog(dest / "rejected.jsonl") as rejected:
+        with waiting_in(dest):
+            if not (dest / "manifest.json").is_file():
+                _first_manifest(pictures, kinds, settings).write(dest)
+            manifest = _made_alike(source, dest, pictures, settings)
+        todo = [
+            shard
+            for position, shard in enumerate(pictures.shards)
+            if position % ranks.world == ranks.rank
+            and position >= len(manifest.shards)
+            and read_made(dest, shard) is None
+        ]
+        if todo:
+            config = replace(config, device=str(ranks.device(config.device)))
             writer = table or _Model(config)
-            todo = pictures.shards[len(manifest.shards) :]
             decoder = build_decoder(
                 config.decoder, config.device, config.batch_size, config.workers
             )
             with closing(decoder):
                 work = _Work(source, dest, writer, config, decoder, rejected, progress)
-                manifest = work.run(manifest, todo)
+                work.run(pictures.shards, todo)
+        manifest = gather_made(dest, pictures.shards, _extended)
         return CaptionSummary(
             samples=manifest.samples,
             rejected=len(rejected),
-            captioned=manifest.samples - (before.samples if before else 0),
+            captioned=sum(shard.samples for shard in todo),
             seconds=time.perf_counter() - started,
         )
 
@@ -220,6 +229,16 @@ def _made_alike(source: Path, dest: Path, pictures: Manifest, settings: dict[str
                 " now; choose a new folder"
             )
     return manifest
+
+
+def _extended(manifest: Manifest, shard: ShardInfo, made: Made) -> Manifest:
+    state = manifest.source["caption"]
+    shards = {**state["shards"], shard.name: shard.sha256}
+    return replace(
+        manifest,
+        shards=(*manifest.shards, made.shard),
+        source={"caption": {**state, "shards": shards}},
+    )
 
 
 class _Model:
@@ -280,21 +299,14 @@ class _Work:
         self._rejected, self._progress = rejected, progress
         self._looked_at = self._total = 0
 
-    def run(self, manifest: Manifest, todo: Sequence[ShardInfo]) -> Manifest:
-        """Caption the shards; the last manifest that was written."""
+    def run(self, shards: Sequence[ShardInfo], todo: Sequence[ShardInfo]) -> None:
+        """Caption those of the source's shards that are to do."""
         self._total = sum(shard.samples for shard in todo)
         for shard in todo:
             made = write_shard(shard_path(self._dest, shard), self._captioned(shard))
-            state = manifest.source["caption"]
-            shards = {**state["shards"], shard.name: shard.sha256}
-            manifest = replace(
-                manifest,
-                shards=(*manifest.shards, made),
-                source={"caption": {**state, "shards": shards}},
-            )
-            manifest.write(self._dest)
+            write_made(self._dest, shard, Made(made))
+            manifest = gather_made(self._dest, shards, _extended)
             log.info("%s: %d samples captioned", self._dest, manifest.samples)
-        return manifest
 
     def _captioned(self, shard: ShardInfo) -> Iterator[tuple[str, dict[str, bytes]]]:
         """The samples of a shard as `write_shard` takes them."""
@@ -313,7 +325,7 @@ class _Work:
                     continue
                 if isinstance(image, DecodeError):
                     self._reject(Rejection(item.origin, "image", str(image)))
-                items.append((self._without_names(item), members))
+                items.append((item, members))
                 images.append(image if isinstance(image, Tensor) else None)
             new = self._writer.captions([item for item, _ in items], images)
             for (item, members), captions in zip(items, new, strict=True):
@@ -327,17 +339,6 @@ class _Work:
         if isinstance(item, Rejection) or not self._writer.reads_pictures:
             return None
         return item.image
-
-    def _without_names(self, item: Candidate) -> Candidate:
-        """The sample without "<PERSON>" in its original caption, and without one left empty."""
-        captions = dict(item.captions)
-        if ORIGINAL in captions:
-            captions[ORIGINAL] = NAME.sub("", captions[ORIGINAL]).strip()
-            if not captions[ORIGINAL]:
-                del captions[ORIGINAL]
-                reason = "nothing is left of the caption without <PERSON>"
-                self._reject(Rejection(item.origin, f"captions.{ORIGINAL}", reason, whole=False))
-        return replace(item, captions=captions)
 
     def _joined(
         self, item: Candidate, members: dict[str, bytes], new: dict[str, Any]

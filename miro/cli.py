@@ -21,8 +21,7 @@ from typing import Annotated, Any
 import tyro
 from rich.logging import RichHandler
 
-from miro.cli_caption import caption
-from miro.cli_data import annotate, encode, fit_clip, fit_verifier, inspect, scenes
+from miro.cli_data import annotate, caption, encode, fit_clip, fit_verifier, inspect, scenes
 from miro.cli_train import export, launch, train
 from miro.config import unknown_name
 from miro.demo import DemoConfig

@@ -1,21 +1,43 @@
-"""The commands about datasets: scenes, annotate, inspect, fit-clip, fit-verifier, encode."""
+"""The commands about datasets: scenes, annotate, caption, inspect, fit-clip, fit-verifier, encode.
+
+annotate, caption and encode may be run by all ranks of a launch; of these the first one speaks.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from miro.annotate import AnnotateConfig
+from miro.caption import CaptionConfig
 from miro.encode import EncodeConfig
 from miro.evaluate.verifier import VerifierConfig
 from miro.fit_clip import FitClipConfig
 from miro.progress import bar, console, counting
+from miro.ranks import ranks_of
 from miro.survey.run import InspectConfig
 
 Inline = tyro.conf.arg(name="")
 Positional = tyro.conf.Positional
+
+
+@contextmanager
+def _by_ranks(
+    name: str,
+) -> Iterator[tuple[Callable[[int, int | None], None], Callable[[str], None]]]:
+    """How a stage counts samples, and says what it did."""
+    if ranks_of(os.environ).first:
+        with counting(name) as progress:
+            yield progress, console.print
+    else:
+        logging.getLogger().setLevel(logging.WARNING)
+        yield (lambda done, total: None), (lambda text: None)
 
 
 def scenes(
@@ -62,12 +84,35 @@ def annotate(
     """
     from miro.annotate import annotate as run
 
-    with counting("annotate") as progress:
+    with _by_ranks("annotate") as (progress, say):
         summary = run(source, dest, rewards=rewards, config=config, progress=progress)
-    console.print(
-        f"{dest}: {summary.samples} samples, {summary.rejected} set aside "
-        f"({dest / 'rejected.jsonl'}), {summary.images_per_second:.0f} images/s"
-    )
+        say(
+            f"{dest}: {summary.samples} samples, {summary.rejected} set aside "
+            f"({dest / 'rejected.jsonl'}), {summary.images_per_second:.0f} images/s"
+        )
+
+
+def caption(
+    source: Positional[Path],
+    dest: Positional[Path],
+    config: Annotated[CaptionConfig, Inline] = CaptionConfig(),  # noqa: B008 frozen
+) -> None:
+    """Give a dataset's pictures further captions, by a vision-language model or from a table.
+
+    Args:
+        source: a dataset folder that `miro annotate` made; its scores are not needed.
+        dest: the dataset folder to make, without scores: annotate it afterwards.
+        config: who writes the captions, and how.
+    """
+    from miro.caption import caption as run
+
+    with _by_ranks("caption") as (progress, say):
+        summary = run(source, dest, config=config, progress=progress)
+        say(
+            f"{dest}: {summary.samples} samples, {summary.rejected} captions set aside "
+            f"({dest / 'rejected.jsonl'}), {summary.images_per_second:.1f} images/s\n"
+            f"score it with `miro annotate {dest} {dest} --rewards ...`"
+        )
 
 
 def inspect(
@@ -138,7 +183,7 @@ def encode(
     """
     from miro.encode import encode as run
 
-    with counting("encode") as progress:
+    with _by_ranks("encode") as (progress, say):
         summary = run(source, dest, config=config, progress=progress)
-    cut = f", {summary.cut} captions cut to the encoder's length" if summary.cut else ""
-    console.print(f"{dest}: {summary.samples} samples{cut}, {summary.images_per_second:.0f}/s")
+        cut = f", {summary.cut} captions cut to the encoder's length" if summary.cut else ""
+        say(f"{dest}: {summary.samples} samples{cut}, {summary.images_per_second:.0f}/s")

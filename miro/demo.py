@@ -19,7 +19,7 @@ from pathlib import Path
 
 from miro.checkpoint import RunFolder, write_text
 from miro.config import differences, to_dict
-from miro.evaluate.measure import Setting
+from miro.evaluate.measure import CURVE_START, Setting
 from miro.jobs import Job, Report, run_jobs
 from miro.locks import alone_in
 from miro.presets import TrainConfig, preset
@@ -105,7 +105,7 @@ class DemoConfig:
     def marks(self, config: TrainConfig) -> tuple[int, ...]:
         """Images after which curves are measured: evenly spaced in their logarithm."""
         marks, mark = {config.images}, float(config.images)
-        while mark > config.images / 10:
+        while mark > config.images * CURVE_START:
             marks.add(max(1, round(mark / config.batch)) * config.batch)
             mark /= SPREAD if not self.quick else 2.0
         return tuple(sorted(marks))

@@ -6,10 +6,11 @@
                                                              {key}.json             as it was
     scores/00000.parquet                   scores/00000.parquet                     copied
 
-A shard of SOURCE becomes the shard of the same name. A run that was stopped goes on where it was,
-and its files equal an undisturbed run's byte for byte: which captions are encoded together depends
-on the source alone. Running it on a finished folder only copies the scores anew, so a reward that
-was added to SOURCE reaches DEST without encoding anything.
+A shard of SOURCE becomes the shard of the same name; the ranks of a launch divide them. A run that
+was stopped goes on where it was, and its files equal an undisturbed run's byte for byte: which
+captions are encoded together depends on the source and the number of processes alone. Running it on
+a finished folder only copies the scores anew, so a reward that was added to SOURCE reaches DEST
+without encoding anything.
 
 Of several sizes each has a complete folder of its own, DEST/256 and DEST/512. A picture is read and
 decoded once and a caption encoded once for all; only the files of the token states are repeated.
@@ -18,7 +19,7 @@ decoded once and a caption encoded once for all; only the files of the token sta
 from __future__ import annotations
 
 import itertools
-import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -37,9 +38,9 @@ from miro.data.decode import (
     decode,
     decode_ahead,
 )
-from miro.data.encoded import LATENT, RECORD, copy_scores, text_extension
+from miro.data.encoded import LATENT, RECORD, text_extension
+from miro.data.encoded_folder import EncodedFolder
 from miro.data.npy import npy_bytes, npy_view
-from miro.data.rejected import RejectedLog
 from miro.data.shards import (
     Manifest,
     ShardIndex,
@@ -51,9 +52,7 @@ from miro.data.shards import (
 )
 from miro.data.sources import Candidate, Rejection, read_sample
 from miro.encoding import Encoders, Encoding
-from miro.locks import alone_in
-
-log = logging.getLogger(__name__)
+from miro.ranks import ranks_of
 
 Progress = Callable[[int, int | None], None]  # samples looked at by this call, of how many
 
@@ -132,132 +131,35 @@ def encode(
         raise ValueError(f"{source}: is encoded already; encode the images it was made from")
     if not pictures.samples:
         raise ValueError(f"{source}: holds no samples; let `miro annotate` complete a shard first")
+    ranks = ranks_of(os.environ)
+    config = replace(config, device=str(ranks.device(config.device)))
     with ExitStack() as stack:
+        places = [dest / str(size) for size in config.sizes] or [dest]
         folders = [
-            _Folder(source, dest / str(size) if size in config.sizes else dest, pictures, encoding)
-            for size, encoding in zip(config.sizes or (None,), config.encodings(), strict=True)
+            EncodedFolder(source, place, pictures, encoding, ranks)
+            for place, encoding in zip(places, config.encodings(), strict=True)
         ]
         for folder in folders:
             folder.open(stack)
         before = [folder.samples for folder in folders]
-        if any(len(folder.shards) < len(pictures.shards) for folder in folders):
+        mine = range(ranks.rank, len(pictures.shards), ranks.world)
+        if any(folder.made(position) is None for folder in folders for position in mine):
             # Only here: a finished folder needs no encoders, and they take seconds to load.
             decoder = stack.enter_context(
                 closing(
                     build_decoder(config.decoder, config.device, config.batch_size, config.workers)
                 )
             )
-            _Work(source, pictures, config, decoder, folders, progress).run()
+            _Work(source, pictures, config, decoder, folders, progress).run(mine)
         for folder in folders:
             folder.take_rewards()
         return EncodeSummary(
             samples=folders[0].samples,
             rejected=len(folders[0].rejected),
-            cut=folders[0].cut,
+            cut=folders[0].record["cut"],
             encoded=max(f.samples - there for f, there in zip(folders, before, strict=True)),
             seconds=time.perf_counter() - started,
         )
-
-
-class _Folder:
-    """The encoded folder of one size: what it holds, and how it grows."""
-
-    def __init__(self, source: Path, dest: Path, pictures: Manifest, encoding: Encoding) -> None:
-        self.source, self.dest, self.pictures, self.encoding = source, dest, pictures, encoding
-        found = (dest / "manifest.json").is_file()
-        self.manifest = self._made_alike() if found else None
-        self.cut = self._record["cut"] if found else 0
-
-    @property
-    def shards(self) -> tuple[ShardInfo, ...]:
-        return self.manifest.shards if self.manifest else ()
-
-    @property
-    def samples(self) -> int:
-        return self.manifest.samples if self.manifest else 0
-
-    @property
-    def _record(self) -> dict[str, Any]:
-        assert self.manifest is not None and self.manifest.encoding is not None
-        return self.manifest.encoding
-
-    def open(self, stack: ExitStack) -> None:
-        """Keep other processes out, and bring the scores of what is there up to date."""
-        stack.enter_context(alone_in(self.dest))
-        self.rejected = stack.enter_context(RejectedLog(self.dest / "rejected.jsonl"))
-        for shard in self.shards:
-            copy_scores(self.source, self.dest, shard)
-
-    def begin(self, record: dict[str, Any]) -> None:
-        """The manifest of a folder without shards."""
-        origin = {**self.pictures.source, "encoded_from": {}}
-        self._write(
-            replace(self.pictures, kind="encoded", shards=(), encoding=record, source=origin)
-        )
-
-    def complete(self, shard: ShardInfo, made: ShardInfo) -> None:
-        """A shard of the source was encoded."""
-        copy_scores(self.source, self.dest, made)
-        assert self.manifest is not None
-        made_from = {**self.manifest.source["encoded_from"], shard.name: shard.sha256}
-        self._write(
-            replace(
-                self.pictures,
-                kind="encoded",
-                shards=(*self.shards, made),
-                encoding={**self._record, "cut": self.cut},
-                source={**self.pictures.source, "encoded_from": made_from},
-            )
-        )
-        log.info("%s: %d samples encoded", self.dest, self.samples)
-
-    def take_rewards(self) -> None:
-        assert self.manifest is not None
-        if self.manifest.rewards != self.pictures.rewards:
-            self._write(replace(self.manifest, rewards=self.pictures.rewards))
-
-    def _write(self, manifest: Manifest) -> None:
-        self.manifest = manifest
-        manifest.write(self.dest)
-
-    def check_shape(self, origin: str, image: Tensor, shape: Sequence[int]) -> None:
-        """ValueError for a picture of a size of its own, where none was asked for."""
-        first, (height, width) = self._record["latent_shape"], image.shape[1:]
-        if not self.encoding.buckets and list(shape) != first:
-            raise ValueError(
-                f"{origin}: the picture is {width} x {height} pixels, its latents {shape}, those of"
-                f" the first {tuple(first)}; give a size, to which all are cropped and resized"
-            )
-
-    def check_share(self, most: float) -> None:
-        share = len(self.rejected) / self.pictures.samples
-        if share > most:
-            raise ValueError(
-                f"{len(self.rejected)} of {self.pictures.samples} samples were set aside, more "
-                f"than the share of {most:g} allowed by max_rejected; "
-                f"{self.rejected.path} says why, last: {self.rejected.last}"
-            )
-
-    def _made_alike(self) -> Manifest:
-        """The manifest that is there; ValueError where it is not what this call would make."""
-        dest, manifest = self.dest, Manifest.read(self.dest)
-        if manifest.kind != "encoded" or manifest.encoding is None:
-            raise ValueError(f"{dest}: holds images, not latents; choose a new folder")
-        if differ := self.encoding.otherwise(manifest.encoding):
-            raise ValueError(
-                f"{dest}: was encoded otherwise ({'; '.join(differ)}); ask for the same, or choose "
-                "a new folder"
-            )
-        made_from = manifest.source.get("encoded_from", {})
-        for position, shard in enumerate(manifest.shards):
-            shards = self.pictures.shards
-            now = shards[position] if position < len(shards) else None
-            if now is None or now.name != shard.name or now.sha256 != made_from.get(shard.name):
-                raise ValueError(
-                    f"{dest}: its shard {shard.name} was encoded from other pictures than "
-                    f"{self.source} holds now; choose a new folder"
-                )
-        return manifest
 
 
 class _Work:
@@ -269,7 +171,7 @@ class _Work:
         pictures: Manifest,
         config: EncodeConfig,
         decoder: Decoder,
-        folders: list[_Folder],
+        folders: list[EncodedFolder],
         progress: Progress | None,
     ):
         self._source, self._pictures, self._folders = source, pictures, folders
@@ -279,27 +181,29 @@ class _Work:
         )
         self._looked_at = self._total = 0
 
-    def run(self) -> None:
-        """Encode the shards that any folder lacks."""
+    def run(self, positions: Sequence[int]) -> None:
+        """Encode the shards at these positions that any folder lacks."""
         new = [folder for folder in self._folders if folder.manifest is None]
         if new:
             image = self._first_image()
             for folder in new:
                 folder.begin(self._encoders.record(folder.encoding, folder.encoding.fit(image)))
-        behind = min(self._folders, key=lambda folder: len(folder.shards))
-        self._remember(behind)
-        todo = self._pictures.shards[len(behind.shards) :]
-        self._total = sum(shard.samples for shard in todo)
-        for position, shard in enumerate(todo, len(behind.shards)):
-            lacking = [folder for folder in self._folders if len(folder.shards) == position]
+        lacking = {
+            position: [folder for folder in self._folders if folder.made(position) is None]
+            for position in positions
+        }
+        shards = self._pictures.shards
+        self._total = sum(shards[position].samples for position, by in lacking.items() if by)
+        for position, folders in lacking.items():
+            if not folders:
+                self._remember(position)
+                continue
             with ExitStack() as stack:
-                tars = [
-                    stack.enter_context(open_shard(shard_path(folder.dest, shard)))
-                    for folder in lacking
-                ]
-                self._encode(shard, lacking, tars)
-            for folder, tar in zip(lacking, tars, strict=True):
-                folder.complete(shard, tar.info)
+                paths = [shard_path(folder.dest, shards[position]) for folder in folders]
+                tars = [stack.enter_context(open_shard(path)) for path in paths]
+                self._encode(shards[position], folders, tars)
+            for folder, tar in zip(folders, tars, strict=True):
+                folder.complete(shards[position], tar.info)
 
     def _first_image(self) -> Tensor:
         """The first good picture stands for all."""
@@ -312,9 +216,13 @@ class _Work:
                     continue  # it is set aside in its turn
         raise ValueError(f"{self._source}: none of its pictures can be decoded")
 
-    def _remember(self, folder: _Folder) -> None:
-        """Fill the cache as the run that made a folder's shards had filled it."""
-        index = ShardIndex(folder.dest, folder.manifest)
+    def _remember(self, position: int) -> None:
+        """Fill the cache as the run that made the shard at `position` had filled it."""
+        folder = self._folders[0]
+        made = folder.made(position)
+        if made is None or self._encoders.cache.full:
+            return
+        index = ShardIndex(folder.dest, Manifest("encoded", (), (made,)))
         for i in range(len(index)):
             # Read as it was then, but for the picture, which only has to be named.
             members = {"png": b"", RECORD: bytes(index.member(i, RECORD))}
@@ -323,8 +231,6 @@ class _Work:
                 for kind, caption in captions.items():
                     states = npy_view(index.member(i, text_extension(kind)))
                     self._encoders.cache.put(caption, states)
-            if self._encoders.cache.full:
-                return
 
     def _read(self, shard: ShardInfo) -> Iterator[tuple[Candidate | Rejection, bytes]]:
         """The samples of a shard of SOURCE, each with its .json as it is."""
@@ -333,7 +239,7 @@ class _Work:
                 yield item, members.get(RECORD, b"")
 
     def _fitted(
-        self, items: Iterable[Candidate | Rejection], folders: list[_Folder]
+        self, items: Iterable[Candidate | Rejection], folders: list[EncodedFolder]
     ) -> Iterator[list[Tensor] | Rejection]:
         """Each item's picture as each folder has it, or why there is none."""
 
@@ -349,7 +255,9 @@ class _Work:
                 else:
                     yield Rejection(item.origin, "image", str(image))
 
-    def _encode(self, shard: ShardInfo, folders: list[_Folder], tars: list[ShardWriter]) -> None:
+    def _encode(
+        self, shard: ShardInfo, folders: list[EncodedFolder], tars: list[ShardWriter]
+    ) -> None:
         """Put the samples of a shard into the tars."""
         samples = self._read(shard)
         while window := list(itertools.islice(samples, WINDOW)):
@@ -360,7 +268,7 @@ class _Work:
         self,
         window: list[tuple[Candidate | Rejection, bytes]],
         images: list[list[Tensor] | Rejection],
-        folders: list[_Folder],
+        folders: list[EncodedFolder],
         tars: list[ShardWriter],
     ) -> None:
         good: list[tuple[Candidate, bytes, list[Tensor]]] = []

@@ -40,7 +40,7 @@ LONGEST = 64
 class FitClipConfig:
     """How the model is made. Steps are fixed, not seconds: a seed gives the same model."""
 
-    steps: int = 2_800
+    steps: int = 3_000
     batch_size: int = 64
     learning_rate: float = 2e-3
     """Of words, places, gains and biases, by AdamW."""

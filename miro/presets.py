@@ -8,6 +8,7 @@ from pathlib import Path
 
 from miro.conditioning import ConditioningConfig
 from miro.config import unknown_name
+from miro.encoding import Encoding
 from miro.engine import Precision, ShardingConfig
 from miro.flow import FlowConfig
 from miro.model.transformer import ModelConfig
@@ -24,6 +25,12 @@ class TrainConfig:
     data: Path | None = None
     """The encoded dataset folder (`miro encode` makes it), or a .json that mixes several by weight:
     {"sources": [{"folder": "a", "weight": 2.0}, {"folder": "b", "weight": 1.0}]}."""
+    live: bool = False
+    """`data` are images, which `miro annotate` made, and encoded as `encode` says at each visit."""
+    encode: Encoding = field(default_factory=Encoding)
+    mirror: bool = False
+    """Half of the visits see the picture in a mirror; of live data only. Not where words say which
+    side is left."""
     images: int = 1_000_000
     """Images to train on, the same image counted each time it is seen."""
     batch: int = 64
@@ -66,6 +73,8 @@ class TrainConfig:
                 raise ValueError(
                     f"{name}={getattr(self, name)} must be a multiple of batch={self.batch}"
                 )
+        if self.mirror and not self.live:
+            raise ValueError("mirror=True needs live=True: a stored latent cannot be mirrored")
         for mark in self.weights_at:
             if mark % self.batch or not 0 < mark <= self.images:
                 raise ValueError(
@@ -78,7 +87,7 @@ def demo() -> TrainConfig:
     """Pictures of 32 x 32 pixels on two CPU cores, in minutes: shows the effect of MIRO."""
     return TrainConfig(
         model=ModelConfig(channels=192, depth=6, heads=3, hidden=512, patch=8),
-        images=140_800,
+        images=131_200,
         batch=64,
         flow=FlowConfig(predicts="sample", times="logit_normal", times_mean=1.0, weight_cap=0.3),
         optimizer=OptimizerConfig(

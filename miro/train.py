@@ -22,7 +22,9 @@ from miro import checkpoint, flow
 from miro.checkpoint import RunFolder
 from miro.conditioning import Bins, trained_rewards
 from miro.config import differences, to_dict
+from miro.data.live import LiveEncoders
 from miro.data.mixture import TrainingData, open_data
+from miro.encoding import Encoding
 from miro.engine import DTYPES, Engine, Layout, deepspeed_config, lay_out
 from miro.locks import alone_in, one_at_a_time
 from miro.memory import choose_stage
@@ -81,7 +83,11 @@ def train(
         torch.set_num_threads(config.threads)
     ranks = ranks_of(os.environ)
     device = ranks.device(config.device)
-    dataset = open_data(config.data, config.conditioning.places)
+    live = LiveEncoders(config.encode, device) if config.live else None
+    dataset = open_data(config.data, config.conditioning.places, live)
+    asked = config.encode != Encoding()
+    if asked and (otherwise := config.encode.otherwise(dataset.encoding)):
+        raise ValueError(f"{config.data} was encoded otherwise ({'; '.join(otherwise)})")
     pairs = dataset.scores.size // max(1, len(dataset.rewards))
     trained = trained_rewards(config.conditioning, dataset.rewards)
     # What the network is not told is not known, so a score that comes later changes nothing.

@@ -61,7 +61,7 @@ class Visits:
         bins: Bins,
     ) -> None:
         self.config, self.dataset, self.trained = config, dataset, trained
-        self.loader = Loader(dataset, config.seed, config.batch)
+        self.loader = Loader(dataset, config.seed, config.batch, config.mirror)
         self.binned, self.known = (t.view(dataset.scores.shape) for t in bins.assign(scores))
         self.levels = bins.levels()
 

@@ -21,7 +21,7 @@ MAX_LINES = 400
 FLOORS = (
     ("__main__",),
     ("cli",),
-    ("cli_caption", "cli_data", "cli_train", "demo"),
+    ("cli_data", "cli_train", "demo"),
     (
         "annotate",
         "caption",

@@ -95,11 +95,16 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def picture_size(data: bytes) -> tuple[int, int]:
-    """(width, height) as stored, from the picture's header alone; DecodeError where it has none."""
+def picture_size(data: bytes, upright: bool = False) -> tuple[int, int]:
+    """(width, height) as stored, from the picture's header alone; DecodeError where it has none.
+
+    upright: as `decode` turns it, by its EXIF rotation.
+    """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            return image.size
+            width, height = image.size
+            turned = upright and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            return (height, width) if turned else (width, height)
     except (OSError, Image.DecompressionBombError, *DAMAGE) as error:
         raise DecodeError(f"the picture has no header: {error or type(error).__name__}") from None
 

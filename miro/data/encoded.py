@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,23 +55,33 @@ class EncodedDataset:
         if manifest.kind != "encoded" or manifest.encoding is None:
             raise ValueError(
                 f"{folder} holds {manifest.kind}, not latents; run `miro encode {folder} DEST` "
-                "and train on DEST"
+                "and train on DEST, or let the run encode as it goes: --live True"
             )
         if not manifest.samples:
             raise ValueError(f"{folder} holds no samples yet; let `miro encode` finish a shard")
+        self._open(folder, manifest, rewards, ShardIndex(folder, manifest), manifest.encoding)
+
+    def _open(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        rewards: Sequence[str] | None,
+        index: ShardIndex,
+        encoding: Mapping[str, Any],
+    ) -> None:
         self.folder = folder
         self.manifest = manifest
         self.caption_kinds = manifest.captions
         self.rewards = manifest.rewards if rewards is None else tuple(rewards)
-        channels, height, width = manifest.encoding["latent_shape"]
+        channels, height, width = encoding["latent_shape"]
         self.latent_shape: Shape = (channels, height, width)
-        self.has_std = bool(manifest.encoding["has_std"])
-        self.text_dim = int(manifest.encoding["text_dim"])
-        self.index = ShardIndex(folder, manifest)
+        self.has_std = bool(encoding["has_std"])
+        self.text_dim = int(encoding["text_dim"])
+        self.encoding = dict(encoding)
+        self.index = index
         self.keys = self.index.keys
         self.parts = (Part(0, len(self)),)
         self.shapes, self.shape_of = self._shapes_held()
-        self.encoding = dict(manifest.encoding)
         if "latent_shapes" in self.encoding:
             self.encoding["latent_shapes"] = [list(shape) for shape in self.shapes]
         self._choices, self._choice_counts = self._captions_held()
@@ -88,8 +98,12 @@ class EncodedDataset:
         """(length, dim) token states of one caption of a sample; float16, a view of the file."""
         return npy_view(self.index.member(sample, text_extension(self.caption_kinds[caption])))
 
-    def latents(self, samples: np.ndarray) -> np.ndarray:
-        """float32 (n, C, H, W), or (n, 2, C, H, W) mean and deviation, of samples of one shape."""
+    def latents(self, samples: np.ndarray, mirrored: np.ndarray | None = None) -> np.ndarray:
+        """float32 (n, C, H, W), or (n, 2, C, H, W) mean and deviation, of samples of one shape.
+
+        mirrored: which pictures are seen in a mirror; stored ones never are.
+        """
+        assert mirrored is None, "a stored latent cannot be mirrored"
         shape = self.shapes[self.shape_of[samples[0]]]
         found = np.empty((len(samples), *((2,) if self.has_std else ()), *shape), np.float32)
         np.stack([self.latent(i) for i in samples], out=found)
@@ -110,14 +124,13 @@ class EncodedDataset:
 
     def _shapes_held(self) -> tuple[tuple[Shape, ...], np.ndarray]:
         """The shapes that occur, and (n,) which of them each sample has."""
-        assert self.manifest.encoding is not None
-        declared = [tuple(shape) for shape in self.manifest.encoding.get("latent_shapes", ())]
+        declared = [tuple(shape) for shape in self.encoding.get("latent_shapes", ())]
         if len(declared) < 2:
             return (self.latent_shape,), np.zeros(len(self), np.uint8)
         number = {shape: k for k, shape in enumerate(declared)}
         found = np.empty(len(self), np.uint8)
         for sample, key in enumerate(self.keys):
-            shape = npy_shape(self.index.member(sample, LATENT))[-3:]
+            shape = self._shape(sample)
             if shape not in number:
                 raise ValueError(
                     f"{self.folder}: the latent of sample {key!r} is {shape}, which its manifest "
@@ -127,12 +140,20 @@ class EncodedDataset:
         held, shape_of = np.unique(found, return_inverse=True)
         return tuple(declared[k] for k in held), shape_of.astype(np.uint8)
 
+    def _shape(self, sample: int) -> tuple[int, ...]:
+        """(C, H, W) of a sample's latent."""
+        return npy_shape(self.index.member(sample, LATENT))[-3:]
+
+    def _kinds(self, sample: int) -> Collection[str]:
+        """The extensions of the captions a sample has."""
+        return self.index.extensions(sample)
+
     def _captions_held(self) -> tuple[np.ndarray, np.ndarray]:
         """Each sample's caption kinds, uint8 (n, kinds), those it has first; and their count."""
         names = [text_extension(kind) for kind in self.caption_kinds]
         held = np.zeros((len(self), len(names)), bool)
         for sample in range(len(self)):
-            extensions = self.index.extensions(sample)
+            extensions = self._kinds(sample)
             held[sample] = [name in extensions for name in names]
         counts = held.sum(1)
         if not counts.all():

@@ -4,8 +4,7 @@ The training set is read as an endless row: epoch after epoch, each a permutatio
 drawn from (seed, epoch); `miro.data.strata` says what it is of several sources and shapes. A step
 that begins after `images` images reads the row from there on, cut among ranks and micro-batches. So
 a resumed run needs no state of the loader, and a run that goes on at another world size reads the
-same row. Shards are memory-mapped: a batch is one copy out of the
-page cache, no worker processes.
+same row. Shards are memory-mapped: a batch is one copy out of the page cache, no worker processes.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from torch import Tensor
 from miro.data.encoded import EncodedDataset
 from miro.data.mixture import TrainingData
 from miro.data.strata import Row, stratify
+from miro.random import seed_from
 from miro.text import PackedText
 
 __all__ = ["Batch", "EncodedDataset", "Loader"]
@@ -59,9 +59,14 @@ class Loader:
     A data set smaller than a batch is read around.
     """
 
-    def __init__(self, dataset: TrainingData, seed: int, batch: int | None = None) -> None:
-        """batch: images of a step, which are of one shape; needed where there are several."""
-        self.dataset = dataset
+    def __init__(
+        self, dataset: TrainingData, seed: int, batch: int | None = None, mirror: bool = False
+    ) -> None:
+        """batch: images of a step, which are of one shape; needed where there are several.
+
+        mirror: half of the visits, drawn by their position, see the picture in a mirror.
+        """
+        self.dataset, self.seed, self.mirror = dataset, seed, mirror
         self._row = Row(stratify(dataset.shape_of, dataset.parts), seed, batch)
 
     def visits_at(self, position: int, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -75,7 +80,7 @@ class Loader:
         """The `size` visits of the row from `position` on; of several shapes, of one batch."""
         data = self.dataset
         samples, captions = self.visits_at(position, size)
-        latents = torch.from_numpy(data.latents(samples))
+        latents = torch.from_numpy(data.latents(samples, self._mirrored(position, size)))
         texts = data.texts(samples, captions)
         offsets = np.zeros(len(texts) + 1, np.int32)
         np.cumsum([len(text) for text in texts], out=offsets[1:])
@@ -91,6 +96,12 @@ class Loader:
             scores_index=torch.from_numpy(samples),
             caption_index=torch.from_numpy(captions),
         )
+
+    def _mirrored(self, position: int, size: int) -> np.ndarray | None:
+        if not self.mirror:
+            return None
+        seeds = (seed_from(self.seed, "mirror", position + n) for n in range(size))
+        return np.array([bool(seed & 1) for seed in seeds])
 
 
 def made_ahead(

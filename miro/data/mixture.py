@@ -18,6 +18,7 @@ import numpy as np
 
 from miro.config import differences, unknown_name
 from miro.data.encoded import EncodedDataset
+from miro.data.live import LiveDataset, LiveEncoders
 from miro.data.shards import Manifest
 from miro.data.strata import Part
 
@@ -25,13 +26,23 @@ from miro.data.strata import Part
 OWN = ("cut", "latent_shape", "latent_shapes")
 
 
-def open_data(path: Path, rewards: Sequence[str] | None = None) -> TrainingData:
-    """The data set of a folder, or of a mixture's file.
+def open_data(
+    path: Path, rewards: Sequence[str] | None = None, live: LiveEncoders | None = None
+) -> TrainingData:
+    """The data set of a folder, or of a mixture's file; with `live`, of folders of images.
 
     Raises:
         ValueError: it is none, or its sources do not go together.
     """
-    return Mixture(path, rewards) if Path(path).is_file() else EncodedDataset(path, rewards)
+    if Path(path).is_file():
+        return Mixture(path, rewards, live)
+    return _open_folder(path, rewards, live)
+
+
+def _open_folder(
+    path: Path, rewards: Sequence[str] | None, live: LiveEncoders | None
+) -> EncodedDataset:
+    return EncodedDataset(path, rewards) if live is None else LiveDataset(path, rewards, live)
 
 
 class Mixture:
@@ -41,7 +52,12 @@ class Mixture:
     with the folder's name. `rewards`: those that every source has scores of.
     """
 
-    def __init__(self, path: Path, rewards: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        rewards: Sequence[str] | None = None,
+        live: LiveEncoders | None = None,
+    ) -> None:
         self.folder = path = Path(path)
         listed = _read(path)
         folders = [path.parent / name for name, _ in listed]
@@ -49,7 +65,7 @@ class Mixture:
             held = [Manifest.read(folder).rewards for folder in folders]
             rewards = [name for name in held[0] if all(name in names for names in held)]
         self.rewards = tuple(rewards)
-        self.sources = [EncodedDataset(folder, self.rewards) for folder in folders]
+        self.sources = [_open_folder(folder, self.rewards, live) for folder in folders]
         first = self.sources[0]
         for source in self.sources[1:]:
             _check_alike(path, first, source)
@@ -90,12 +106,14 @@ class Mixture:
         cut = sum(source.encoding.get("cut", 0) for source in self.sources)
         return {**self.sources[0].encoding, **(shapes if len(self.shapes) > 1 else {}), "cut": cut}
 
-    def latents(self, samples: np.ndarray) -> np.ndarray:
+    def latents(self, samples: np.ndarray, mirrored: np.ndarray | None = None) -> np.ndarray:
         """float32 (n, C, H, W), or (n, 2, C, H, W) mean and deviation, of samples of one shape."""
         shape = self.shapes[self.shape_of[samples[0]]]
         found = np.empty((len(samples), *((2,) if self.has_std else ()), *shape), np.float32)
         for source, rows in self._sources_of(samples):
-            found[rows] = self.sources[source].latents(samples[rows] - self._starts[source])
+            own = samples[rows] - self._starts[source]
+            turned = None if mirrored is None else mirrored[rows]
+            found[rows] = self.sources[source].latents(own, turned)
         return found
 
     def texts(self, samples: np.ndarray, captions: np.ndarray) -> list[np.ndarray]:

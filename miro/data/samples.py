@@ -19,6 +19,7 @@ MAX_CAPTION_BYTES = 2**20
 MAX_JSON_BYTES = 16 * 2**20
 MAX_JSON_DEPTH = 100  # lists in lists; Python itself gives up at some hundreds, wherever it stands
 
+NAME = re.compile(r"\s*<PERSON>", re.IGNORECASE)
 ABSENT = "is missing"
 
 
@@ -114,7 +115,8 @@ class Caption:
 def read_caption(value: Any) -> Caption:
     """A caption as a `.txt` (bytes) or a `.json` (a string) holds it, without outer white space.
 
-    A string decoded with "surrogateescape" has the problem of the bytes it came from.
+    "<PERSON>", by which CC12M replaces names, is left out, as the released code does. A string
+    decoded with "surrogateescape" has the problem of the bytes it came from.
     """
     if isinstance(value, bytes):
         if len(value) > MAX_CAPTION_BYTES:
@@ -137,8 +139,10 @@ def read_caption(value: Any) -> Caption:
         return Caption(problem=f"the caption has {size:,} bytes, more than 1 MB")
     if "\0" in value:
         return Caption(problem="the caption holds a zero byte; is it UTF-16?")
-    text = value.strip()
-    return Caption(text) if text else Caption(problem="the caption is empty")
+    text = NAME.sub("", value).strip()
+    if text:
+        return Caption(text)
+    return Caption(problem="the caption is empty" + (" without <PERSON>" if value.strip() else ""))
 
 
 def captions_of(value: Any, kind: str = "original") -> dict[str, Any]:

@@ -18,6 +18,8 @@ from miro.rewards.base import Reward
 from miro.sample import Guidance, Pipeline, to_bytes
 
 VERIFIER = "verifier"
+CURVE_START = 0.15
+"""Share of the run before which curves are not read: the pictures are noise, which is colourful."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from miro.checkpoint import RunFolder, write_text
 from miro.data.scenes import heldout_prompts
 from miro.evaluate.alignment import alignment_auc
-from miro.evaluate.measure import Setting, crossing_factor, diversity, measure
+from miro.evaluate.measure import CURVE_START, Setting, crossing_factor, diversity, measure
 from miro.evaluate.verifier import Verifier, load_verifier
 from miro.report.metrics import read_metrics
 from miro.rewards.base import Reward, build_reward
@@ -23,8 +23,6 @@ from miro.sample import Pipeline
 CURVE_SEED, FINAL_SEED = 4_242, 91_919
 """Seeds of the prompts of curves and of final figures; nothing is tuned on the latter."""
 CURVE_SETTINGS = ("unguided", "guided")
-CURVE_START = 0.1
-"""Share of the run before which curves are not read: the pictures are noise, which is colourful."""
 
 
 @dataclass(frozen=True)

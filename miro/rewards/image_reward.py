@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from miro.rewards.base import RewardOptions
 from miro.rewards.networks import NetworkReward
 from miro.rewards.pictures import Pictures, View, normalised
+from miro.rewards.weights import named
 
 FILE, HUB = "ImageReward.pt", "THUDM/ImageReward"
 TOKENS = 35
@@ -82,7 +83,7 @@ class ImageReward(NetworkReward):
     name = "image_reward"
     reads_caption = True
     range = (-2.0, 2.0)
-    view = View(224)
+    view: View = View(224)
 
     def __init__(self, weights: str | None, options: RewardOptions) -> None:
         """weights: ImageReward.pt or its folder, a hub id, None for the published one's.
@@ -91,7 +92,7 @@ class ImageReward(NetworkReward):
             ValueError: no such file, or it holds something else.
         """
         path = _located(weights or HUB)
-        self.model = f"ImageReward of {weights or HUB}"
+        self.model = f"ImageReward of {named(weights or HUB)}"
         network = _loaded(path)
         head = network.head.state_dict()
         super().__init__(network, options)

@@ -25,8 +25,8 @@ class NetworkReward:
     model: str
     reads_caption: bool
     range: tuple[float, float]
-    view: View
-    """The squares of the pictures it looks at."""
+    view: View | None = None
+    """The squares of the pictures it looks at; None where it looks at the pictures themselves."""
 
     def score(self, images: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
         """See `Reward`."""
@@ -78,6 +78,8 @@ class TwoTowers(NetworkReward):
 
     Each distinct picture of a batch and each distinct caption is embedded once.
     """
+
+    view: View
 
     def __init__(self, network: nn.Module, options: RewardOptions) -> None:
         super().__init__(network, options)

@@ -116,10 +116,8 @@ class Pictures(Sequence[Tensor]):
         taken.rows = [self.rows[row] for row in rows]
         return taken
 
-    def keep(self, views: Iterable[View]) -> None:
-        """Make these squares, and let go of the pictures."""
-        for view in views:
-            self.squares(view)
+    def let_go(self) -> None:
+        """Keep the squares that were made, and let go of the pictures."""
         self.distinct = [torch.empty(3, 0, 0, dtype=torch.uint8) for _ in self.distinct]
 
     @classmethod

@@ -1,8 +1,8 @@
 """Scores of decoded pictures by several rewards, all at once or in turns on the device.
 
 Where the networks of all rewards fit the device, each batch meets all of them. Where they do not,
-many batches are decoded first, of each picture only the squares that are looked at are kept, and
-one network after the other comes to the device and scores them all: nothing is decoded twice.
+many batches are decoded first, of each picture only what is looked at is kept, and one network
+after the other comes to the device and scores them all: nothing is decoded twice.
 """
 
 from __future__ import annotations
@@ -95,8 +95,12 @@ class Scorer:
         for column, reward in enumerate(self.rewards):
             if column not in self._waiting:
                 pairs.scores[:, column] = pairs.column(reward)
-        if self._waiting:
-            pairs.pictures.keep({network.view for network in self._waiting.values()})
+        views = {network.view for network in self._waiting.values()}
+        for view in views:
+            if view is not None:
+                pairs.pictures.squares(view)
+        if views and None not in views:
+            pairs.pictures.let_go()
 
     def finish(self, batches: Sequence[Pairs]) -> None:
         """Score what waits for its turn: each network comes once, for all of these batches."""

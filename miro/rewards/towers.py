@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from miro.rewards.pictures import CLIP_MEAN, CLIP_STD, View
-from miro.rewards.weights import find_folder, tensors_alone
+from miro.rewards.weights import find_folder, named, tensors_alone
 
 OPEN_CLIP = "open_clip:"
 CODED = "jinaai/jina-clip-v2"
@@ -85,6 +85,7 @@ def open_clip_towers(weights: str, *, folder: Path | None = None, captions: bool
     import open_clip
 
     name, _, pretrained = weights.removeprefix(OPEN_CLIP).partition("/")
+    of = f"{name}/{named(pretrained)}" if folder is None else named(weights[len(OPEN_CLIP) :])
     if folder is not None:
         name, asked = f"local-dir:{folder}", {}
     elif name not in open_clip.list_models():
@@ -113,7 +114,7 @@ def open_clip_towers(weights: str, *, folder: Path | None = None, captions: bool
     if captions:
         _check_words(weights, tokens)
     return Towers(
-        model=f"open_clip {weights.removeprefix(OPEN_CLIP)}",
+        model=f"open_clip {of}",
         network=network if captions else network.visual,
         view=_view(weights, prepared["size"], prepared["resize_mode"], prepared["interpolation"]),
         mean=tuple(prepared["mean"]),
@@ -138,7 +139,7 @@ def transformers_towers(
     folder = find_folder(weights, FILES)
     network = _load(CLIPModel, weights, folder, local_files_only=True)
     limit = network.config.text_config.max_position_embeddings
-    model = f"transformers CLIPModel {weights}"
+    model = f"transformers CLIPModel {named(weights)}"
     words: Any = None
     if captions:
         own = any((folder / name).is_file() for name in VOCABULARIES)
@@ -149,7 +150,7 @@ def transformers_towers(
                 f"the tokenizer {source!r} has {len(words)} tokens, {weights!r} reads "
                 f"{network.config.text_config.vocab_size}: its files are missing, or another's"
             )
-        model += "" if source == weights else f", tokenizer {source}"
+        model += "" if source == weights else f", tokenizer {named(source)}"
     else:
         del network.text_model, network.text_projection
 
@@ -201,7 +202,7 @@ def coded_towers(weights: str, folder: Path) -> Towers:
 
     _check_words(weights, tokens)
     return Towers(
-        model=f"{weights} by its own code",
+        model=f"{named(weights)} by its own code",
         network=network,
         view=_view(
             weights,

@@ -19,6 +19,7 @@ from miro.rewards.clip_t5 import SYSTEM, ClipT5, load_clip_t5, open_clip_t5
 from miro.rewards.networks import NetworkReward
 from miro.rewards.pictures import Pictures, View, normalised
 from miro.rewards.vision_language import VisionLanguage, cut, load_vision_language
+from miro.rewards.weights import named
 
 PUBLISHED = "zhiqiulin/clip-flant5-xxl"
 ANSWER = "Yes"
@@ -54,12 +55,13 @@ class ClipT5Score(NetworkReward):
     name = "vqa"
     reads_caption = True
     range = (0.0, 1.0)
+    view: View
 
     def __init__(
         self, weights: str, network: ClipT5, tokenizer: Any, options: RewardOptions
     ) -> None:
         super().__init__(network, options)
-        self.model = f"VQAScore, {weights}"
+        self.model = f"VQAScore, {named(weights)}"
         self.view = View(network.image_size, "pad")
         self._see = self.compiled(network.see)
         self._tokenizer = tokenizer
@@ -113,7 +115,7 @@ class VisionLanguageScore(NetworkReward):
 
     def __init__(self, model: VisionLanguage, options: RewardOptions) -> None:
         super().__init__(model.model, options)
-        self.model = f"VQAScore, {model.name}"
+        self.model = f"VQAScore, {named(model.name)}"
         self._asked = model
         self._yes = model.token(ANSWER)
 

@@ -19,10 +19,16 @@ def parts(weights: str | None, count: int) -> list[str | None]:
     Raises:
         ValueError: more are named than there are.
     """
-    named: list[str | None] = [part.strip() or None for part in (weights or "").split(",")]
-    if len(named) > count:
-        raise ValueError(f"weights {weights!r} name {len(named)} things where {count} are taken")
-    return named + [None] * (count - len(named))
+    given: list[str | None] = [part.strip() or None for part in (weights or "").split(",")]
+    if len(given) > count:
+        raise ValueError(f"weights {weights!r} name {len(given)} things where {count} are taken")
+    return given + [None] * (count - len(given))
+
+
+def named(weights: str) -> str:
+    """Weights as a dataset's manifest names them: a file or folder by its own name, as it may lie
+    elsewhere on another machine; what the hub or a library has, as it is."""
+    return Path(weights).resolve().name if Path(weights).exists() else weights
 
 
 def find_folder(weights: str, patterns: Sequence[str]) -> Path:

@@ -14,7 +14,8 @@ from test_annotate import contents, make_folder, make_tar, picture
 from together import Together
 
 from miro.annotate import AnnotateConfig, annotate
-from miro.data.shards import Manifest, scores_path
+from miro.conditioning import Bins
+from miro.data.shards import Manifest, read_scores, scores_path
 from miro.data.units import read_done
 
 CONFIG = AnnotateConfig(batch_size=4, samples_per_shard=5, workers=1, max_rejected_after=1_000)
@@ -138,6 +139,20 @@ def test_a_record_that_is_none_is_named_with_the_remedy(
 
     with pytest.raises(ValueError, match=r"00001\.json: not a record .*delete it and run again"):
         read_done(tmp_path / "out", 1, 0)
+
+
+def test_bins_are_the_same_from_one_shard_or_from_many_in_any_order(tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "in", 60)
+    fitted = []
+    for name, size in (("one", 1_000), ("many", 2)):
+        config = AnnotateConfig(samples_per_shard=size, workers=1)
+        annotate(source, tmp_path / name, rewards=BOTH, config=config)
+        table = read_scores(tmp_path / name)
+        fitted.append(Bins.fit(table.values, table.rewards, 8))
+        fitted.append(Bins.fit(table.values[::-1], table.rewards, 8))
+
+    assert len(Manifest.read(tmp_path / "many").shards) == 30
+    assert all(bins == fitted[0] for bins in fitted)
 
 
 def test_scores_of_another_model_are_not_put_into_the_same_column(tmp_path: Path) -> None:

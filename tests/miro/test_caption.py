@@ -214,7 +214,7 @@ def test_pictures_that_rotted_and_originals_that_were_only_a_name(
     rgb = encoded(Image.new("RGB", (20, 20), "red"))
     samples = [
         ("a", sample(PICTURE[:60], "kept")),
-        ("b", sample(rgb, " <PERSON> ", width=3)),
+        ("b", sample(rgb, " <PERSON> and a dog", width=3)),
         ("c", sample(PICTURE[:60], "<person>")),
     ]
     shard = write_shard(tmp_path / "in" / "shards" / "00000.tar", samples)
@@ -224,11 +224,12 @@ def test_pictures_that_rotted_and_originals_that_were_only_a_name(
 
     captions = captions_of(tmp_path / "out")
     assert summary.samples == 2 and captions["a"] == {"original": "kept"}
-    assert list(captions["b"]) == ["short"]
+    assert list(captions["b"]) == ["original", "short"]
+    assert captions["b"]["original"] == "and a dog"
     made = dict(iterate_shard(tmp_path / "out" / "shards" / "00000.tar"))
     assert json.loads(made["b"]["json"])["width"] == 3
     fields = [(where[-1], field) for where, field, _ in rejected_of(tmp_path / "out")]
-    assert ("a", "image") in fields and ("b", "captions.original") in fields
+    assert ("a", "image") in fields and ("c", "caption") in fields
 
 
 @pytest.mark.parametrize("ending", ["parquet", "csv", "tsv", "jsonl"])

@@ -218,7 +218,7 @@ def test_a_head_and_its_clip_may_lie_in_one_folder(tmp_path: Path) -> None:
 
     reward = build_reward(f"aesthetic={both}")
 
-    assert str(both) in reward.model and "linearMSE" in reward.model
+    assert "CLIPModel both" in reward.model and "linearMSE" in reward.model
     # The tower for captions was left away.
     assert "text_model" not in dict(getattr(reward, "network").named_children())  # noqa: B009
 
@@ -365,7 +365,7 @@ def test_a_tokenizer_that_is_not_there_is_not_made_up(tmp_path: Path) -> None:
 
     reward = build_reward(f"pick_score={without},{tmp_path / 'apart'}")
 
-    assert reward.model.endswith(f"tokenizer {tmp_path / 'apart'}")
+    assert reward.model.endswith("tokenizer apart")
 
 
 def test_another_s_tokenizer_and_half_a_network_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -177,7 +177,6 @@ def test_the_published_names_and_shapes_are_a_network_of_the_published_size(
     full = state(published_shapes(), empty)
     monkeypatch.setattr(torch, "load", lambda *arguments, **options: full)
     (tmp_path / "ImageReward.pt").touch()
-    monkeypatch.setattr(ImageReward, "to", lambda self, device: None)
 
     network = ImageReward(str(tmp_path), RewardOptions()).network
 

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_annotate import make_folder
 from together import free_port
 
 from miro.checkpoint import RunFolder
+from miro.data.shards import Manifest
 from miro.launcher import launch
 from miro.presets import TrainConfig
 from miro.report.metrics import read_metrics
@@ -187,3 +189,18 @@ def test_a_slurm_job_that_was_told_to_stop_queues_again(tmp_path: Path) -> None:
         assert done.returncode == code
 
     assert (tmp_path / "requeued").read_text() == "1075\n"
+
+
+def test_a_dataset_is_made_by_all_processes_of_a_machine(tmp_path: Path) -> None:
+    source, scored, encoded = make_folder(tmp_path / "in", 23), tmp_path / "a", tmp_path / "b"
+    rewards = ["--rewards", "sharpness", "--samples-per-shard", "5"]
+    many = {"GPUS": "2", "DEVICE": "cpu"}
+
+    annotated = shell([LAUNCH / "data.sh", "annotate", source, scored, *rewards], **many)
+    made = shell([LAUNCH / "data.sh", "encode", scored, encoded, "--size", "8"], **many)
+
+    assert annotated.returncode == 0, annotated.stderr
+    assert made.returncode == 0, made.stderr
+    assert Manifest.read(encoded).samples == Manifest.read(scored).samples == 19
+    assert Manifest.read(encoded).rewards == ("sharpness",)
+    assert annotated.stderr.count("19 samples") <= 1, "one process speaks"

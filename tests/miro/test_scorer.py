@@ -83,6 +83,23 @@ def test_while_networks_wait_for_their_turn_no_picture_is_held_but_its_squares()
     assert pairs.pictures.squares(View(8)).shape == (3, 3, 8, 8)
 
 
+def test_a_network_that_looks_at_whole_pictures_gets_them_when_its_turn_comes() -> None:
+    class Whole(NetworkReward):
+        name, model, reads_caption, range = "whole", "none", True, (0.0, 1.0)
+
+        def score(self, images: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
+            return torch.stack([image.float().mean() for image in images])
+
+    pairs = batch(3)
+    scorer = Scorer([Towers("first"), Whole(nn.Linear(1, 1), RewardOptions())], CPU, "always")
+
+    scorer.begin(pairs)
+    scorer.finish([pairs])
+
+    expected = [image.float().mean().item() for image in images(3) for _ in range(2)]
+    assert pairs.scores[:, 1].tolist() == pytest.approx(expected)
+
+
 def test_each_picture_and_each_caption_goes_through_its_tower_once() -> None:
     towers, pairs = Towers("first"), batch(4)
 

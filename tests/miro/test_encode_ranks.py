@@ -1,0 +1,92 @@
+"""One encoded folder made by several processes, each with its shards: as if one had made it."""
+
+import os
+import random
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+from test_annotate import contents, make_folder
+from together import Together
+
+from miro.annotate import AnnotateConfig, annotate
+from miro.data.encoded import EncodedDataset
+from miro.data.made import read_made
+from miro.data.shards import Manifest
+from miro.encode import EncodeConfig, encode
+
+CONFIG = EncodeConfig(size=8, batch_size=4, workers=1, max_rejected=0.5)
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("ranks")
+    config = AnnotateConfig(samples_per_shard=5, workers=1)
+    annotate(make_folder(root / "in", 47), root / "scored", rewards=["sharpness"], config=config)
+    return root / "scored"
+
+
+def by_ranks(world: int, source: Path, dest: Path) -> Together:
+    action = partial(encode, config=CONFIG)
+    return Together(world, dest.with_name(f"{dest.name}-logs"), source, dest, action=action)
+
+
+def made(folder: Path) -> dict[str, bytes]:
+    """Every file, but the locks of each process, which are empty."""
+    return {name: data for name, data in contents(folder).items() if ".lock" not in name}
+
+
+def test_ranks_encode_what_one_process_encodes(scored: Path, tmp_path: Path) -> None:
+    encode(scored, tmp_path / "one", config=CONFIG)
+
+    codes = by_ranks(3, scored, tmp_path / "three").wait()
+
+    assert codes == [0, 0, 0]
+    assert made(tmp_path / "three") == made(tmp_path / "one")
+    assert EncodedDataset(tmp_path / "three").rewards == ("sharpness",)
+
+
+def test_killed_ranks_are_resumed_by_another_number_of_them(scored: Path, tmp_path: Path) -> None:
+    dest, generator = tmp_path / "many", random.Random(3)
+    encode(scored, tmp_path / "one", config=CONFIG)
+
+    for world in (3, 2):
+        together = by_ranks(world, scored, dest)
+        time.sleep(generator.uniform(0.5, 2.0))
+        for process in together.ranks:
+            if process.is_alive() and process.pid:
+                os.kill(process.pid, signal.SIGKILL)
+        together.wait()
+    before = {path: path.stat().st_mtime_ns for path in dest.glob("units/*.json")}
+    codes = by_ranks(2, scored, dest).wait()
+
+    assert codes == [0, 0]
+    assert made(dest) == made(tmp_path / "one")
+    assert before == {path: path.stat().st_mtime_ns for path in before}, "encoded twice"
+
+
+def test_a_reward_that_was_added_reaches_every_rank_s_shards(scored: Path, tmp_path: Path) -> None:
+    source = tmp_path / "scored"
+    annotate(scored, source, rewards=[])
+    assert by_ranks(2, source, tmp_path / "two").wait() == [0, 0]
+    annotate(source, source, rewards=["colourfulness"])
+
+    codes = by_ranks(2, source, tmp_path / "two").wait()
+
+    assert codes == [0, 0]
+    manifest = Manifest.read(tmp_path / "two")
+    assert manifest.rewards == ("colourfulness", "sharpness")
+    assert manifest.source["models"].keys() == {"colourfulness", "sharpness"}
+
+
+def test_a_record_of_a_shard_of_other_pictures_does_not_count(scored: Path, tmp_path: Path) -> None:
+    encode(scored, tmp_path / "one", config=CONFIG)
+    first, second = Manifest.read(scored).shards[:2]
+    (tmp_path / "one" / "units" / "00000.json").write_bytes(
+        (tmp_path / "one" / "units" / "00001.json").read_bytes()
+    )
+
+    assert read_made(tmp_path / "one", first) is None
+    assert read_made(tmp_path / "one", second) is not None

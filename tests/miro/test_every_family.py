@@ -1,0 +1,117 @@
+"""A few hundred ordinary pictures through every command, with a model of every family."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from damaged import encoded
+from test_image_reward import ORACLE, state
+from test_latents import save_autoencoder
+from test_ten_thousand import ODD, photograph
+from tiny_models import save_clip_flan_t5, save_llava
+from toy_clips import TOY, aesthetic_head, open_clip_toy, transformers_toy
+
+from miro.cli import main
+from miro.data.encoded import EncodedDataset
+from miro.data.shards import Manifest, read_scores
+from miro.rewards import clip_family
+from miro.rewards.base import REWARD_ORDER
+
+SEVEN = REWARD_ORDER[:7]
+COUNT = 240
+SMALL = (
+    "images=64 batch=16 precision=fp32 compile=False report_every=16 checkpoint_every=64 "
+    "model.channels=32 model.depth=1 model.heads=2 model.hidden=32 model.patch=2"
+)
+
+
+def write_photographs(folder: Path) -> None:
+    """Pictures of several shapes and formats with captions beside them, and the odd ones too."""
+    folder.mkdir()
+    ways = list(ODD.values())
+    for number in range(COUNT):
+        image = photograph(number).resize(((64, 48), (48, 64), (80, 40))[number % 3])
+        extension, caption, data = "jpg", f"photo {number} of a thing".encode(), b""
+        if number % 20 == 19:
+            extension, make, caption, _ = ways[number // 20 % len(ways)]
+            data = make(number)
+        else:
+            extension = ("jpg", "png", "webp")[number % 3]
+            data = encoded(image, {"jpg": "JPEG"}.get(extension, extension.upper()))
+        (folder / f"{number:04d}.{extension}").write_bytes(data)
+        (folder / f"{number:04d}.txt").write_bytes(caption)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A small random model for each of the seven. Do not write."""
+    root = tmp_path_factory.mktemp("weights")
+    towers = transformers_toy(root / "clip")
+    hps = open_clip_toy(root / "hps")
+    aesthetic_head(root)
+    (root / "blip").mkdir()
+    torch.save(state(ORACLE["small"]["shapes"]), root / "blip" / "ImageReward.pt")
+    (root / "flan").mkdir()
+    return {
+        "clip": f"open_clip:{TOY}/{hps}",
+        "aesthetic": f"{root},{towers}",
+        "image_reward": f"{root / 'blip'}",
+        "pick_score": f"{towers}",
+        "hpsv2": f"{hps}",
+        "vqa": f"{save_clip_flan_t5(root / 'flan')}",
+        "sci_score": f"{towers}",
+    }
+
+
+def test_pictures_go_through_every_command(
+    weights: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clip_family, "HPS_ARCHITECTURE", TOY)
+    write_photographs(tmp_path / "photos")
+    llava, vae = save_llava(tmp_path / "llava"), tmp_path / "vae"
+    save_autoencoder(vae)
+    scored, captioned, latents, run = (
+        tmp_path / name for name in ("scored", "captioned", "encoded", "run")
+    )
+    rewards = [f"{name}={weights[name]}" for name in SEVEN]
+
+    def miro(*words: object) -> None:
+        main([str(word) for word in words])
+
+    miro("annotate", tmp_path / "photos", scored, "--samples-per-shard", 100)
+    miro("caption", scored, captioned, "--model", llava, "--precision", "fp32",
+         "--long-tokens", 6, "--short-tokens", 3)  # fmt: skip
+    miro("annotate", captioned, captioned, "--rewards", *rewards, "--turns", "always")
+    miro("inspect", captioned)
+    miro("encode", captioned, latents, "--size", 32, "--latents", vae)
+    miro("train", "demo", "--run", run, "--data", latents, *SMALL.split())
+    miro("sample", run, "--prompt", "a thing", "--reward", "hpsv2=1", "aesthetic=0.6",
+         "--steps", 2)  # fmt: skip
+
+    bad = sum(ODD[way][3] is not None for way in list(ODD)[:12])
+    manifest = Manifest.read(captioned)
+    assert manifest.samples == COUNT - bad and manifest.rewards == SEVEN
+    assert manifest.captions == ("original", "long", "short")
+    table = read_scores(captioned)
+    assert Counter(table.captions).keys() == {"original", "long", "short"}
+    assert np.isfinite(table.values).all()
+    assert (table.values.std(0) > 0).all(), "every reward tells pictures apart"
+    # A caption has scores of its own, but for the reward that does not read it.
+    rows = {(k, c): v for k, c, v in zip(table.keys, table.captions, table.values, strict=True)}
+    key = table.keys[0]
+    same = rows[key, "original"] == rows[key, "long"]
+    assert same.tolist() == [name == "aesthetic" for name in SEVEN]
+    models = manifest.source["models"]
+    assert list(models) == list(SEVEN) and str(tmp_path.parent) not in str(models)
+    numbers = json.loads((captioned / "inspect.json").read_text())
+    page = (captioned / "inspect.html").read_text()
+    assert all(re.search(name.replace("_", " "), page, re.IGNORECASE) for name in SEVEN)
+    assert numbers
+    assert EncodedDataset(latents).rewards == SEVEN
+    assert list((run / "samples").glob("*.png"))

@@ -1,0 +1,172 @@
+"""Training on images that are encoded as they are visited: as on the folder they would make."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from interrupted import run_killed_when
+from test_annotate import make_folder
+from test_latents import save_autoencoder
+
+from miro.annotate import AnnotateConfig, annotate
+from miro.checkpoint import RunFolder, load
+from miro.data.encoded import EncodedDataset
+from miro.data.live import LiveDataset, LiveEncoders
+from miro.data.loader import Loader
+from miro.data.mixture import open_data
+from miro.data.shards import Manifest, shard_path
+from miro.data.tar import iterate_shard
+from miro.encode import EncodeConfig, encode
+from miro.encoding import Encoding
+from miro.model.transformer import ModelConfig
+from miro.presets import TrainConfig, preset
+from miro.train import train
+
+SQUARE = Encoding(size=16)
+SMALL = ModelConfig(channels=16, depth=2, heads=2, hidden=32, patch=4)
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("live")
+    config = AnnotateConfig(samples_per_shard=9, workers=1)
+    annotate(make_folder(root / "in", 24), root / "scored", rewards=["sharpness"], config=config)
+    return root / "scored"
+
+
+def config_of(data: Path, encoding: Encoding = SQUARE, live: bool = True) -> TrainConfig:
+    return replace(
+        preset("demo"),
+        model=SMALL,
+        data=data,
+        live=live,
+        encode=encoding,
+        images=64,
+        batch=8,
+        report_every=16,
+        checkpoint_every=16,
+        precision="fp32",
+        compile=False,
+    )
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return load(RunFolder(run).weights_written()[-1][1])[0]
+
+
+def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def encoded(source: Path, dest: Path, encoding: Encoding) -> Path:
+    fields = {name: getattr(encoding, name) for name in Encoding.__dataclass_fields__}
+    encode(source, dest, config=EncodeConfig(**fields))
+    return dest
+
+
+@pytest.mark.parametrize("buckets", [(), ("1:1", "2:1")])
+def test_a_run_learns_the_same_from_pictures_as_from_their_encoded_folder(
+    scored: Path, tmp_path: Path, buckets: tuple[str, ...]
+) -> None:
+    encoding = replace(SQUARE, buckets=buckets, multiple=8)
+    stored = encoded(scored, tmp_path / "encoded", encoding)
+
+    train(config_of(stored, encoding, live=False), tmp_path / "stored")
+    train(config_of(scored, encoding), tmp_path / "live")
+
+    assert_same(weights_of(tmp_path / "live"), weights_of(tmp_path / "stored"))
+
+
+def test_an_autoencoder_and_every_caption_give_what_would_be_stored(
+    scored: Path, tmp_path: Path
+) -> None:
+    save_autoencoder(tmp_path / "vae")
+    encoding = Encoding(latents=str(tmp_path / "vae"), size=16)
+    stored = EncodedDataset(encoded(scored, tmp_path / "encoded", encoding))
+
+    live = LiveDataset(scored, None, LiveEncoders(encoding, "cpu"))
+
+    assert live.has_std and live.latent_shape == stored.latent_shape
+    assert live.keys == stored.keys and live.rewards == stored.rewards
+    np.testing.assert_array_equal(live.scores, stored.scores)
+    assert {**live.encoding, "cut": 0} == {**stored.encoding, "cut": 0}
+    everything, first = np.arange(len(live)), np.zeros(len(live), np.int64)
+    np.testing.assert_allclose(
+        live.latents(everything), stored.latents(everything), rtol=2e-3, atol=2e-3
+    )
+    for ours, theirs in zip(
+        live.texts(everything, first), stored.texts(everything, first), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-3)
+
+
+def test_half_of_the_visits_are_mirrored_by_their_position(scored: Path) -> None:
+    live = LiveDataset(scored, None, LiveEncoders(SQUARE, "cpu"))
+    plain, mirror = Loader(live, 0), Loader(live, 0, mirror=True)
+
+    straight, turned = plain.batch_at(0, 200).latents, mirror.batch_at(0, 200).latents
+    again = mirror.batch_at(120, 30).latents
+
+    mirrored = torch.tensor([bool((a != b).any()) for a, b in zip(straight, turned, strict=True)])
+    assert 70 < mirrored.sum() < 130
+    assert torch.equal(turned[mirrored], straight[mirrored].flip(-1))
+    assert torch.equal(turned[120:150], again)
+
+
+def test_a_killed_run_on_mirrored_pictures_goes_on_bit_for_bit(
+    scored: Path, tmp_path: Path
+) -> None:
+    config = replace(config_of(scored), mirror=True)
+    train(config, tmp_path / "whole")
+
+    killed = tmp_path / "killed"
+    run_killed_when(config, killed, lambda: any((killed / "checkpoints").glob("*/manifest.json")))
+    train(config, killed)
+
+    assert_same(weights_of(killed), weights_of(tmp_path / "whole"))
+
+
+def test_images_and_their_weights_may_be_mixed(scored: Path, tmp_path: Path) -> None:
+    mixture = tmp_path / "mixture.json"
+    mixture.write_text(f'{{"sources": [{{"folder": "{scored}", "weight": 2}}]}}')
+
+    data = open_data(mixture, None, LiveEncoders(SQUARE, "cpu"))
+
+    assert len(data) == len(LiveDataset(scored, None, LiveEncoders(SQUARE, "cpu")))
+    assert data.latents(np.array([3, 1])).shape == (2, 3, 16, 16)
+
+
+def test_a_picture_that_rots_during_a_run_is_named_with_the_remedy(
+    scored: Path, tmp_path: Path
+) -> None:
+    annotate(scored, tmp_path / "copy", rewards=[])
+    shard = Manifest.read(tmp_path / "copy").shards[0]
+    path = shard_path(tmp_path / "copy", shard)
+    key, members = next(iter(iterate_shard(path)))
+    data = path.read_bytes()
+    image = next(value for name, value in members.items() if name != "json")
+    path.unlink()  # it shares its bytes with the folder it was linked from
+    path.write_bytes(data.replace(image, bytes(len(image))))
+
+    with pytest.raises(ValueError, match=f"sample '{key}': .*zero bytes; `miro annotate`"):
+        train(config_of(tmp_path / "copy"), tmp_path / "run")
+
+
+def test_what_does_not_go_together_is_refused(scored: Path, tmp_path: Path) -> None:
+    stored = encoded(scored, tmp_path / "encoded", SQUARE)
+
+    with pytest.raises(ValueError, match="holds images, not latents.*--live True"):
+        train(config_of(scored, live=False), tmp_path / "run")
+    with pytest.raises(ValueError, match="is encoded already; train on it without live"):
+        train(config_of(stored), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"was encoded otherwise \(size: 32 here, 16 there"):
+        train(config_of(stored, Encoding(size=32), live=False), tmp_path / "run")
+    with pytest.raises(ValueError, match="set encode.size"):
+        as_they_are = replace(config_of(scored, Encoding()), model=replace(SMALL, patch=2))
+        train(as_they_are, tmp_path / "run")
+    with pytest.raises(ValueError, match="mirror=True needs live=True"):
+        replace(config_of(stored, live=False), mirror=True)
