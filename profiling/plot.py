@@ -18,7 +18,7 @@ from pathlib import Path
 
 from charts import lines, standalone
 from pictures import Picture, pictures
-from result_files import Quantity, Result, Spread, histories, read
+from result_files import Quantity, Result, Spread, by_date, histories, read
 
 HEADLINES = {
     "step budget": "bytes", "GPU check": "steps", "kernels": "bytes_over_inductor",
@@ -51,7 +51,10 @@ def history(results: Sequence[Result]) -> Picture | None:
     found = [value for row in series.values() for value in row if math.isfinite(value)]
     # Noise of a few percent must not look like news.
     limits = min(0.85, 0.95 * min(found)), max(1.15, 1.05 * max(found))
-    figure = lines([result.date for result in results], series, "date", limits)
+    days = [result.date for result in results]
+    if len(set(days)) < len(days):
+        days = [f"{result.date[5:]} {result.record.get('commit', '')}" for result in results]
+    figure = lines(days, series, "date", limits)
     source = ", ".join(result.path.name for result in results)
     return Picture("history", results[0].series, "each over its first value", figure, source)
 
@@ -67,7 +70,7 @@ def main() -> int:
     given = parser.parse_args()
     folder = given.out or given.results[0].parent
     try:
-        found = sorted(map(read, given.results), key=lambda result: (result.date, result.path.name))
+        found = by_date(map(read, given.results))
     except ValueError as error:
         print(f"plot: {error}", file=sys.stderr)
         return 2

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,7 +122,12 @@ def read_folder(folder: Path) -> list[Result]:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     found = [read(path) for path in sorted(folder.glob("*.json"))]
-    return sorted(found, key=lambda result: (result.date, result.path.name))
+    return by_date(found)
+
+
+def by_date(results: Iterable[Result]) -> list[Result]:
+    """The results in order; those of one day by their names, a longer one after what it begins."""
+    return sorted(results, key=lambda result: (result.date, result.path.stem))
 
 
 def latest(results: Sequence[Result], kind: str) -> Result | None:

@@ -15,6 +15,7 @@ import plot
 import pytest
 import report
 import result_examples as examples
+from charts import markup
 from pictures import pictures
 from report import write_report
 from result_files import histories, read, read_folder
@@ -205,6 +206,20 @@ def test_history_compares_files_of_equal_settings_alone(tmp_path: Path) -> None:
     found = {name: [result.path.stem for result in of] for name, of in series.items()}
     assert found == {"precision": ["a", "b"], "precision, threads 2": ["c"]}
     assert "images_per_second: eager fp32 100 (99–101) 120 (119–121) faster" in page
+
+
+def test_of_one_day_the_longer_name_is_the_later_and_is_told_by_its_commit(tmp_path: Path) -> None:
+    for name, commit in (("run-2026-01-02-late", "2222222"), ("run-2026-01-02", "1111111")):
+        record = examples.precision("2026-01-02", 100.0, commit=commit)
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+
+    found = read_folder(tmp_path)
+    picture = plot.history(found)
+
+    assert [result.path.stem for result in found] == ["run-2026-01-02", "run-2026-01-02-late"]
+    assert picture is not None
+    drawn = markup(picture.figure, "history")
+    assert drawn.index("01-02 1111111") < drawn.index("01-02 2222222")
 
 
 def test_plot_tells_the_kind_by_the_content(
