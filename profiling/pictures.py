@@ -44,6 +44,7 @@ def operations(budget: Result, variant: str) -> list[Row]:
 
 
 def device(budget: Result, name: str) -> Device:
+    """What the file takes that device to reach."""
     fields = Device.__dataclass_fields__
     return Device(**{field: budget.record["assumptions"][name][field] for field in fields})
 

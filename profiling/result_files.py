@@ -86,6 +86,7 @@ def _short(setting: Any) -> str:
 
 
 def spread(row: dict[str, float]) -> Spread:
+    """A timed row's median, p20 and p80."""
     return Spread(*(row[key] for key in Spread._fields))
 
 

@@ -64,10 +64,12 @@ class Section:
 
 
 def measured(result: Result) -> Basis:
+    """The label of what a file timed or scored."""
     return Basis("MEASURED", f"{result.made} ({result.path.name})")
 
 
 def counted(result: Result) -> Basis:
+    """The label of what a file counted."""
     return Basis("COUNTED", f"{result.made} ({result.path.name})")
 
 
@@ -80,6 +82,7 @@ def shown(value: Quantity) -> str:
 
 
 def percent(share: float) -> str:
+    """A share of 1 as whole percent."""
     return f"{100 * share:.0f} %"
 
 
@@ -144,6 +147,7 @@ def rewards(results: Sequence[Result]) -> Section:
 
 
 def sampling(results: Sequence[Result]) -> Section:
+    """Latency and images/s of sampling, and what bf16 and compiling bring a step on a CPU."""
     section = Section("sampling", "Sampling, and precision on a CPU")
     found = section.take(results, "sampling")
     if found is not None:
