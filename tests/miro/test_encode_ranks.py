@@ -29,6 +29,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def by_ranks(world: int, source: Path, dest: Path) -> Together:
+    """One rank too in a process like theirs: threads decide in which order numbers are added."""
     action = partial(encode, config=CONFIG)
     return Together(world, dest.with_name(f"{dest.name}-logs"), source, dest, action=action)
 
@@ -39,7 +40,7 @@ def made(folder: Path) -> dict[str, bytes]:
 
 
 def test_ranks_encode_what_one_process_encodes(scored: Path, tmp_path: Path) -> None:
-    encode(scored, tmp_path / "one", config=CONFIG)
+    assert by_ranks(1, scored, tmp_path / "one").wait() == [0]
 
     codes = by_ranks(3, scored, tmp_path / "three").wait()
 
@@ -50,7 +51,7 @@ def test_ranks_encode_what_one_process_encodes(scored: Path, tmp_path: Path) -> 
 
 def test_killed_ranks_are_resumed_by_another_number_of_them(scored: Path, tmp_path: Path) -> None:
     dest, generator = tmp_path / "many", random.Random(3)
-    encode(scored, tmp_path / "one", config=CONFIG)
+    assert by_ranks(1, scored, tmp_path / "one").wait() == [0]
 
     for world in (3, 2):
         together = by_ranks(world, scored, dest)

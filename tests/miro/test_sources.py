@@ -118,7 +118,7 @@ def test_a_fingerprint_is_of_the_contents_and_of_the_cut(make, groups, tmp_path)
 class Stopping:
     """A reward that is stopped after some images."""
 
-    name, reads_caption, range = "brightness", False, (0.0, 255.0)
+    name, model, reads_caption, range = "brightness", "a test", False, (0.0, 255.0)
 
     def __init__(self, after: int):
         self._left = after
