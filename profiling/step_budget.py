@@ -30,6 +30,7 @@ from torch.utils.flop_counter import flop_registry
 
 from miro.engine import cast_parameters
 from miro.model.transformer import FlowTransformer, ModelConfig, Rewards
+from miro.peaks import PEAKS
 from miro.presets import preset
 from miro.text import PackedText
 from miro_kernels import use_backend
@@ -81,10 +82,13 @@ class Device:
 
 
 DEVICES = {
-    "H100 SXM": Device(989e12, 3.35e12),
-    "H200": Device(989e12, 4.8e12),
-    "B200": Device(2250e12, 8.0e12),
-    "MI300X": Device(1307e12, 5.3e12),
+    name: Device(PEAKS[whole].flops, PEAKS[whole].bandwidth)
+    for name, whole in (
+        ("H100 SXM", "NVIDIA H100 80GB HBM3"),
+        ("H200", "NVIDIA H200"),
+        ("B200", "NVIDIA B200"),
+        ("MI300X", "AMD Instinct MI300X"),
+    )
 }
 
 
