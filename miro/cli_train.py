@@ -61,6 +61,8 @@ def train(args: Sequence[str]) -> None:
 
         def report(progress: Progress) -> None:
             detail = f"loss {progress.loss:.4f}  {progress.images_per_second:,.0f} images/s"
+            if progress.mfu is not None:
+                detail += f"  {progress.mfu:.0%} MFU"
             if progress.data_wait > 0.02:
                 detail += f"  {progress.data_wait:.0%} waiting for data"
             show(progress.images, progress.total, detail)

@@ -1,20 +1,29 @@
-"""Means between two reports, the wait for data, and the watch over steps that were skipped."""
+"""What a run reports, gathered between two reports without a cost to the steps, and the watch over
+steps that were skipped.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from miro.engine import Engine
+from miro.model.transformer import Rewards
 from miro.report.metrics import MetricsWriter
+from miro.telemetry import Nvml, memory
 
 T = TypeVar("T")
+
+RANGES = 10
+"""Of t, equal, in which the mean loss is reported."""
+THIRDS = ("low", "middle", "high")
+"""Of a reward's bins."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,44 @@ class Progress:
     seconds_left: float
     data_wait: float
     """Share of the time since the last report in which the device waited for data, 0 to 1."""
+    mfu: float | None
+    """Share of the devices' peak that useful FLOPs came to; None where the peak is not known."""
+
+
+class Seen(NamedTuple):
+    """What is kept of a micro-batch of B visits until the report: what there is, nothing new."""
+
+    losses: Tensor  # (B,)
+    t: Tensor  # (B,)
+    rewards: Rewards
+    flops: float  # useful ones of its forward and backward pass, by miro.flops
+
+
+def loss_groups(rewards: Sequence[str]) -> list[str]:
+    """The names of the mean losses that are reported: of all samples, by their t, each range by its
+    middle, and by the bin of each reward, of the samples that were told it.
+    """
+    ranges = [f"loss_at/{(k + 0.5) / RANGES:.2f}" for k in range(RANGES)]
+    return ["loss", *ranges, *(f"loss_by/{name}/{third}" for name in rewards for third in THIRDS)]
+
+
+def loss_sums(seen: Sequence[Seen]) -> Tensor:
+    """(2, groups) fp64: sum and number of the finite losses in each of the `loss_groups`.
+
+    By a product with the groups' members, which unlike adding up by index is the same twice on a
+    GPU, and waits for nothing.
+    """
+    losses, t = (torch.cat([getattr(s, name) for s in seen]) for name in ("losses", "t"))
+    bins, keep = (torch.cat([getattr(s.rewards, name) for s in seen]) for name in ("bins", "keep"))
+    highest = seen[0].rewards.levels.numel() - 1
+    at = (t * RANGES).long().clamp(max=RANGES - 1)
+    by = (len(THIRDS) * bins // highest).clamp(max=len(THIRDS) - 1)
+    numbers = torch.arange(RANGES, device=t.device)
+    told = (by[..., None] == numbers[: len(THIRDS)]) & keep[..., None]
+    finite = losses.isfinite()
+    members = torch.cat((finite[:, None], at[:, None] == numbers, told.flatten(1)), 1)
+    values = torch.stack((torch.where(finite, losses, 0.0).double(), finite.double()))
+    return values @ members.double()
 
 
 class DataWait:
@@ -81,26 +128,32 @@ class Meter:
         report: Callable[[Progress], None],
         suspects: Callable[[int], list[str]],
         images: int,
+        *,
+        rewards: Sequence[str],
+        peak: float | None,
     ) -> None:
         """metrics: where the first rank writes.
 
         suspects: gives the names of this rank's samples of the step after so many images.
+        rewards: names, in the order of the visits. peak: FLOP/s of this rank's device, if known.
         """
         self.engine, self.metrics, self.report = engine, metrics, report
-        self.suspects = suspects
+        self.suspects, self.groups, self.peak = suspects, loss_groups(rewards), peak
         self.wait = DataWait(engine.device)
-        self._begin(images)
+        self.nvml = None if metrics is None else Nvml(engine.device)
+        self.spent = 0.0
+        self._begin(images, time.perf_counter())
 
-    def _begin(self, images: int) -> None:
-        self.start, self.clock = images, time.perf_counter()
+    def _begin(self, images: int, clock: float) -> None:
+        self.start, self.clock = images, clock
         self.marks: list[int] = []
-        self.losses: list[Tensor] = []
+        self.seen: list[Seen] = []
         self.norms: list[Tensor] = []
 
-    def add(self, images: int, losses: list[Tensor], norm: Tensor) -> None:
-        """The step after `images` images: the losses (micro-batch,) of each micro-batch."""
+    def add(self, images: int, seen: Sequence[Seen], norm: Tensor) -> None:
+        """The step after `images` images: its micro-batches."""
         self.marks.append(images)
-        self.losses.append(torch.cat(losses))
+        self.seen.extend(seen)
         self.norms.append(norm)
 
     def check(self, images: int) -> bool:
@@ -122,7 +175,7 @@ class Meter:
 
     def _named(self) -> str:
         """The samples with the worst losses of all ranks since the last report."""
-        losses = torch.stack(self.losses).float().cpu()
+        losses = torch.cat([seen.losses for seen in self.seen]).view(len(self.marks), -1).cpu()
         worst = torch.where(losses.isfinite(), losses, torch.inf)
         found = []
         for place in worst.flatten().argsort(descending=True, stable=True)[:4].tolist():
@@ -138,41 +191,69 @@ class Meter:
     def tell(self, images: int, total: int) -> None:
         """Report the steps since the last one; all ranks call it together."""
         self.check(images)
-        sums = torch.cat([_sum_and_count(self.losses), _sum_and_count(self.norms)])
-        if self.engine.ranks.world > 1:
-            dist.all_reduce(sums)
-        loss_sum, loss_count, norm_sum, norm_count = sums.tolist()
-        seconds = time.perf_counter() - self.clock
-        waited = torch.tensor(self.wait.read() / seconds, device=self.engine.device)
-        if self.engine.ranks.world > 1:
-            # All wait for the slowest of them, though only it waits for data.
-            dist.all_reduce(waited, dist.ReduceOp.MAX)
+        # From here on the device idles: what follows is what a report costs.
+        now = time.perf_counter()
+        seconds = now - self.clock
+        means, most = self._means(seconds), self._most(seconds)
         rate = (images - self.start) / seconds
-        progress = Progress(
-            images,
-            total,
-            loss_sum / max(1, loss_count),
-            norm_sum / max(1, norm_count),
-            rate,
-            (total - images) / rate,
-            waited.item(),
-        )
+        values = {
+            "loss": 0.0,
+            "gradient_norm": 0.0,
+            "images_per_second": rate,
+            "reporting": round(self.spent / seconds, 6),
+            **most,
+            **means,
+        }
         if self.metrics is not None:
-            values = {
-                "loss": progress.loss,
-                "gradient_norm": progress.gradient_norm,
-                "images_per_second": rate,
-                "data_wait": round(progress.data_wait, 4),
-            }
             if skipped := self.engine.guard.read()["total"]:
                 values["steps_skipped"] = skipped
+            if self.nvml is not None:
+                values |= self.nvml.read()
             self.metrics.write(images, values)
-            self.report(progress)
-        self._begin(images)
+            self.report(
+                Progress(
+                    images,
+                    total,
+                    values["loss"],
+                    values["gradient_norm"],
+                    rate,
+                    (total - images) / rate,
+                    values["data_wait"],
+                    means.get("mfu"),
+                )
+            )
+        self.spent = time.perf_counter() - now
+        self._begin(images, now)
+
+    def _means(self, seconds: float) -> dict[str, float]:
+        """Over all ranks, of what there was any of: each a sum over a number."""
+        flops = sum(seen.flops for seen in self.seen)
+        used = (flops / self.peak, seconds) if self.peak else (0.0, 0.0)
+        device = self.engine.device
+        columns = (
+            loss_sums(self.seen),
+            _sum_and_count(self.norms),
+            torch.tensor(used, dtype=torch.float64, device=device)[:, None],
+        )
+        sums = torch.cat(columns, 1)
+        if self.engine.ranks.world > 1:
+            dist.all_reduce(sums)
+        names = (*self.groups, "gradient_norm", "mfu")
+        rows = zip(names, *sums.tolist(), strict=True)
+        return {name: total / count for name, total, count in rows if count}
+
+    def _most(self, seconds: float) -> dict[str, float]:
+        """The highest of all ranks: all wait for the slowest, though only it waits for data."""
+        device = self.engine.device
+        mine = {"data_wait": self.wait.read() / seconds, **memory(device)}
+        most = torch.tensor(list(mine.values()), device=device)
+        if self.engine.ranks.world > 1:
+            dist.all_reduce(most, dist.ReduceOp.MAX)
+        return {name: round(value, 4) for name, value in zip(mine, most.tolist(), strict=True)}
 
 
 def _sum_and_count(values: list[Tensor]) -> Tensor:
-    """(2,) fp64: of those that are finite, as those of a skipped step need not be."""
+    """(2, 1) fp64: of those that are finite, as those of a skipped step need not be."""
     numbers = torch.stack(values).double()
     finite = numbers.isfinite()
-    return torch.stack((torch.where(finite, numbers, 0.0).sum(), finite.sum().double()))
+    return torch.stack((torch.where(finite, numbers, 0.0).sum(), finite.sum().double()))[:, None]

@@ -52,6 +52,9 @@ class TrainConfig:
     """CPU threads of this process; None leaves it to torch."""
     report_every: int = 6_400
     """Images between reports to the metrics file, TensorBoard and the screen."""
+    peak_flops: float | None = None
+    """FLOP/s that a device reaches at most in `precision`, of which MFU is the share. None takes it
+    from miro/peaks.py by the device's name; where that has none, MFU is not reported."""
     checkpoint_every: int = 32_000
     """Images between checkpoints to resume from."""
     keep_checkpoints: int = 2
@@ -75,6 +78,8 @@ class TrainConfig:
                 )
         if self.mirror and not self.live:
             raise ValueError("mirror=True needs live=True: a stored latent cannot be mirrored")
+        if self.peak_flops is not None and not self.peak_flops > 0:
+            raise ValueError(f"peak_flops must be above 0, got {self.peak_flops}")
         for mark in self.weights_at:
             if mark % self.batch or not 0 < mark <= self.images:
                 raise ValueError(

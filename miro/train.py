@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from miro import checkpoint, flow
 from miro.checkpoint import RunFolder
@@ -26,10 +25,12 @@ from miro.data.live import LiveEncoders
 from miro.data.mixture import TrainingData, open_data
 from miro.encoding import Encoding
 from miro.engine import DTYPES, Engine, Layout, deepspeed_config, lay_out
+from miro.flops import training_flops
 from miro.locks import alone_in, one_at_a_time
 from miro.memory import choose_stage
-from miro.meter import Meter, Progress
+from miro.meter import Meter, Progress, Seen
 from miro.model.transformer import FlowTransformer
+from miro.peaks import peak_flops
 from miro.presets import TrainConfig
 from miro.random import seed_from
 from miro.ranks import Ranks, Stopped, StopSignal, join, ranks_of
@@ -45,6 +46,7 @@ log = logging.getLogger(__name__)
 # What may differ between a run and its resumption: none of it changes a result.
 FREE_TO_CHANGE = (
     "report_every",
+    "peak_flops",
     "checkpoint_every",
     "keep_checkpoints",
     "keep_every",
@@ -164,14 +166,20 @@ def _train(
         stop = stack.enter_context(StopSignal(ranks))
         ahead = stack.enter_context(closing(visits.ahead(layout, ranks.rank, images)))
         meter = Meter(
-            engine, metrics, report, lambda start: visits.keys(layout, ranks.rank, start), images
+            engine,
+            metrics,
+            report,
+            lambda start: visits.keys(layout, ranks.rank, start),
+            images,
+            rewards=dataset.rewards,
+            peak=config.peak_flops or peak_flops(engine.device, config.precision),
         )
         coming = meter.wait.timed(ahead)
         while images < config.images:
-            losses = [
+            seen = [
                 _learn(config, engine, v) for v in itertools.islice(coming, layout.accumulation)
             ]
-            meter.add(images, losses, engine.step(images))
+            meter.add(images, seen, engine.step(images))
             images += config.batch
             done, stopped = images == config.images, stop.after_step()
             if done or images % config.report_every == 0:
@@ -198,14 +206,16 @@ def _train(
     return run.weights_at(images)
 
 
-def _learn(config: TrainConfig, engine: Engine, visit: Visit) -> Tensor:
-    """Add the gradients of a micro-batch; its losses (micro-batch,), on the device."""
+def _learn(config: TrainConfig, engine: Engine, visit: Visit) -> Seen:
+    """Add the gradients of a micro-batch; what the meter keeps of it, on the device."""
     visit = visit.to(engine.device)
-    x, noise, t = visit.x, visit.noise, visit.t
-    prediction = engine.predict(flow.noised(x, noise, t), t, visit.rewards, visit.text)
+    x, noise, t, rewards = visit.x, visit.noise, visit.t, visit.rewards
+    prediction = engine.predict(flow.noised(x, noise, t), t, rewards, visit.text)
     losses = flow.velocity_errors(config.flow, prediction, x, noise, t)
     engine.backward(losses.mean())
-    return losses.detach()
+    told = rewards.bins.shape[1], rewards.levels.numel()
+    flops = training_flops(config.model, x.shape, visit.text.states.shape, told)
+    return Seen(losses.detach(), t, rewards, flops)
 
 
 def _prewarm(

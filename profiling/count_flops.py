@@ -30,6 +30,7 @@ from measured import machine, write
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from miro.flops import forward_flops
 from miro.model.transformer import FlowTransformer, ModelConfig, Rewards
 from miro.presets import preset
 from miro.text import PackedText
@@ -91,27 +92,13 @@ def ours(name: str, config: ModelConfig, text: int, latents: tuple[int, int, int
 def derived(config: ModelConfig, text: int, latents: tuple[int, int, int]) -> dict[str, float]:
     """The same forward pass by hand: FLOPs of its parts.
 
-    The rewards' tables are made once a batch, here of one image. The reference gathers their rows
-    by a product with one-hot vectors, which the kernels do not.
+    The reference gathers the rows of the rewards' tables by a product with one-hot vectors, which
+    the kernels do not.
     """
-    channels, height, width = latents
-    dim, hidden = config.channels, config.hidden
-    tokens = height * width // config.patch**2
-    patch = channels * config.patch**2
-    attended = 4 * tokens * (tokens + text) * dim
-    block = 2 * tokens * dim * (4 * dim + 3 * hidden) + 2 * text * dim * 2 * dim
-    reading = 2 * text * dim * (4 * dim + 3 * hidden) + 4 * text * text * dim
-    # The embedding of time, two summaries of texts (one of none), and what all sites share.
-    vectors = 2 * dim * (256 + dim) + 2 * 2 * dim * (TEXT_CHANNELS + dim) + 2 * dim * 6 * dim
-    table = 2 * REWARDS * LEVELS * (17 * 128 + 128 * 6 * dim)
-    gathered = 2 * REWARDS * LEVELS * dim * (3 * (2 * config.depth + 1) - 1)
-    return {
-        "linear layers": config.depth * block,
-        "attention": config.depth * attended,
-        "text": config.text_depth * reading + 2 * text * TEXT_CHANNELS * dim,
-        "patches": 2 * 2 * tokens * patch * dim,
-        "modulation": vectors + table + gathered,
-    }
+    shapes = (1, *latents), (text, TEXT_CHANNELS), (REWARDS, LEVELS)
+    parts = forward_flops(config, *shapes)
+    parts["modulation"] += 2 * REWARDS * LEVELS * config.channels * (3 * (2 * config.depth + 1) - 1)
+    return parts
 
 
 def published() -> list[Counted]:

@@ -14,6 +14,8 @@ from worker import Phases, Step, serve
 
 from miro import flow
 from miro.engine import Engine, Layout
+from miro.flops import training_flops
+from miro.meter import Meter, Seen
 from miro.model.transformer import FlowTransformer, ModelConfig, Rewards
 from miro.presets import preset
 from miro.text import PackedText
@@ -44,6 +46,7 @@ class OurStep(Step):
             if not param.any():
                 torch.nn.init.normal_(param, std=0.02)
         self.parameters = sum(param.numel() for param in model.parameters())
+        self.meter: Meter | None = None
         self.engine = Engine(
             model, self.config.optimizer, Layout(0, 1, settings["batch"], 1),
             total_images=self.config.images, precision=settings["precision"],
@@ -71,11 +74,18 @@ class OurStep(Step):
                 x, noise, t, rewards, text = self.data(number)
             with phases("forward"):
                 predicted = self.engine.predict(flow.noised(x, noise, t), t, rewards, text)
-                loss = flow.velocity_errors(self.config.flow, predicted, x, noise, t).mean()
+                losses = flow.velocity_errors(self.config.flow, predicted, x, noise, t)
+                loss = losses.mean()
             with phases("backward"):
                 self.engine.backward(loss)
             with phases("optimizer"):
-                self.engine.step(self.config.optimizer.warmup_images)
+                norm = self.engine.step(self.config.optimizer.warmup_images)
+            if self.meter is not None:
+                with phases("meter"):
+                    shapes = x.shape, text.states.shape, (REWARDS, LEVELS)
+                    flops = training_flops(self.engine.model.config, *shapes)
+                    seen = Seen(losses.detach(), t, rewards, flops)
+                    self.meter.add(number * len(x), [seen], norm)
         return loss.detach()
 
     def useful(self) -> Tensor:

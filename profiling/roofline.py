@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from miro.peaks import PEAKS
+
 
 @dataclass(frozen=True)
 class Device:
@@ -29,10 +31,13 @@ class Device:
 
 
 DEVICES = {
-    "H100 SXM": Device(989e12, 3.35e12),
-    "H200": Device(989e12, 4.8e12),
-    "B200": Device(2250e12, 8.0e12),
-    "MI300X": Device(1307e12, 5.3e12),
+    name: Device(PEAKS[whole].flops, PEAKS[whole].bandwidth)
+    for name, whole in (
+        ("H100 SXM", "NVIDIA H100 80GB HBM3"),
+        ("H200", "NVIDIA H200"),
+        ("B200", "NVIDIA B200"),
+        ("MI300X", "AMD Instinct MI300X"),
+    )
 }
 
 

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from miro.engine import Layout, ShardingConfig, Stage, lay_out
 from miro.memory import Memory, activation_bytes, estimate, parameter_count
 from miro.model.transformer import FlowTransformer, ModelConfig, Rewards
+from miro.peaks import PEAKS
 from miro.presets import TrainConfig, preset
 from miro.text import PackedText
 from miro_kernels import use_backend
@@ -37,12 +38,12 @@ class Assumptions:
     """What the projection takes for granted; none of it was measured here."""
 
     gpu: str = "H100 SXM, 80 GB"
-    peak: float = 989e12
+    peak: float = PEAKS["NVIDIA H100 80GB HBM3"].flops
     """Dense bf16 FLOP/s."""
     utilisation: float = 0.35
     """Share of the peak that forward and backward reach. Public figures for training of diffusion
     transformers are 0.10 to 0.33 (shared/performance-anchors.md)."""
-    memory_bandwidth: float = 3.35e12
+    memory_bandwidth: float = PEAKS["NVIDIA H100 80GB HBM3"].bandwidth
     inside: float = 350e9
     """Bytes/s a GPU sends in a ring inside a machine of eight (NVLink 4)."""
     between: float = 40e9

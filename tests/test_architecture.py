@@ -37,11 +37,11 @@ FLOORS = (
     ("memory", "meter", "scoring", "survey", "visits"),
     ("data", "sample"),
     ("presets",),
-    ("engine", "saving"),
+    ("engine", "flops", "saving"),
     ("model", "partition"),
     ("conditioning", "encoding", "optimizer"),
     ("flow", "latents", "muon", "report", "rewards", "text"),
-    ("checkpoint", "config", "locks", "progress", "random", "ranks"),
+    ("checkpoint", "config", "locks", "peaks", "progress", "random", "ranks", "telemetry"),
 )
 FLOOR = {room: height for height, floor in enumerate(reversed(FLOORS)) for room in floor}
 

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ class MetricsWriter:
     """Appends reports to `path`, one JSON object a line, and to a TensorBoard folder.
 
     A resumed run takes back the lines after the point it resumes from, since it writes them again.
+    A disk without room stops no run here, which is for its checkpoints to do: it is logged, lines
+    wait in memory for room, and TensorBoard has to do without.
     """
 
     def __init__(self, path: Path, tensorboard: Path, resumed_at: int) -> None:
@@ -29,24 +31,44 @@ class MetricsWriter:
         from torch.utils.tensorboard import SummaryWriter
 
         # purge_step hides what an interrupted run had drawn beyond this point.
-        self._board = SummaryWriter(str(tensorboard), purge_step=resumed_at + 1)
+        self._board: SummaryWriter | None = SummaryWriter(
+            str(tensorboard), purge_step=resumed_at + 1
+        )
 
     def write(self, images: int, values: Mapping[str, float]) -> None:
         record = {"images": images, "time": round(time.time(), 3), **values}
         self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._on_file(self._file.flush)
         for name, value in values.items():
-            self._board.add_scalar(name, value, images)
+            self._on_board(
+                lambda board, name=name, value=value: board.add_scalar(name, value, images)
+            )
 
     def flush(self) -> None:
         """Put everything on the disk, as a checkpoint does before it counts."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._board.flush()
+        self._on_file(self._file.flush)
+        self._on_file(lambda: os.fsync(self._file.fileno()))
+        self._on_board(lambda board: board.flush())
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        self._on_file(self._file.close)
+        self._on_board(lambda board: board.close())
+
+    def _on_file(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except OSError as error:
+            # What was not written is still in the file's buffer, and is tried again next time.
+            log.error("could not write %s: %s", self._file.name, error)
+
+    def _on_board(self, action: Callable[[Any], None]) -> None:
+        if self._board is None:
+            return
+        try:
+            action(self._board)
+        except OSError as error:
+            log.error("could not write %s: %s; no more is", self._board.log_dir, error)
+            self._board = None  # Its thread has ended.
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

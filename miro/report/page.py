@@ -27,6 +27,12 @@ METRIC_NOTES = {
     "alignment": "How far the picture bears out the caption, by an open_clip model fitted here.",
     VERIFIER: "Share of pictures that show all that the prompt says. No model was trained on it.",
 }
+Kind = tuple[str, str, str, bool]
+LEARNING: tuple[Kind, ...] = (
+    ("loss", "Loss", "velocity error, mean of each report", True),
+    ("gradient_norm", "Gradient norm", "before clipping", True),
+    ("images_per_second", "Throughput", "images per second", False),
+)
 _WIDE, _NARROW = 960, 580  # CSS pixels a grid may take beside its labels, by width of the screen
 
 
@@ -243,13 +249,13 @@ def _category_plots(demo: DemoResults) -> list[dict[str, Any]]:
     return found
 
 
-def training_plots(training: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Loss, gradient norm and throughput over images, a line per model."""
-    kinds = (
-        ("loss", "Loss", "velocity error, mean of each report", True),
-        ("gradient_norm", "Gradient norm", "before clipping", True),
-        ("images_per_second", "Throughput", "images per second", False),
-    )
+def training_plots(
+    training: Mapping[str, list[dict[str, Any]]], kinds: Iterable[Kind] = LEARNING
+) -> list[dict[str, Any]]:
+    """What the reports say of each kind over images, a line per model; nothing where they do not.
+
+    kinds: key of the reports, title, note, and whether it is drawn in logarithms.
+    """
     found = []
     for key, title, note, log in kinds:
         lines = {}

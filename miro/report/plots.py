@@ -233,29 +233,43 @@ def category_dots(categories: Sequence[str], shares: Mapping[str, Sequence[float
 
 @rc_context(_STYLE)
 def training_lines(
-    lines: Mapping[str, tuple[Sequence[int], Sequence[float]]], *, log: bool = False
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    log: bool = False,
+    across: str = "images",
+    named: bool = False,
 ) -> Figure:
-    """A quantity that training reports, model -> (images, values); log: logarithmic where it can.
+    """What training reports, name -> (places, values); log: logarithmic where it can.
 
-    Few reports are drawn with marks, so that a single one is seen.
+    across: what a place is. named: with a legend. Few places are drawn with marks, so that a single
+    one is seen.
     """
     figure = Figure(figsize=(3.7, 2.5))
     axes = figure.add_axes(_PANEL)
     styles = looks(list(lines))
-    for model, (images, values) in lines.items():
-        marker = styles[model].marker if len(images) < 3 else ""
-        axes.plot(images, values, color=styles[model].colour, marker=marker, linewidth=1.5)
+    for name, (places, values) in lines.items():
+        look, marker = styles[name], styles[name].marker if len(places) < 3 else ""
+        axes.plot(places, values, color=look.colour, marker=marker, linewidth=1.5, label=name)
+    if named:
+        axes.legend(fontsize=8, labelcolor=PALETTE["muted"], handlelength=1.2)
     values = [v for _, series in lines.values() for v in series if math.isfinite(v)]
     if log and values and min(values) > 0 and max(values) > 10 * min(values):
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(FuncFormatter(_first_digits))
     else:
         axes.set_ylim(bottom=0 if values and min(values) >= 0 else None)
         axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(thousands))
-    axes.set_xlabel("images", fontsize=9, loc="right")
+    axes.set_xlabel(across, fontsize=9, loc="right")
     return figure
+
+
+def _first_digits(value: float, _: object = None) -> str:
+    """The 2 and 5 between powers of ten: as many as there is room for."""
+    return f"{value:g}" if f"{value:e}"[0] in "25" else ""
 
 
 @rc_context(_STYLE)

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from miro.checkpoint import RunFolder
-from miro.report.page import training_plots
-from miro.report.render import data_uri, write_page
+from miro.report import plots
+from miro.report.page import LEARNING, Kind, training_plots
+from miro.report.render import data_uri, label, plot, write_page
 from miro.report.results import read_json, read_training
 
 _MOST_SAMPLES = 24  # pictures in one page; more would make it slow to open
+_MACHINE: tuple[Kind, ...] = (
+    ("mfu", "MFU", "useful FLOPs, as a share of the peak", False),
+    ("data_wait", "Data wait", "share of the time", False),
+    ("memory/allocated_gib", "Memory", "GiB allocated on a GPU, at most", False),
+    ("memory/resident_gib", "Memory", "GiB of a process", False),
+    ("gpu/power_watts", "Power", "watts of the first GPU", False),
+    ("gpu/sm_clock_mhz", "Clock", "MHz of the first GPU", False),
+    ("gpu/temperature_celsius", "Temperature", "°C of the first GPU", False),
+)
 
 
 def write_run_report(run: Path) -> Path:
@@ -33,7 +43,8 @@ def write_run_report(run: Path) -> Path:
         "run.html",
         name=folder.root.resolve().name,
         reports=reports,
-        plots=training_plots({"miro": reports}),
+        plots=training_plots({"miro": reports}, (*LEARNING, *_MACHINE)),
+        loss_plots=_loss_plots(reports),
         groups=_groups(config),
         versions=_optional(folder.versions, "delete it"),
         evaluation=[] if evaluation is None else _flat(evaluation),
@@ -42,6 +53,44 @@ def write_run_report(run: Path) -> Path:
         samples=[{"name": p.stem, "source": data_uri(p)} for p in samples[-_MOST_SAMPLES:]],
         samples_left_out=max(0, len(samples) - _MOST_SAMPLES),
     )
+
+
+def _loss_plots(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The loss by noise, of the first, middle and last report, and by the bins of each reward."""
+    found = []
+
+    def add(title: str, note: str, lines: Mapping[str, Any], across: str) -> None:
+        figure = plots.training_lines(lines, log=True, across=across, named=True)
+        found.append({"title": title, "note": note, "plot": plot(figure, title)})
+
+    told = [(r["images"], _under("loss_at/", r)) for r in reports]
+    told = [(images, at) for images, at in told if at]
+    if told:
+        lines = {
+            f"{plots.thousands(images)} images": ([float(t) for t in at], list(at.values()))
+            for images, at in (told[0], told[len(told) // 2], told[-1])
+        }
+        add("Loss by noise", "velocity error, three reports", lines, "t, from data to noise")
+    thirds: dict[str, dict[str, tuple[list[int], list[float]]]] = {}
+    for report in reports:
+        for name, loss in _under("loss_by/", report).items():
+            reward, _, third = name.rpartition("/")
+            images, losses = thirds.setdefault(reward, {}).setdefault(third, ([], []))
+            images.append(report["images"])
+            losses.append(loss)
+    for reward, lines in thirds.items():
+        note = "velocity error, by thirds of its bins"
+        add(f"Loss by {label(reward).lower()}", note, lines, "images")
+    return found
+
+
+def _under(prefix: str, report: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a report whose names begin so, by the rest of their names."""
+    return {
+        name.removeprefix(prefix): value
+        for name, value in report.items()
+        if name.startswith(prefix) and isinstance(value, int | float)
+    }
 
 
 def _optional(path: Path, remedy: str) -> dict[str, Any] | None:

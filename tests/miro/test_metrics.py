@@ -1,6 +1,7 @@
 """metrics.jsonl: one line a report, also after a stop."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,25 @@ def test_a_line_cut_short_by_a_stop_is_left_out_and_said(
     write(tmp_path, 10, 20)
     assert images_in(tmp_path) == [10, 20]
     assert [json.loads(line)["images"] for line in path.read_text().splitlines()] == [10, 20]
+
+
+def test_reports_that_find_no_room_wait_for_it(
+    small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, filler = small_disk / "metrics.jsonl", small_disk / "filler"
+    writer = MetricsWriter(path, small_disk / "board", 0)
+    writer.write(10, {"loss": 1.0})
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free))
+
+    for images in range(20, 1000, 10):
+        writer.write(images, {"loss": 1.0, "gradient_norm": 2.0})
+        writer.flush()
+    assert f"could not write {path}" in caplog.text and len(read_metrics(path)) < 90
+    filler.unlink()
+    writer.write(1000, {"loss": 1.0})
+    writer.close()
+
+    assert [line["images"] for line in read_metrics(path)] == list(range(10, 1001, 10))
 
 
 def test_no_metrics_yet_are_no_lines(tmp_path: Path) -> None:

@@ -285,7 +285,20 @@ def test_run_report_shows_configuration_plots_and_samples(tmp_path: Path) -> Non
         assert part in text
     for part in ("Loss", "Gradient norm", "Throughput", "final.verifier", "0.514", "000115200"):
         assert part in text
+    for part in ("MFU", "Where the loss is", "Loss by noise", "Loss by art only"):
+        assert part in text
+    for line in ("1.28k images", "58.88k images", "115.2k images", "low", "middle", "high"):
+        assert f">{line}</text>" in page.read_text()
     assert page.read_text().count("data:image/png") == 1
+
+
+def test_a_logarithmic_axis_is_labelled_in_plain_numbers() -> None:
+    figure = plots.training_lines({"run": ([1, 2, 3], [2.0, 0.3, 0.04])}, log=True)
+
+    labels = re.findall(r">([^<]+)</text>", plots.svg(figure, "log"))
+
+    assert {"0.05", "0.1", "0.2", "0.5", "1", "2"} <= set(labels)
+    assert not [label for label in labels if "$" in label or label == "0.3"]
 
 
 def test_run_report_without_optional_parts_says_what_is_absent(tmp_path: Path) -> None:
@@ -293,6 +306,7 @@ def test_run_report_without_optional_parts_says_what_is_absent(tmp_path: Path) -
     (run / "metrics.jsonl").write_text("")
     text = text_of(write_run_report(run))
     assert "The run has not reported yet." in text
+    assert "Where the loss is" not in text
     assert "miro sample" in text
     assert "Not evaluated yet." in text
 

@@ -1,12 +1,19 @@
 """FLOPs: counted against derived by hand, and against what was published."""
 
+from dataclasses import replace
+
 import count_flops
 import pytest
+import step_budget
 import torch
 from count_flops import LATENTS, Counted, count, derived, ours, published
 from torch import nn
 
+from miro.flops import forward_flops, training_flops
+from miro.model.transformer import FlowTransformer
 from miro.presets import preset
+from miro_kernels import use_backend
+from miro_kernels.backend import capturing
 
 
 def test_a_multiply_and_an_add_are_two() -> None:
@@ -24,6 +31,23 @@ def test_ours_are_what_they_are_by_hand(name: str, text: int) -> None:
     found = ours(name, config, text, LATENTS)
 
     assert found.forward == sum(derived(config, text, LATENTS).values())
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_the_flops_of_a_batch_are_those_of_the_kernels(images: int) -> None:
+    """They gather no rows of tables by products."""
+    config, text = preset("demo").model, 9
+    made = step_budget.inputs(images, text, "meta")
+    with torch.device("meta"):
+        model = FlowTransformer(config, LATENTS, made.text.states.shape[1], 7)
+    with use_backend("triton"), capturing(), torch.no_grad(), step_budget.Budget() as budget:
+        step_budget.forward(model, replace(made, text=made.text.to(dtype=torch.float32)))
+
+    shapes = made.x.shape, made.text.states.shape, (7, made.rewards.levels.numel())
+    found = forward_flops(config, *shapes)
+
+    assert sum(row.flops for row in budget.rows.values()) == sum(found.values())
+    assert training_flops(config, *shapes) == 3 * sum(found.values())
 
 
 def test_a_step_is_three_passes_and_guidance_two() -> None:

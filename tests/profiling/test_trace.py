@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import record_trace
 import torch
-from record_trace import costliest, idle_share, stops, traced
+from record_trace import costliest, idle_share, operations, stops, traced
 from torch import Tensor
 from torch.autograd import DeviceType
 from worker import Phases, Step
+
+from miro.report.metrics import read_metrics
 
 
 class Reading(Step):
@@ -27,6 +29,8 @@ class Reading(Step):
         with phases("forward"):
             loss = x.sum()
             bool(loss > 0)
+        with phases("meter"):
+            loss.item()
         float(loss)
         return loss
 
@@ -37,9 +41,19 @@ class Reading(Step):
 def test_what_stops_the_host_within_a_step_is_counted() -> None:
     profiler = traced(Reading(), steps=3)
 
-    assert stops(profiler.events()) == {"host_reads": 2 * 3, "waits": 0}
+    assert stops(profiler.events()) == {"host_reads": 3 * 3, "waits": 0}
     names = {row["name"]: row["calls"] for row in costliest(profiler, 3, on_gpu=False)}
     assert names["aten::sum"] == 1 and "forward" not in names
+
+
+def test_operations_are_counted_where_they_begin_and_not_those_they_call() -> None:
+    profiler = traced(Reading(), steps=3, report=lambda: torch.ones(2).mean().item())
+
+    events = profiler.events()
+    # sum, gt and bool; item; ones, mean and item: ones and item call others.
+    assert operations(events, ["forward"]) == 3 * 3
+    assert operations(events, ["meter"]) == 3
+    assert operations(events, ["report"]) == 3
 
 
 @dataclass
@@ -71,9 +85,14 @@ def test_the_parts_of_our_step_have_their_names(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     record = json.loads((tmp_path / "summary.json").read_text())
     assert record["counted"]["waits"] == 0
+    counted = record["counted"]["operations"]
+    assert counted["meter"] == 0 and 0 < counted["report"] < counted["step"]
+    assert 0 < record["reporting"] < 0.01
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert line["images"] == 2 * (2 + 2) and "loss_by/reward 6/high" in line
     assert len(record["costliest"]) == 10 and record["device_idle"] is None
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     names = [event.get("name") for event in events if event.get("cat") == "user_annotation"]
-    assert {name: names.count(name) for name in ("data", "forward", "backward", "optimizer")} == {
-        "data": 2, "forward": 2, "backward": 2, "optimizer": 2,
+    assert {name: names.count(name) for name in record_trace.RANGES} == {
+        "data": 2, "forward": 2, "backward": 2, "optimizer": 2, "meter": 2, "report": 1,
     }  # fmt: skip

@@ -1,0 +1,212 @@
+"""What a run reports of itself, and that it costs the steps nothing."""
+
+import itertools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from miro.checkpoint import RunFolder
+from miro.conditioning import ConditioningConfig
+from miro.flops import training_flops
+from miro.meter import Meter, Seen, loss_groups, loss_sums
+from miro.model.transformer import Rewards
+from miro.presets import TrainConfig, demo
+from miro.report.metrics import MetricsWriter, read_metrics
+from miro.train import train
+from miro_kernels.lab.eager import FREE
+
+
+def seen(losses: Tensor, t: Tensor, bins: Tensor, keep: Tensor, levels: int) -> list[Seen]:
+    """Two micro-batches of unequal size."""
+    rewards = [Rewards(torch.linspace(0, 1, levels), bins[p], keep[p]) for p in (PART, REST)]
+    return [Seen(losses[p], t[p], r, 1.0) for p, r in zip((PART, REST), rewards, strict=True)]
+
+
+PART, REST = slice(0, 30), slice(30, None)
+
+
+def test_losses_are_summed_by_noise_and_by_what_each_reward_was_told() -> None:
+    generator = torch.Generator().manual_seed(1)
+    losses, t = torch.rand(100, generator=generator), torch.rand(100, generator=generator)
+    bins = torch.randint(64, (100, 2), generator=generator)
+    keep = torch.rand(100, 2, generator=generator) < 0.7
+    losses[7], losses[50], t[3] = math.nan, math.inf, 1.0
+
+    sums, counts = loss_sums(seen(losses, t, bins, keep, 64)).tolist()
+
+    expected: dict[str, list[float]] = {name: [] for name in loss_groups(("red", "big"))}
+    for n in range(100):
+        if not losses[n].isfinite():
+            continue
+        loss = float(losses[n])
+        expected["loss"].append(loss)
+        expected[f"loss_at/{min(int(10 * t[n]), 9) / 10 + 0.05:.2f}"].append(loss)
+        for r, name in enumerate(("red", "big")):
+            if keep[n, r]:
+                third = "low" if bins[n, r] < 21 else "middle" if bins[n, r] < 42 else "high"
+                expected[f"loss_by/{name}/{third}"].append(loss)
+    assert counts == [len(found) for found in expected.values()] and min(counts) > 0
+    assert sums == pytest.approx([sum(found) for found in expected.values()], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("levels", "told"),
+    [(2, {0: "low", 1: "high"}), (3, {0: "low", 1: "middle", 2: "high"})],
+)
+def test_the_lowest_and_the_highest_of_few_bins_are_told_apart(
+    levels: int, told: dict[int, str]
+) -> None:
+    for number, third in told.items():
+        bins = torch.full((40, 1), number)
+        sums = loss_sums(seen(torch.ones(40), torch.rand(40), bins, bins >= 0, levels))
+
+        counts = dict(zip(loss_groups(["red"]), sums[1].tolist(), strict=True))
+        assert counts[f"loss_by/red/{third}"] == 40
+        assert sum(counts[f"loss_by/red/{name}"] for name in ("low", "middle", "high")) == 40
+
+
+def test_without_rewards_only_the_noise_tells_losses_apart() -> None:
+    nothing = torch.zeros(40, 0, dtype=torch.int64)
+
+    sums = loss_sums(seen(torch.ones(40), torch.rand(40), nothing, nothing.bool(), 64))
+
+    assert sums.shape == (2, 11) and sums[1, 1:].sum() == 40
+
+
+def test_a_run_reports_where_its_loss_is(undisturbed: RunFolder) -> None:
+    lines = read_metrics(undisturbed.metrics)
+
+    names = {name for line in lines for name in line}
+    told = {name for name in names if name.startswith("loss")}
+    # 96 times of this law are seldom near an end.
+    rare = {"loss_at/0.05", "loss_at/0.95"}
+    assert told | rare == set(loss_groups(("colourfulness", "sharpness")))
+    for line in lines:
+        assert all(math.isfinite(value) for value in line.values())
+        at = [value for name, value in line.items() if name.startswith("loss_at/")]
+        assert min(at) <= line["loss"] <= max(at)
+        assert line["memory/resident_gib"] > 0.05 and 0 <= line["reporting"] < 1
+    # What a CPU reaches at most is not known, and it has no driver to ask.
+    assert not names & {"mfu", "gpu/power_watts"}
+    board = EventAccumulator(str(undisturbed.tensorboard))
+    board.Reload()
+    assert set(board.Tags()["scalars"]) == names - {"images", "time"}
+
+
+def test_what_a_run_is_not_told_it_does_not_report(training: TrainConfig, tmp_path: Path) -> None:
+    conditioning = ConditioningConfig(rewards=("sharpness",))
+    train(replace(training, images=16, conditioning=conditioning, weights_at=()), tmp_path)
+
+    names = {name for line in read_metrics(RunFolder(tmp_path).metrics) for name in line}
+    assert "loss_by/sharpness/low" in names
+    assert not [name for name in names if name.startswith("loss_by/colourfulness")]
+
+
+@pytest.mark.parametrize("micro_batch", [8, 2])
+def test_mfu_is_useful_flops_over_the_peak(
+    training: TrainConfig, encoded: Path, tmp_path: Path, micro_batch: int
+) -> None:
+    """Without texts every step takes the same."""
+    config = replace(
+        training, images=16, peak_flops=1e12, weights_at=(),
+        conditioning=ConditioningConfig(drop_text=1.0),
+        sharding=replace(training.sharding, micro_batch=micro_batch),
+    )  # fmt: skip
+    shapes = (micro_batch, 3, 32, 32), (0, 384), (2, 64)
+
+    train(config, tmp_path)
+
+    for line in read_metrics(RunFolder(tmp_path).metrics):
+        an_image = training_flops(config.model, *shapes) / micro_batch
+        assert line["mfu"] * 1e12 == pytest.approx(line["images_per_second"] * an_image, rel=1e-6)
+
+
+def test_a_peak_below_nothing_is_refused(training: TrainConfig) -> None:
+    with pytest.raises(ValueError, match="peak_flops must be above 0, got -1"):
+        replace(training, peak_flops=-1.0)
+
+
+def test_the_time_of_a_report_is_told_and_counts_in_the_rate(
+    training: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = MetricsWriter.write
+
+    def slow(*given: Any) -> None:
+        time.sleep(0.2)
+        write(*given)
+
+    monkeypatch.setattr(MetricsWriter, "write", slow)
+    train(replace(training, images=24, weights_at=(), checkpoint_every=24), tmp_path)
+
+    first, *others = read_metrics(RunFolder(tmp_path).metrics)
+    assert first["reporting"] == 0
+    for line in others:
+        seconds = 8 / line["images_per_second"]
+        assert 0.2 <= line["reporting"] * seconds <= seconds
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch computes, views apart."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ not in FREE
+        return func(*args, **(kwargs or {}))
+
+
+class HostReads(TorchFunctionMode):
+    """Counts what waits for a device: values brought to the host."""
+
+    NAMES = {"tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__"}
+    count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += getattr(func, "__name__", "") in self.NAMES
+        return func(*args, **(kwargs or {}))
+
+
+def test_reports_are_under_a_hundredth_of_what_is_computed_and_steps_compute_nothing_for_them(
+    encoded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted at the demo's network and interval; what a batch holds changes no count."""
+    with Operations() as operations, HostReads() as reads:
+        counted: dict[str, list[tuple[int, int, int]]] = {"add": [], "tell": []}
+
+        def count(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+            def counting(*given: Any) -> None:
+                before = operations.count, reads.count
+                run(*given)
+                counted[name].append(
+                    (before[0], operations.count - before[0], reads.count - before[1])
+                )
+
+            return counting
+
+        for name in counted:
+            monkeypatch.setattr(Meter, name, count(name, getattr(Meter, name)))
+        train(
+            replace(
+                demo(), data=encoded, compile=False, batch=4, images=12, report_every=12,
+                checkpoint_every=12, peak_flops=1e12,
+            ),
+            tmp_path,
+        )  # fmt: skip
+
+    starts, computed, read = zip(*counted["add"], strict=True)
+    a_step = min(after - before for before, after in itertools.pairwise(starts))
+    ((_, a_report, its_reads),) = counted["tell"]
+    assert sum(computed) == 0 and sum(read) == 0
+    assert 0 < its_reads <= 4
+    steps = demo().report_every // demo().batch
+    assert 0 < a_report / (steps * a_step) < 0.01
