@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from miro.meter import Progress
 from miro.presets import PRESETS, TrainConfig, preset
 from miro.progress import bar, console
 from miro.ranks import part, ranks_of
@@ -50,7 +51,6 @@ def train(args: Sequence[str]) -> None:
         # So that compile=False can be written like every other key=value.
         config=(tyro.conf.FlagConversionOff,),
     )
-    from miro.train import Progress
     from miro.train import train as run
 
     first = ranks_of(os.environ).first
@@ -60,12 +60,7 @@ def train(args: Sequence[str]) -> None:
     with bar("train", options.config.images) as show:
 
         def report(progress: Progress) -> None:
-            detail = f"loss {progress.loss:.4f}  {progress.images_per_second:,.0f} images/s"
-            if progress.mfu is not None:
-                detail += f"  {progress.mfu:.0%} MFU"
-            if progress.data_wait > 0.02:
-                detail += f"  {progress.data_wait:.0%} waiting for data"
-            show(progress.images, progress.total, detail)
+            show(progress.images, progress.total, told(progress))
 
         weights = run(options.config, options.run, resume=options.resume, report=report)
     part()
@@ -73,6 +68,16 @@ def train(args: Sequence[str]) -> None:
         console.print(
             f"weights are in {weights}; sample with `miro sample {options.run} --prompt ...`"
         )
+
+
+def told(progress: Progress) -> str:
+    """What the screen says of a run beside how far it is."""
+    detail = f"loss {progress.loss:.4f}  {progress.images_per_second:,.0f} images/s"
+    if progress.mfu is not None:
+        detail += f"  {progress.mfu:.0%} MFU"
+    if progress.data_wait > 0.02:
+        detail += f"  {progress.data_wait:.0%} waiting for data"
+    return detail
 
 
 def launch(
