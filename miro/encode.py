@@ -143,7 +143,8 @@ def encode(
             folder.open(stack)
         before = [folder.samples for folder in folders]
         mine = range(ranks.rank, len(pictures.shards), ranks.world)
-        if any(folder.made(position) is None for folder in folders for position in mine):
+        begun = all(folder.manifest for folder in folders)  # a rank may have no shard at all
+        if not begun or any(f.made(position) is None for f in folders for position in mine):
             # Only here: a finished folder needs no encoders, and they take seconds to load.
             decoder = stack.enter_context(
                 closing(

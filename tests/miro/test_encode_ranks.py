@@ -49,6 +49,17 @@ def test_ranks_encode_what_one_process_encodes(scored: Path, tmp_path: Path) -> 
     assert EncodedDataset(tmp_path / "three").rewards == ("sharpness",)
 
 
+def test_a_rank_without_a_shard_does_no_harm(tmp_path: Path) -> None:
+    config = AnnotateConfig(samples_per_shard=100, workers=1)
+    source = make_folder(tmp_path / "in", 12)
+    annotate(source, tmp_path / "one", rewards=["sharpness"], config=config)
+
+    codes = by_ranks(3, tmp_path / "one", tmp_path / "three").wait()
+
+    assert codes == [0, 0, 0]
+    assert EncodedDataset(tmp_path / "three").rewards == ("sharpness",)
+
+
 def test_killed_ranks_are_resumed_by_another_number_of_them(scored: Path, tmp_path: Path) -> None:
     dest, generator = tmp_path / "many", random.Random(3)
     assert by_ranks(1, scored, tmp_path / "one").wait() == [0]
