@@ -248,11 +248,13 @@ class _Work:
             return item.image if isinstance(item, Candidate) else None
 
         for batch in decode_ahead(items, image_of, self._config.batch_size, self._decoder):
+            pictures = [image for _, image in batch if isinstance(image, Tensor)]
+            fitted = zip(*(folder.encoding.fit_all(pictures) for folder in folders), strict=True)
             for item, image in batch:
                 if isinstance(item, Rejection):
                     yield item
                 elif isinstance(image, Tensor):
-                    yield [folder.encoding.fit(image) for folder in folders]
+                    yield list(next(fitted))
                 else:
                     yield Rejection(item.origin, "image", str(image))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from miro.config import differences
 from miro.latents import build_codec
-from miro.rewards.pictures import resized
+from miro.rewards.pictures import for_each, resized
 from miro.text import build_text_encoder
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -95,6 +95,10 @@ class Encoding:
         if not (sides := self.sides()):
             return image
         return cover(image, *nearest(sides, image.shape[2] / image.shape[1]))
+
+    def fit_all(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """`fit` of each of the pictures, which are on one device; on a CPU by all cores."""
+        return for_each(images, self.fit)
 
 
 def aspect(name: str) -> float:

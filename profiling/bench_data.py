@@ -4,8 +4,8 @@
 
 Decoding alone, and decoding with a resize of the whole picture to 256 x 256 (bicubic, antialiased),
 by Pillow, torchvision and DALI as their manuals have it, and by ours: `decode_ahead` with either
-decoder. Each has two workers: threads, DALI's own where it is DALI. All are warmed up and take
-turns, round by round.
+decoder, and the squares that a reward looks at. Each has two workers: threads, DALI's own where it
+is DALI; our squares are made by all cores. All are warmed up and take turns, round by round.
 
 The pictures are made: noise whose amplitude falls as 1/f^1.15, about as in photographs, with
 objects that have edges, at qualities 85 to 92; and the photograph that lies in matplotlib, cropped
@@ -42,7 +42,7 @@ from miro.data.loader import EncodedDataset, Loader, made_ahead
 from miro.data.npy import npy_bytes
 from miro.data.shards import Manifest, scores_path, write_scores, write_shard
 from miro.presets import preset
-from miro.rewards.pictures import resized
+from miro.rewards.pictures import Pictures, View
 
 HERE = Path(__file__).parent
 SIZES = {(640, 480): 64, (1024, 768): 32, (2048, 1536): 16}
@@ -145,10 +145,10 @@ def by_us(name: Any, workers: int, side: int | None) -> Run:
 
     def run(images: Sequence[bytes]) -> None:
         for batch in decode_ahead(images, lambda data: data, BATCH, decoder):
-            for _, image in batch:
-                assert isinstance(image, torch.Tensor)
-                if side is not None:
-                    resized(image, side, side)
+            pictures = [image for _, image in batch if isinstance(image, torch.Tensor)]
+            assert len(pictures) == len(batch)
+            if side is not None:
+                Pictures(pictures).squares(View(side, "stretch"))
 
     return run
 

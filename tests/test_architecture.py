@@ -41,7 +41,17 @@ FLOORS = (
     ("model", "partition"),
     ("conditioning", "encoding", "optimizer"),
     ("flow", "latents", "muon", "report", "rewards", "text"),
-    ("checkpoint", "config", "locks", "peaks", "progress", "random", "ranks", "telemetry"),
+    (
+        "checkpoint",
+        "config",
+        "locks",
+        "peaks",
+        "progress",
+        "random",
+        "ranks",
+        "telemetry",
+        "threads",
+    ),
 )
 FLOOR = {room: height for height, floor in enumerate(reversed(FLOORS)) for room in floor}
 

@@ -6,7 +6,6 @@ import importlib.util
 import io
 import itertools
 import logging
-import os
 import struct
 import warnings
 import zlib
@@ -20,6 +19,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+from miro.threads import threads
 
 # Formats are listed because Pillow would also open some (EPS) by running other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -145,7 +146,7 @@ def build_decoder(
 
     ValueError where "dali" is asked for and not installed.
     """
-    workers = workers or min(len(os.sched_getaffinity(0)), 16)
+    workers = workers or threads()
     if name == "pillow":
         return PillowDecoder(workers)
     # Asking for a module inside a package that is not there would raise.

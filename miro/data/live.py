@@ -64,7 +64,7 @@ class LiveDataset(EncodedDataset):
         """
         shape = self.shapes[self.shape_of[samples[0]]]
         encoders = self._live.encoders
-        pictures = [encoders.encoding.fit(image) for image in self._images(samples)]
+        pictures = encoders.encoding.fit_all(self._images(samples))
         if mirrored is not None:
             pictures = [p.flip(2) if m else p for p, m in zip(pictures, mirrored, strict=True)]
         for sample, picture in zip(samples, pictures, strict=True):

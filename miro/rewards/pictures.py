@@ -6,13 +6,15 @@ batch lives. What PIL would make of a picture is made here with torch, on the de
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from miro.threads import in_threads
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -68,6 +70,13 @@ def resized(picture: Tensor, height: int, width: int) -> Tensor:
     # Only the CPU resizes bytes; PIL rounds and clamps them, so both are done here.
     made = F.interpolate(picture[None].float(), size, mode="bicubic", antialias=True)[0]
     return made.round_().clamp_(0, 255).byte()
+
+
+def for_each(pictures: Sequence[Tensor], change: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """`change` of each picture; on a CPU by all cores, as torch resizes bytes in one thread."""
+    if any(picture.device.type != "cpu" for picture in pictures):
+        return [change(picture) for picture in pictures]
+    return in_threads(change, pictures)
 
 
 def _on_mean_square(picture: Tensor) -> Tensor:
@@ -126,7 +135,7 @@ class Pictures(Sequence[Tensor]):
         return images if isinstance(images, Pictures) else cls(images)
 
     def squares(self, view: View) -> Tensor:
-        """uint8 (distinct, 3, size, size), on the device of the pictures.
+        """uint8 (distinct, 3, size, size), on the device of the pictures; on a CPU by all cores.
 
         Raises:
             ValueError: a picture is not uint8 (3, H, W) with pixels in it.
@@ -134,7 +143,7 @@ class Pictures(Sequence[Tensor]):
         if view not in self._squares:
             for number, image in enumerate(self.distinct):
                 check_picture(number, image)
-            made = [view.of(image) for image in self.distinct]
+            made = for_each(self.distinct, view.of)
             empty = torch.empty(0, 3, view.size, view.size, dtype=torch.uint8)
             self._squares[view] = torch.stack(made) if made else empty
         return self._squares[view]

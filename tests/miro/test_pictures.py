@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as TF
 
-from miro.rewards.pictures import Pictures, View, normalised
+from miro.rewards.pictures import Pictures, View, for_each, normalised
 
 
 def photograph(height: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -78,6 +78,22 @@ def test_a_square_is_made_once_for_all_who_look_at_it() -> None:
     assert pictures.squares(View(32)) is squares
     assert pairs.rows == [0, 0, 1]
     assert len(pairs) == 3 and pairs[1] is images[0] and pairs[1:] == images
+
+
+def test_the_squares_of_many_pictures_are_those_of_each() -> None:
+    images = [photograph(40 + n, 90 - n, n) for n in range(20)]
+
+    squares = Pictures(images).squares(View(24))
+
+    assert torch.equal(squares, torch.stack([View(24).of(image) for image in images]))
+
+
+def test_what_one_picture_fails_with_is_raised() -> None:
+    def change(picture: torch.Tensor) -> torch.Tensor:
+        raise OSError(f"{picture.shape[1]} rows")
+
+    with pytest.raises(OSError, match="^3 rows"):
+        for_each([photograph(3, 4), photograph(5, 4)], change)
 
 
 def test_one_image_in_several_places_is_one_picture() -> None:
