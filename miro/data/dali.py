@@ -100,10 +100,10 @@ def _is_upright(segment: bytes) -> bool:
 class DaliDecoder:
     """Decodes batches of at most `batch_size` pictures: the plain ones in one DALI pipeline.
 
-    On a CUDA device what DALI decodes is left there, on the stream that is torch's own when it is
-    decoded; what Pillow decodes is in the memory of the host. DALI loses a batch in which it cannot
-    decode a picture: Pillow then decodes that batch, and a new pipeline the next one. Which decoder
-    a picture goes to thus depends on the bytes of its batch alone.
+    The pictures lie on the device, whichever decoded them: what DALI decodes on a CUDA device on
+    the stream that is torch's own when it is decoded. DALI loses a batch in which it cannot decode
+    a picture: Pillow then decodes that batch, and a new pipeline the next one. Which decoder a
+    picture goes to thus depends on the bytes of its batch alone.
     """
 
     def __init__(self, device: torch.device, batch_size: int, workers: int) -> None:
@@ -125,7 +125,11 @@ class DaliDecoder:
 
         def finish() -> list[Tensor | DecodeError]:
             pictures, others = iter(begun.result() if begun else ()), iter(pillow())
-            return [next(pictures if is_ours else others) for is_ours in ours]
+            decoded = [next(pictures if is_ours else others) for is_ours in ours]
+            return [
+                picture.to(self._device) if isinstance(picture, Tensor) else picture
+                for picture in decoded
+            ]
 
         return finish
 

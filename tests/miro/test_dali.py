@@ -228,6 +228,18 @@ def test_a_hundred_batches_leave_nothing_behind(decoder: dali.DaliDecoder) -> No
     assert resident() - before < 200e6  # of 629 MB that went through
 
 
+@pytest.mark.parametrize("lost", [False, True], ids=["whole", "lost"])
+def test_all_pictures_lie_on_the_device_whoever_decoded_them(lost: bool) -> None:
+    images = [photo(), PICTURE, b"no picture", *([damaged_inside()] if lost else [])]
+    # Pictures without data: DALI takes what is no CUDA device for the CPU.
+    with closing(dali.DaliDecoder(torch.device("meta"), 4, workers=2)) as made:
+        pictures = made.start(images)()
+
+        assert made.lost == lost
+    found = [getattr(picture, "device", None) for picture in pictures]
+    assert found[:3] == [torch.device("meta"), torch.device("meta"), None]
+
+
 def test_closing_ends_the_threads() -> None:
     before = threading.active_count()
     made = dali.DaliDecoder(torch.device("cpu"), 4, workers=2)
