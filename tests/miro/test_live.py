@@ -1,11 +1,13 @@
 """Training on images that are encoded as they are visited: as on the folder they would make."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from encoded_folder import write_images
 from interrupted import run_killed_when
 from test_annotate import make_folder
 from test_latents import save_autoencoder
@@ -125,6 +127,32 @@ def test_a_killed_run_on_mirrored_pictures_goes_on_bit_for_bit(
 
     killed = tmp_path / "killed"
     run_killed_when(config, killed, lambda: any((killed / "checkpoints").glob("*/manifest.json")))
+    train(config, killed)
+
+    assert_same(weights_of(killed), weights_of(tmp_path / "whole"))
+
+
+@pytest.mark.long
+def test_a_killed_run_goes_on_bit_for_bit_with_all_of_it_at_once(tmp_path: Path) -> None:
+    """Two folders by weight, in buckets, encoded as visited, mirrored, compiled, in bf16."""
+    square, wide, tall = (40, 40), (64, 30), (33, 60)
+    folders = {"many": [square, wide, tall, wide] * 6, "few": [wide, tall] * 6}
+    weights = [
+        {"folder": str(write_images(tmp_path / name, sides)), "weight": 1 + len(sides) % 5}
+        for name, sides in folders.items()
+    ]
+    (tmp_path / "mixture.json").write_text(json.dumps({"sources": weights}))
+    encoding = replace(SQUARE, buckets=("1:1", "2:1", "1:2"), multiple=8)
+    config = replace(
+        config_of(tmp_path / "mixture.json", encoding),
+        mirror=True, precision="bf16", compile=True,
+    )  # fmt: skip
+    assert len(open_data(config.data, None, LiveEncoders(encoding, "cpu")).shapes) == 3
+    train(config, tmp_path / "whole")
+
+    killed = tmp_path / "killed"
+    run_killed_when(config, killed, lambda: any((killed / "checkpoints").glob("*/manifest.json")))
+    assert not RunFolder(killed).weights_written()
     train(config, killed)
 
     assert_same(weights_of(killed), weights_of(tmp_path / "whole"))
