@@ -99,17 +99,22 @@ def diversity(pipeline: Pipeline, captions: Sequence[str], setting: Setting, see
     return float(distances.sum() / (len(captions) * seeds * (seeds - 1)))
 
 
-def crossing(marks: Sequence[int], curve: Sequence[float], final: float, start: int) -> int | None:
-    """The first mark from which on the curve stays above `final`, or None if it ends below.
+def crossing(
+    marks: Sequence[int], curve: Sequence[float], final: float, start: int
+) -> float | None:
+    """Images from which on the curve stays above `final`, or None if it ends below.
 
-    Marks before `start` are not read: pictures of a young model are noise, and noise is colourful.
+    Between two marks it is taken for a straight line. Marks before `start` are not read: pictures
+    of a young model are noise, and noise is colourful.
     """
-    reached = None
-    for mark, value in zip(reversed(marks), reversed(curve), strict=True):
-        if value <= final or mark < start:
-            break
-        reached = mark
-    return reached
+    read = [point for point in zip(marks, curve, strict=True) if point[0] >= start]
+    below = [number for number, (_, value) in enumerate(read) if value <= final]
+    if not below:
+        return float(read[0][0])
+    if below[-1] == len(read) - 1:
+        return None
+    (before, low), (after, high) = read[below[-1] : below[-1] + 2]
+    return before + (after - before) * (final - low) / (high - low)
 
 
 def crossing_factor(

@@ -75,13 +75,16 @@ def test_another_demo_in_the_same_folder_is_refused(folder: Path):
 @pytest.mark.parametrize(
     ("curve", "factor"),
     [
-        ([0.0, 0.3, 0.6, 0.9], 2.0),  # above from the second-last mark on
-        ([0.9, 0.3, 0.6, 0.9], 2.0),  # being above early does not count
+        ([0.0, 0.4, 0.6, 0.9], 400 / 150),  # half way from 0.4 to 0.6
+        ([0.9, 0.3, 0.7, 0.9], 400 / 150),  # being above early does not count
+        ([0.0, 0.5, 0.6, 0.9], 4.0),  # from that mark on
         ([0.6, 0.7, 0.8, 0.9], 4.0),  # the first mark lies before the start
         ([0.0, 0.3, 0.6, 0.4], None),  # it ends below
         ([0.0, 0.3, 0.6, 0.5], None),  # equal is not above
+        ([0.0, 0.3, 0.4, 0.5 + 1e-9], 1.0),  # only just
     ],
 )
 def test_the_crossing_factor_is_of_staying_above(curve: list[float], factor: float | None):
     marks, baseline = [50, 100, 200, 400], [0.1, 0.2, 0.4, 0.5]
-    assert crossing_factor(marks, baseline, curve, start=100) == factor
+    found = crossing_factor(marks, baseline, curve, start=100)
+    assert found == (None if factor is None else pytest.approx(factor))
