@@ -9,6 +9,10 @@ batch, the image tokens, and each sample's text tokens. Ours and the released st
 bf16, eager and compiled; the ratio is of each one's best. The released code pads texts to 256,
 which is measured beside it. The width of both networks is divided by `scale`, which a CPU needs.
 
+MFU is useful FLOPs over the peak: of miro/peaks.py in bf16, or as --peak says; without either there
+is none. Peak memory on a CPU is of the whole process; what its libraries take, the compiler among
+them, is beside it.
+
 Writes step-DEVICE-DATE.json: {"variants": {...}, "ratio": {"released": x, ...}}, each ratio our
 images/s over the rival's, the median of the rounds' ratios.
 """
@@ -28,6 +32,8 @@ from typing import Any
 
 import torch
 from measured import machine, quantiles, write
+
+from miro.peaks import peak_flops
 
 ROOT = Path(__file__).parent.parent
 HERE = Path(__file__).parent
@@ -89,7 +95,7 @@ class Worker:
     """The process of a variant, which takes steps when it is asked."""
 
     def __init__(self, variant: Variant, settings: Settings, released: Path | None) -> None:
-        self.name, self.batch = variant.name, settings.batch
+        self.name, self.batch, self.precision = variant.name, settings.batch, settings.precision
         script = "released_worker.py" if variant.released else "our_worker.py"
         paths = [released] if variant.released else [ROOT, ROOT / "kernels"]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
@@ -131,11 +137,13 @@ class Worker:
     def row(self) -> dict[str, Any]:
         steps = [step for steps in self.rounds for step in steps]
         return {
+            "precision": self.precision,
             "images_per_second": quantiles([self.batch / _step(step) for step in steps]),
             "milliseconds": {
                 phase: quantiles([1e3 * step[phase] for step in steps]) for phase in steps[0]
             },
             "peak_bytes": self.peak,
+            "library_bytes": self.first["library_bytes"],
             "start_seconds": self.first["start_seconds"],
             "counted": self.first["counted"],
         }
@@ -170,16 +178,40 @@ def ratios(workers: list[Worker]) -> dict[str, dict[str, float]]:
     return {name: ratio(ours, rival) for name, rival in rivals.items() if rival}
 
 
+def utilise(rows: dict[str, dict[str, Any]], peaks: dict[str, float | None]) -> None:
+    """Add `mfu` to the rows whose precision has a peak, in FLOP/s.
+
+    A compiled step needs what the same step needs eager, where it is counted.
+    """
+    useful = {
+        _owner(name): row["counted"]["useful_flops"] for name, row in rows.items() if row["counted"]
+    }
+    for name, row in rows.items():
+        flops, peak = useful.get(_owner(name)), peaks[row["precision"]]
+        if flops and peak:
+            row["mfu"] = flops * row["images_per_second"]["median"] / peak
+
+
+def _owner(variant: str) -> str:
+    """Whose network it is: ours, with either kernels, or the released one."""
+    return "released" if variant.startswith("released") else "ours"
+
+
 def table(record: dict[str, Any]) -> str:
     """The record as the lines of a table."""
-    lines = [f"{'':32}{'images/s':>10}{'p20':>9}{'p80':>9}{'ms':>9}{'GB':>7}{'GFLOP an image':>16}"]
+    lines = [
+        f"{'':32}{'images/s':>10}{'p20':>9}{'p80':>9}{'ms':>9}{'GB':>7}{'libraries':>10}"
+        f"{'GFLOP an image':>16}{'MFU':>7}"
+    ]
     for name, row in record["variants"].items():
         rate, milliseconds = row["images_per_second"], row["milliseconds"]
         whole = sum(q["median"] for phase, q in milliseconds.items() if phase != "data")
         flops = row["counted"].get("executed_flops", 0) / 1e9
+        percent = f"{row['mfu']:.1%}" if "mfu" in row else ""
         lines.append(
             f"{name:32}{rate['median']:10.2f}{rate['p20']:9.2f}{rate['p80']:9.2f}{whole:9.0f}"
-            f"{row['peak_bytes'] / 1e9:7.2f}{flops or '':>16.5}"
+            f"{row['peak_bytes'] / 1e9:7.2f}{row['library_bytes'] / 1e9:10.2f}{flops or '':>16.5}"
+            f"{percent:>7}"
         )
     for name, found in record["ratio"].items():
         lines.append(
@@ -208,6 +240,7 @@ def main() -> int:
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of the variants, by their names")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--peak", type=float, metavar="FLOP/S", help="of the device, for MFU")
     parser.add_argument("--out", type=Path, default=ROOT / "profiling" / "results")
     given = parser.parse_args()
     lengths = text_lengths(given.batch, given.text) if given.ragged else [given.text] * given.batch
@@ -236,16 +269,23 @@ def main() -> int:
     for _ in range(given.rounds):
         for worker in workers:
             worker.take(given.steps)
+    device = torch.device(given.device)
+    peaks = {name: given.peak or peak_flops(device, name) for name in given.precisions}
+    rows = {worker.name: worker.row() for worker in workers}
+    utilise(rows, peaks)
     record = {
         **machine(given.device),
         "settings": {**asdict(common), "steps": given.steps, "rounds": given.rounds},
-        "variants": {worker.name: worker.row() for worker in workers},
+        "peak_flops": peaks,
+        "variants": rows,
         "ratio": ratios(workers),
         "failed": failed,
     }
     for worker in workers:
         worker.close()
     print(table(record))
+    if not any(peaks.values()):
+        print(f"no MFU: the peak of {record['device']} is not known; give --peak FLOP/S")
     write(record, given.out / f"step-{given.device}-{record['date']}.json")
     return 0
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -95,4 +93,4 @@ class OurStep(Step):
 
 
 if __name__ == "__main__":
-    serve(OurStep(json.loads(sys.argv[1])))
+    serve(OurStep)

@@ -12,8 +12,6 @@ preconditioning and its loss are the package's, with the width divided by `scale
 from __future__ import annotations
 
 import copy
-import json
-import sys
 from typing import Any
 
 import torch
@@ -118,4 +116,4 @@ class ReleasedStep(Step):
 
 
 if __name__ == "__main__":
-    serve(ReleasedStep(json.loads(sys.argv[1])))
+    serve(ReleasedStep)

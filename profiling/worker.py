@@ -7,13 +7,14 @@ several workers can lie side by side and be measured in turn.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import itertools
 import json
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -82,10 +83,12 @@ def resident(line: str) -> int:
 
 
 def forget_peak(device: str) -> None:
+    """Begin `peak_bytes` anew. What compiling left on the heap, free, is given back before."""
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
+        ctypes.CDLL(None).malloc_trim(0)
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
 
@@ -113,11 +116,23 @@ def counted(step: Step) -> dict[str, float]:
     }
 
 
-def serve(step: Step) -> None:
-    """Answer lines of standard input until it ends."""
-    settings = step.settings
+def library_bytes(settings: dict[str, Any]) -> int:
+    """What the process takes before there is a step: libraries and, if asked for, the compiler."""
+    if settings["device"] == "cuda":
+        return 0  # `peak_bytes` is of the device
+    if settings["compiled"]:
+        torch.compile(torch.neg)(torch.ones(2))
+    forget_peak(settings["device"])
+    return resident("VmRSS")
+
+
+def serve(make: Callable[[dict[str, Any]], Step]) -> None:
+    """Make the step of the settings on the command line; answer standard input until it ends."""
+    settings = json.loads(sys.argv[1])
     if settings.get("threads"):
         torch.set_num_threads(settings["threads"])
+    libraries = library_bytes(settings)
+    step = make(settings)
     counts = {} if settings["compiled"] else counted(step)
     if settings.get("counted_only"):
         _say({"counted": counts})
@@ -125,7 +140,8 @@ def serve(step: Step) -> None:
     start = time.perf_counter()
     for number in range(settings["warmup"]):
         step.run(number, Phases(settings["device"]))
-    _say({"counted": counts, "start_seconds": time.perf_counter() - start})
+    seconds = time.perf_counter() - start
+    _say({"counted": counts, "start_seconds": seconds, "library_bytes": libraries})
     numbers = itertools.count(settings["warmup"])
     for line in sys.stdin:
         forget_peak(settings["device"])

@@ -11,7 +11,7 @@ import bench_step
 import pytest
 import torch
 import worker
-from bench_step import Settings, Worker, ratios, text_lengths, variants
+from bench_step import Settings, Worker, ratios, text_lengths, utilise, variants
 from count_flops import LATENTS, derived
 from our_worker import narrowed
 
@@ -53,6 +53,26 @@ def test_ratios_are_taken_round_by_round_against_each_ones_best() -> None:
     assert workers[0].rates() == [8.0, 4.0, 8.0]
 
 
+def test_a_compiled_step_is_of_the_use_that_was_counted_of_its_network() -> None:
+    def row(rate: float, precision: str, **counted: float) -> dict[str, Any]:
+        rates = {"median": rate, "p20": rate, "p80": rate}
+        return {"precision": precision, "images_per_second": rates, "counted": counted}
+
+    rows = {
+        "ours compiled bf16": row(4.0, "bf16"),
+        "ours eager fp32": row(1.0, "fp32", executed_flops=21.0, useful_flops=20.0),
+        "released, texts padded to 256": row(2.0, "bf16"),
+        "released eager bf16": row(1.0, "bf16", executed_flops=70.0, useful_flops=30.0),
+    }
+
+    utilise(rows, {"bf16": 200.0, "fp32": None})
+
+    assert {name: row.get("mfu") for name, row in rows.items()} == {
+        "ours compiled bf16": 4 * 20 / 200, "ours eager fp32": None,
+        "released, texts padded to 256": 2 * 30 / 200, "released eager bf16": 30 / 200,
+    }  # fmt: skip
+
+
 def test_variants_differ_in_what_their_names_say() -> None:
     every = variants(COMMON, ["fp32", "bf16"], released=True)
 
@@ -74,7 +94,8 @@ def test_ragged_texts_are_of_every_length() -> None:
 def test_a_tiny_step_is_measured(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--scale", "16", "--batch", "2", "--text", "4"]
     command += ["--steps", "1", "--rounds", "2", "--warmup", "1", "--threads", "1"]
-    command += ["--device", "cpu", "--only", "ours eager fp32", "--out", str(tmp_path)]
+    command += ["--device", "cpu", "--only", "ours eager fp32", "--peak", "1e12"]
+    command += ["--out", str(tmp_path)]
 
     run = subprocess.run(command, capture_output=True, text=True)
 
@@ -83,7 +104,11 @@ def test_a_tiny_step_is_measured(tmp_path: Path) -> None:
     record = json.loads(path.read_text())
     row = record["variants"]["ours eager fp32"]
     assert set(row["milliseconds"]) == {"data", "forward", "backward", "optimizer"}
-    assert row["peak_bytes"] > 0 and record["ratio"]["eager"]["median"] == 1.0
+    # Weights, gradients, two moments and the average, in fp32, are the least a step takes.
+    states = 5 * 4 * row["counted"]["parameters"]
+    assert row["peak_bytes"] - row["library_bytes"] > states > 1e6
+    assert row["library_bytes"] > 1e8 and record["ratio"]["eager"]["median"] == 1.0
+    assert row["mfu"] == row["counted"]["useful_flops"] * row["images_per_second"]["median"] / 1e12
     # Nothing is computed twice but attention's logits, in its backward, half a forward of it; left
     # out are gradients that nobody asks for, as those of the image.
     parts = derived(narrowed(16), 4, LATENTS)
@@ -114,6 +139,7 @@ def test_a_rival_that_does_not_start_is_told_with_its_reason(tmp_path: Path) -> 
 
     assert run.returncode == 0, run.stderr
     assert "released eager fp32 ended: ModuleNotFoundError" in run.stdout
+    assert "no MFU: the peak of" in run.stdout
 
 
 @pytest.mark.parametrize(
