@@ -23,7 +23,7 @@ from sections import Basis, Section, Table, counted, measured, percent, shown
 
 from miro.report.render import number
 
-COMPILE = "torch.compile"
+COMPILE, FUSED_COMPILED = "torch.compile", "fused, rest compiled"
 # Kernels of gpu_check.py by the names of the operations that a step is counted in.
 COUNTED_AS = {"reward_adaln gated": "reward_gated_residual_adaln"}
 
@@ -56,7 +56,9 @@ def bound(results: Sequence[Result]) -> Section:
         f"{name}: {percent(waits['FLOPs'])} of it is bound by FLOPs (matrix products are "
         f"{percent(products)}), {percent(waits['bytes'])} by bytes and "
         f"{percent(waits['launches'])} by launches. Eager’s is projected at {number(1e3 * slow)} "
-        f"ms, {percent(seconds_by_bound(eager, given)['bytes'] / slow)} of it bound by bytes."
+        f"ms, {percent(seconds_by_bound(eager, given)['bytes'] / slow)} of it bound by bytes. For "
+        f"each useful FLOP the fused step executes "
+        f"{sum(row.flops for row in fused) / budget.record['useful_flops']:.3f}."
     )
     gpu = latest(results, "GPU check")
     rates = step_rates(gpu) if gpu else {}
@@ -64,10 +66,13 @@ def bound(results: Sequence[Result]) -> Section:
     # A projection is held against a measurement of the same device and batch alone.
     if gpu and both and name.split()[0] in gpu.place and batch == GPU_STEP_BATCH:
         compiled, alone = (batch / rates[said] for said in ("fused", "fused, rest eager"))
+        rest = FUSED_COMPILED in budget.record["variants"]
+        awaited = projected(operations(budget, FUSED_COMPILED), given) if rest else total
         section.text.append(
             f"Measured on {gpu.place}, it takes {number(1e3 * compiled)} ms with the rest compiled "
-            f"and {number(1e3 * alone)} ms with the rest eager: {number(compiled / total)} × and "
-            f"{number(alone / total)} × the projection, which counts the rest as eager and no host."
+            f"and {number(1e3 * alone)} ms with the rest eager: {number(compiled / awaited)} × and "
+            f"{number(alone / total)} × the projection, which counts "
+            + ("no host." if rest else "the rest as eager and no host.")
         )
         section.sources.append(gpu)
         section.basis.append(measured(gpu))
@@ -123,19 +128,32 @@ def fusion(results: Sequence[Result]) -> Section:
         )
         section.basis.append(counted(kernels))
     if budget:
-        totals = {
-            variant: (sum(row.launches for row in rows), sum(row.bytes for row in rows))
-            for variant in ("fused", "eager")
-            for rows in [operations(budget, variant)]
-        }
-        section.text.append(
-            f"A fused step launches {totals['fused'][0]:,} kernels and moves "
-            f"{number(totals['fused'][1] / 1e9)} GB, where eager launches "
-            f"{totals['eager'][0]:,} and moves {number(totals['eager'][1] / 1e9)} GB (counted, "
-            "with nothing compiled)."
-        )
+        section.text.append(_fused_counts(budget))
         section.basis.append(counted(budget))
     return section
+
+
+def _fused_counts(budget: Result) -> str:
+    """Launches and bytes of a step, with nothing compiled and, where counted, with all of it."""
+
+    def said(variant: str) -> tuple[str, str]:
+        rows = operations(budget, variant)
+        launches, moved = (sum(getattr(row, key) for row in rows) for key in ("launches", "bytes"))
+        return f"{launches:,} kernels", f"{number(moved / 1e9)} GB"
+
+    fused, eager = said("fused"), said("eager")
+    text = (
+        f"A fused step launches {fused[0]} and moves {fused[1]}, where eager launches {eager[0]} "
+        f"and moves {eager[1]} (counted, with nothing compiled)."
+    )
+    if {COMPILE, FUSED_COMPILED} <= budget.record["variants"].keys():
+        fused, alone = said(FUSED_COMPILED), said(COMPILE)
+        text += (
+            f" With the rest compiled it launches {fused[0]} and moves {fused[1]}, where "
+            f"torch.compile alone launches {alone[0]} and moves {alone[1]} (as Inductor schedules "
+            "both for an H100)."
+        )
+    return text
 
 
 def _fused_step(section: Section, gpu: Result) -> None:
@@ -241,11 +259,13 @@ def _beside_released(section: Section, step: Result) -> None:
         )
         return
     ours, theirs = (variants[name] for name in best if name)
+    own = [row["peak_bytes"] - row.get("library_bytes", 0) for row in (ours, theirs)]
     section.text.append(
         f"With the width divided by {settings['scale']:g}, on {step.place}, both at their best, "
         f"our step does {number(over['median'])} × the images/s of the released one "
         f"({number(over['p20'])} to {number(over['p80'])}), in "
-        f"{number(ours['peak_bytes'] / theirs['peak_bytes'])} × its peak memory."
+        f"{number(ours['peak_bytes'] / theirs['peak_bytes'])} × its peak memory (libraries and "
+        f"compiler left out: {number(own[0] / own[1])} ×)."
     )
     section.headline = (
         f"{number(over['median'])} ×", f"the released code’s images/s, measured on {step.place}"
@@ -266,12 +286,12 @@ def _beside_released(section: Section, step: Result) -> None:
         flops = [count.get(key) for key in ("executed_flops", "useful_flops")]
         rows.append([
             str(name), shown(spread(row["images_per_second"])),
-            number(row["peak_bytes"] / 1e9),
+            number(row["peak_bytes"] / 1e9), number(row.get("library_bytes", 0) / 1e9),
             *(number(f / 1e9) if f else "–" for f in flops),
             number(flops[0] / flops[1]) if flops[0] and flops[1] else "–",
         ])  # fmt: skip
-    head = ["best of each", "images/s (p20–p80)", "peak GB", "GFLOP executed an image",
-            "GFLOP useful", "executed / useful"]  # fmt: skip
+    head = ["best of each", "images/s (p20–p80)", "peak GB", "libraries GB",
+            "GFLOP executed an image", "GFLOP useful", "executed / useful"]  # fmt: skip
     section.tables.append(Table(head, rows))
 
 

@@ -76,6 +76,7 @@ KINDS = (
         frozenset({"assumptions", "projected_seconds"}),
         {
             "date": str, "settings": {"preset": str, "batch": POSITIVE, "text": NUMBER},
+            "useful_flops": POSITIVE,
             "assumptions": {...: {
                 "flops": POSITIVE, "bandwidth": POSITIVE, "gemm": POSITIVE, "attention": POSITIVE,
                 "memory": POSITIVE, "launch": NUMBER,

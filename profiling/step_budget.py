@@ -3,13 +3,15 @@
     python profiling/step_budget.py [--preset small] [--batch 64] [--text 65]
 
 Counted on tensors without data, of a forward and backward pass in bf16 and the optimizer: eager
-torch, and the fused kernels with the rest eager. An operation reads each input once and writes each
-output once; an operation of several kernels counts as one launch, but ours as what they are.
-Eager's attention is counted as the products, softmax and copies that torch makes of it where no
-library has it whole. What torch.compile would move for an operation is in kernel_report.py. The
-time is a PROJECTION: for each operation the larger of its FLOPs and its bytes over what the devices
-of roofline.py reach, and no host. Writes budget-PRESET.json, and budget-PRESET.svg: the groups on a
-roofline.
+torch, the fused kernels with the rest eager, and what Inductor schedules of both for an H100
+(inductor_step.py; it takes minutes, which `--without-inductor` saves). An operation reads each
+input once and writes each output once; an operation of several kernels counts as one launch, but
+ours as what they are. Eager's attention is counted as the products, softmax and copies that torch
+makes of it where no library has it whole.
+
+The time is a PROJECTION: for each operation the larger of its FLOPs and its bytes over what the
+devices of roofline.py reach, and no host. Writes budget-PRESET.json, and budget-PRESET.svg: the
+groups on a roofline.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from typing import Any
 
 import torch
 from charts import standalone
+from inductor_step import inductor_rows
 from measured import machine, write
+from operations import LAUNCHES, group_of
 from pictures import pictures
 from result_files import read
 from roofline import DEVICES, Row, grouped, projected
@@ -33,47 +37,21 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from miro.engine import cast_parameters
+from miro.flops import training_flops
 from miro.model.transformer import FlowTransformer, ModelConfig, Rewards
 from miro.presets import preset
 from miro.text import PackedText
 from miro_kernels import use_backend
 from miro_kernels.backend import capturing
-from miro_kernels.lab.eager import FREE, OVERWRITING
+from miro_kernels.lab.eager import FREE, OVERWRITING, size
 
 HERE = Path(__file__).parent
 LATENTS, TEXT_CHANNELS, REWARDS, LEVELS = (4, 32, 32), 2048, 7, 64
 
-# Kernels that an op of miro_kernels launches; tests/kernels/compiled/test_launches.py counts them.
-LAUNCHES = {
-    "reward_adaln": 1, "reward_gated_residual_adaln": 1, "reward_adaln_backward": 3,
-    "reward_gated_residual_adaln_backward": 3, "qk_norm_rope": 1, "qk_norm_rope_backward": 2,
-    "attention": 1, "attention_backward": 2, "swiglu": 1, "swiglu_backward": 1,
-}  # fmt: skip
-GEMMS = {"mm", "addmm", "bmm", "baddbmm"}
-MOVING = {"cat", "clone", "copy_", "_to_copy", "index", "index_copy", "index_select", "stack"}
-MOVING |= {
-    "slice_backward",
-    "select_backward",
-    "fill_",
-    "zero_",
-    "zeros",
-    "zeros_like",
-    "ones_like",
-}
-MOVING |= {"new_zeros", "index_add", "_index_put_impl_", "arange"}
+# Operations that compute nothing on a device.
+HOST = {"lift_fresh", "scalar_tensor", "promote_types"}
 # Bytes of a parameter that AdamWEMA moves: gradient and copy in bf16, and four fp32 states twice.
 OPTIMIZER_BYTES = 2 + 2 + 8 * 4
-
-
-def group_of(op: str, namespace: str) -> str:
-    """What an operation is for."""
-    if "attention" in op:
-        return "attention"
-    if op in GEMMS:
-        return "GEMM"
-    if namespace == "miro":
-        return "fused"
-    return "data movement" if op in MOVING else "elementwise and reductions"
 
 
 class Budget(TorchDispatchMode):
@@ -89,7 +67,7 @@ class Budget(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         op = func.overloadpacket._qualified_op_name.split("::")[1]
-        if op in FREE or op in ("lift_fresh", "scalar_tensor"):
+        if op in FREE or op in HOST:
             return out
         row = self.rows.setdefault(op, Row(op, group_of(op, func.namespace)))
         row.calls += 1
@@ -97,20 +75,12 @@ class Budget(TorchDispatchMode):
         if (formula := flop_registry.get(func.overloadpacket)) is not None:
             row.flops += formula(*args, **kwargs, out_val=out)
         read = [] if op in OVERWRITING else [*tensors(args), *tensors(kwargs)]
-        row.bytes += sum(map(stored, [*read, *tensors(out)]))
+        row.bytes += size(*read, *tensors(out))
         return out
 
 
 def tensors(values: Any) -> Iterator[Tensor]:
     return (value for value in tree_leaves(values) if isinstance(value, Tensor))
-
-
-def stored(tensor: Tensor) -> int:
-    """Bytes of a tensor's elements; what is expanded lies in memory once."""
-    elements = 1
-    for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        elements *= length if stride or not length else 1
-    return elements * tensor.element_size()
 
 
 @dataclass(frozen=True)
@@ -157,13 +127,27 @@ def budget(config: ModelConfig, batch: int, text: int, backend: str) -> list[Row
     return [*found.rows.values(), optimizer(model)]
 
 
+def compiled_budget(config: ModelConfig, batch: int, text: int, fused: bool) -> list[Row]:
+    """The rows of a step by Inductor, the optimizer last. The weights are there, on the CPU."""
+    model, given = network(config, "cpu"), inputs(batch, text, "cpu")
+    rows = inductor_rows(model, given.x, given.t, given.rewards, given.text, fused)
+    return [*rows, optimizer(model)]
+
+
 def optimizer(model: nn.Module) -> Row:
     """AdamWEMA in all rows: one launch for the parameters of a group, matrices and others."""
     parameters = sum(param.numel() for param in model.parameters())
     return Row("AdamWEMA", "optimizer", 1, 2, 0.0, OPTIMIZER_BYTES * parameters)
 
 
-def table(variants: dict[str, list[Row]], batch: int) -> str:
+def useful_flops(config: ModelConfig, batch: int, text: int) -> float:
+    """Of a step: what miro/flops.py says it cannot do without."""
+    return training_flops(
+        config, (batch, *LATENTS), (batch * text, TEXT_CHANNELS), (REWARDS, LEVELS)
+    )
+
+
+def table(variants: dict[str, list[Row]], batch: int, useful: float) -> str:
     lines = []
     for variant, rows in variants.items():
         lines.append(f"{variant}\n  {'':28}{'launches':>9}{'TFLOP':>9}{'GB':>9}{'ms, H100':>10}")
@@ -178,6 +162,8 @@ def table(variants: dict[str, list[Row]], batch: int) -> str:
             for name, seconds in times.items()
         )
         lines.append(f"  projected: {shown}")
+        executed = sum(row.flops for row in rows)
+        lines.append(f"  FLOPs executed over useful: {executed / useful:.4f}")
     return "\n".join(lines)
 
 
@@ -186,6 +172,7 @@ def main() -> None:
     parser.add_argument("--preset", default="small")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--text", type=int, default=65, help="tokens of every text")
+    parser.add_argument("--without-inductor", action="store_true")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     given = parser.parse_args()
     config = preset(given.preset).model
@@ -193,12 +180,17 @@ def main() -> None:
         "eager": budget(config, given.batch, given.text, "torch"),
         "fused": budget(config, given.batch, given.text, "triton"),
     }
-    print(table(variants, given.batch))
+    if not given.without_inductor:
+        for variant, fused in (("torch.compile", False), ("fused, rest compiled", True)):
+            variants[variant] = compiled_budget(config, given.batch, given.text, fused)
+    useful = useful_flops(config, given.batch, given.text)
+    print(table(variants, given.batch, useful))
     print("projection, nothing was run: the assumptions are in the JSON")
     record = {
         **machine("cpu"),
         "settings": {"preset": given.preset, "batch": given.batch, "text": given.text},
         "assumptions": {name: asdict(device) for name, device in DEVICES.items()},
+        "useful_flops": useful,
         "variants": {
             name: {
                 "counted": {

@@ -10,9 +10,10 @@ import step_budget
 import torch
 from count_flops import derived
 from roofline import DEVICES, Device, Row, grouped, projected, seconds_by_bound, seconds_by_group
-from step_budget import LATENTS, Budget, budget
+from step_budget import LATENTS, Budget, budget, compiled_budget, useful_flops
 
 from miro.model.transformer import ModelConfig
+from miro.presets import preset
 
 TINY = ModelConfig(channels=64, depth=3, heads=2, hidden=96, patch=4)
 
@@ -36,6 +37,22 @@ def test_views_cost_nothing_and_what_is_expanded_is_read_once() -> None:
     assert found.rows["add"].bytes == 4 * (4 + 32)
 
 
+def test_what_the_host_does_alone_costs_the_device_nothing() -> None:
+    with Budget() as found:
+        torch.promote_types(torch.int8, torch.float32)
+        torch.tensor(1.0)
+
+    assert not found.rows
+
+
+def test_at_the_presets_size_hardly_a_flop_is_executed_twice() -> None:
+    config, batch, text = preset("small").model, 64, 65
+
+    executed = sum(row.flops for row in budget(config, batch, text, "triton"))
+
+    assert 0.99 < executed / useful_flops(config, batch, text) < 1.02
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_a_step_is_three_passes_of_products_and_logits_again(backend: str) -> None:
     batch, text = 3, 5
@@ -50,6 +67,34 @@ def test_a_step_is_three_passes_of_products_and_logits_again(backend: str) -> No
     # or of a text.
     least, most = 2.7 * batch * an_image, 3 * batch * an_image + 3 * once
     assert least < found < most + batch * parts["attention"] / 2
+
+
+def test_torch_compile_does_the_same_products_in_fewer_launches_and_bytes() -> None:
+    batch, text = 2, 3
+
+    compiled = compiled_budget(TINY, batch, text, fused=False)
+    eager = budget(TINY, batch, text, "torch")
+
+    def total(rows: list[Row], what: str, *groups: str) -> float:
+        return sum(getattr(row, what) for row in rows if not groups or row.group in groups)
+
+    products = "GEMM", "attention"
+    assert total(compiled, "flops", *products) == pytest.approx(
+        total(eager, "flops", *products), rel=0.05
+    )
+    assert total(compiled, "launches") < total(eager, "launches") / 2
+    assert total(compiled, "bytes") < total(eager, "bytes")
+    by_name = {row.op: row for row in compiled}
+    assert by_name["triton"].group == "elementwise and reductions" and not by_name["triton"].flops
+
+
+def test_the_fused_operations_are_called_where_the_rest_is_compiled() -> None:
+    compiled = {row.op: row for row in compiled_budget(TINY, 2, 3, fused=True)}
+    alone = {row.op: row for row in budget(TINY, 2, 3, "triton")}
+
+    for op in step_budget.LAUNCHES:
+        assert compiled[op] == alone[op]
+    assert compiled["triton"].launches < 70
 
 
 def test_each_block_has_its_fused_operations() -> None:
@@ -88,6 +133,7 @@ def test_the_projection_is_the_larger_of_both_and_the_launches() -> None:
 def test_the_script_writes_its_table_and_its_plot(tmp_path: Path) -> None:
     script = Path(step_budget.__file__)
     command = [sys.executable, str(script), "--preset", "demo", "--batch", "2", "--text", "3"]
+    command += ["--without-inductor"]
 
     run = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True)
 
@@ -99,4 +145,8 @@ def test_the_script_writes_its_table_and_its_plot(tmp_path: Path) -> None:
     assert fused["fused"]["launches"] > 0 and "fused" not in eager
     moved = [sum(group["bytes"] for group in found.values()) for found in (eager, fused)]
     assert moved[1] < moved[0]
+    assert record["useful_flops"] == pytest.approx(
+        fused["GEMM"]["flops"] + fused["attention"]["flops"], rel=0.1
+    )
+    assert run.stdout.count("FLOPs executed over useful: ") == 2
     assert "Projection" in (tmp_path / "budget-demo.svg").read_text("utf-8")

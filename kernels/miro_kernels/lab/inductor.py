@@ -27,12 +27,17 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.fx_utils import count_flops_fx
 from torch._inductor.graph import GraphLowering
+from torch._inductor.ir import MultiOutput
+from torch._inductor.scheduler import BaseSchedulerNode, NopKernelSchedulerNode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+
+from miro_kernels.lab.eager import size
 
 H100 = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3",
@@ -58,12 +63,22 @@ H100 = SimpleNamespace(
 
 
 @dataclass(frozen=True)
+class Call:
+    """A kernel that Inductor scheduled."""
+
+    op: str  # "triton", or what is called, as "aten::mm"
+    bytes: int
+    flops: int  # of matrix products
+
+
+@dataclass(frozen=True)
 class Generated:
     """What Inductor made of one graph."""
 
     kernels: tuple[str, ...]  # Triton kernels, and library calls by their name
     bytes: int
     source: str
+    calls: tuple[Call, ...]
 
 
 class Scheduled(BaseException):
@@ -158,7 +173,26 @@ def _stop(lowering: GraphLowering) -> None:
     calls = re.findall(r"^(triton_\w+) = async_compile|^ +[^#\n]*extern_kernels\.(\w+)\(|"
                        r"^ +[^#\n]*torch\.ops\.aten\.(\w+)", source, re.M)  # fmt: skip
     kernels = tuple(name for call in calls for name in call if name)
-    raise Scheduled(Generated(kernels, int(lowering.count_bytes()[0]), source))
+    scheduled = tuple(map(_call, filter(_launches, lowering.scheduler.nodes)))
+    raise Scheduled(Generated(kernels, int(lowering.count_bytes()[0]), source, scheduled))
+
+
+def _launches(node: BaseSchedulerNode) -> bool:
+    """Whether the node is a kernel, and not memory or one of the results of a kernel."""
+    return not (isinstance(node, NopKernelSchedulerNode) or isinstance(node.node, MultiOutput))
+
+
+def _call(node: BaseSchedulerNode) -> Call:
+    if not node.is_extern() or node.node is None:
+        return Call("triton", int(node.get_read_write_buffers_sizes()), 0)
+    # What is called is an operation of the graph, be it one with several outputs. Inductor counts
+    # the whole of a buffer of which a view is given.
+    overload = getattr(node.node, "op_overload", None)
+    origins = [o for o in node.node.get_origins() if overload in (None, o.target)]
+    origin = node.node.get_origin_node() or origins[0]
+    given = [n.meta["val"] for n in origin.all_input_nodes]
+    moved = (t for t in tree_leaves([given, origin.meta["val"]]) if isinstance(t, Tensor))
+    return Call(origin.target._schema.name, size(*moved), int(count_flops_fx(origin) or 0))
 
 
 @contextmanager
