@@ -1,0 +1,50 @@
+"""in_threads: the same as a loop, by several threads, also after a fork."""
+
+import multiprocessing
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from miro import threads
+from miro.threads import in_threads
+
+
+@pytest.fixture
+def four_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(threads, "threads", lambda: 4)
+    threads._pool.cache_clear()
+    yield
+    threads._pool.cache_clear()
+
+
+def squares(count: int) -> list[int]:
+    return in_threads(lambda n: n * n, range(count))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 17, 100])
+@pytest.mark.usefixtures("four_cores")
+def test_it_gives_what_a_loop_gives_in_its_order(count: int) -> None:
+    assert squares(count) == [n * n for n in range(count)]
+
+
+@pytest.mark.usefixtures("four_cores")
+def test_all_threads_work_at_once() -> None:
+    all_four = threading.Barrier(4, timeout=30)
+
+    assert sorted(in_threads(lambda _: all_four.wait(), range(4))) == [0, 1, 2, 3]
+
+
+@pytest.mark.usefixtures("four_cores")
+def test_an_error_is_raised() -> None:
+    with pytest.raises(ZeroDivisionError):
+        in_threads(lambda n: 1 // n, [3, 2, 1, 0])
+
+
+@pytest.mark.usefixtures("four_cores")
+def test_a_fork_has_threads_of_its_own() -> None:
+    assert squares(9) == [n * n for n in range(9)]
+    forked = multiprocessing.get_context("fork").Pool(1)
+
+    with forked:
+        assert forked.apply_async(squares, (9,)).get(timeout=30) == [n * n for n in range(9)]
