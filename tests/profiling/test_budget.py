@@ -1,8 +1,10 @@
 """step_budget.py: counts against hand-counted operations, and itself at a tiny size."""
 
 import json
+import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import step_budget
 import torch
 from count_flops import derived
 from roofline import DEVICES, Device, Row, grouped, projected, seconds_by_bound, seconds_by_group
-from step_budget import LATENTS, Budget, budget, compiled_budget, useful_flops
+from step_budget import LATENTS, Budget, budget, useful_flops
 
 from miro.model.transformer import ModelConfig
 from miro.presets import preset
@@ -69,11 +71,33 @@ def test_a_step_is_three_passes_of_products_and_logits_again(backend: str) -> No
     assert least < found < most + batch * parts["attention"] / 2
 
 
-def test_torch_compile_does_the_same_products_in_fewer_launches_and_bytes() -> None:
-    batch, text = 2, 3
+@pytest.fixture(scope="module")
+def by_inductor() -> dict[str, list[Row]]:
+    """Rows of TINY by torch.compile, alone and around the fused operations, of two images.
 
-    compiled = compiled_budget(TINY, batch, text, fused=False)
-    eager = budget(TINY, batch, text, "torch")
+    In a process of its own: torch remembers that there was no GPU when it compiled before.
+    """
+    code = (
+        "import json, sys; from dataclasses import asdict; from step_budget import *\n"
+        "config = ModelConfig(**json.loads(sys.argv[1]))\n"
+        "rows = {how: [asdict(row) for row in compiled_budget(config, 2, 3, how == 'fused')]"
+        " for how in ('alone', 'fused')}\n"
+        "print('rows', json.dumps(rows))"
+    )
+    command = [sys.executable, "-c", code, json.dumps(asdict(TINY))]
+    path = os.pathsep.join([str(Path(step_budget.__file__).parent), *filter(None, sys.path)])
+    run = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert run.returncode == 0, run.stderr
+    said = json.loads(run.stdout.partition("rows ")[2])
+    return {how: [Row(**row) for row in rows] for how, rows in said.items()}
+
+
+def test_torch_compile_does_the_same_products_in_fewer_launches_and_bytes(
+    by_inductor: dict[str, list[Row]],
+) -> None:
+    compiled, eager = by_inductor["alone"], budget(TINY, 2, 3, "torch")
 
     def total(rows: list[Row], what: str, *groups: str) -> float:
         return sum(getattr(row, what) for row in rows if not groups or row.group in groups)
@@ -88,8 +112,10 @@ def test_torch_compile_does_the_same_products_in_fewer_launches_and_bytes() -> N
     assert by_name["triton"].group == "elementwise and reductions" and not by_name["triton"].flops
 
 
-def test_the_fused_operations_are_called_where_the_rest_is_compiled() -> None:
-    compiled = {row.op: row for row in compiled_budget(TINY, 2, 3, fused=True)}
+def test_the_fused_operations_are_called_where_the_rest_is_compiled(
+    by_inductor: dict[str, list[Row]],
+) -> None:
+    compiled = {row.op: row for row in by_inductor["fused"]}
     alone = {row.op: row for row in budget(TINY, 2, 3, "triton")}
 
     for op in step_budget.LAUNCHES:
