@@ -45,9 +45,9 @@ from miro.presets import preset
 from miro.rewards.pictures import Pictures, View
 
 HERE = Path(__file__).parent
-SIZES = {(640, 480): 64, (1024, 768): 32, (2048, 1536): 16}
+SIZES = {(640, 480): 128, (1024, 768): 128, (2048, 1536): 64}
 """Width and height of the pictures, and how many of them a turn takes."""
-BASE, BATCH = "Pillow", 16
+BASE, BATCH = "Pillow", 64
 Run = Callable[[Sequence[bytes]], Any]
 
 
