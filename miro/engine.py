@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from miro.model.predictor import Predictor
 from miro.model.transformer import FlowTransformer, Rewards
 from miro.optimizer import Guard, OptimizerConfig, ema_decay, make_optimizer, rate_factor
 from miro.partition import EachParameter, FlatGroups, Partition, Piece, Replicated
@@ -173,23 +174,6 @@ def _check(config: OptimizerConfig, layout: Layout, precision: Precision, compil
         )
 
 
-class _Predictor(nn.Module):
-    """The network from noise and conditions to the prediction, as the one call that is trained."""
-
-    def __init__(self, model: FlowTransformer, compiled: bool) -> None:
-        super().__init__()
-        self.model = model
-        self.run: Callable[..., Tensor] = self._predict
-        if compiled:
-            self.run = torch.compile(self._predict, dynamic=True)
-
-    def forward(self, x_t: Tensor, t: Tensor, rewards: Rewards, text: PackedText) -> Tensor:
-        return self.run(x_t, t, rewards, text)
-
-    def _predict(self, x_t: Tensor, t: Tensor, rewards: Rewards, text: PackedText) -> Tensor:
-        return self.model(x_t, t, rewards, self.model.read_text(text))
-
-
 class Engine:
     """A model under training, this rank's part of it.
 
@@ -223,7 +207,7 @@ class Engine:
         self.parameters = dict(self.model.named_parameters())
         self.optimizer = make_optimizer(config, self.parameters.items())
         self.deepspeed = _start(
-            _Predictor(self.model, compiled),
+            Predictor(self.model, compiled),
             self.optimizer,
             deepspeed_config(layout, precision, self.device.type),
             self.device.type,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +75,46 @@ class Rewards(NamedTuple):
     keep: Tensor  # (B, R) bool
 
 
+class _Sites(NamedTuple):
+    """What modulates all sites, of two kinds: attention and output, and MLP. Gate, shift, scale."""
+
+    base: Tensor  # (B, 2, 3, D)
+    table: Tensor  # (R, L, 2, 3, D)
+    bins: Tensor  # (B, R)
+    keep: Tensor  # (B, R)
+
+
+def _norm(
+    sites: _Sites, kind: int, offset: Tensor, x: Tensor, branch: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The residual stream with the branch before it, and normed for the branch behind."""
+    first = 1 if branch is None else 0  # Without a branch there is no gate.
+    modulation = sites.base[:, kind, first:], offset[first:], sites.table[:, :, kind, first:]
+    out = reward_adaln(x, *modulation, sites.bins, sites.keep, branch=branch)
+    return out if isinstance(out, tuple) else (x, out)
+
+
+def _through(
+    block: Block,
+    sites: _Sites,
+    offsets: Tensor,
+    rope: tuple[Tensor, Tensor],
+    keys: tuple[Tensor, Tensor],
+    text_offsets: Tensor,
+    longest: int,
+    x: Tensor,
+    h: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The residual stream and what is normed of it, from the entry of a block to its end."""
+    branch = block.attention(h, rope, keys, text_offsets, longest)
+    x, h = _norm(sites, 1, offsets[0], x, branch)
+    return _norm(sites, 0, offsets[1], x, block.mlp(h))
+
+
+# No two arguments of a region may share memory: so _Sites has both kinds in one tensor.
+_one_for_all = cast("Callable[..., Any]", torch.compiler.nested_compile_region(_through))
+
+
 class FlowTransformer(nn.Module):
     """x_t (B, C, H, W), t (B,), rewards and text to the raw prediction (B, C, H, W).
 
@@ -97,6 +139,7 @@ class FlowTransformer(nn.Module):
         side, dim = config.patch, config.channels
         self.config, self.latent_shape = config, latent_shape
         self.recompute = False  # Whether backward computes the blocks again, to save memory.
+        self.one_for_all = False  # Whether torch.compile translates one block for all.
         rows, columns = config.grid(*latent_shape[1:])
         self.patches = nn.Linear(channels * side * side, dim)
         cos, sin = rope_angles(rows, columns, dim // config.heads)
@@ -136,35 +179,21 @@ class FlowTransformer(nn.Module):
         places, rope = self._grid(height, width)
         x = self.patches(self._patchify(x_t.to(dtype))) + places.to(dtype)
         base = self.shared(nn.functional.silu(self.time(t) + text.summary))
-        base = base.unflatten(-1, (2, 3, -1)).unbind(1)
-        table = self.table(rewards.levels).unflatten(-1, (2, 3, -1)).unbind(2)
-
-        def site(index: int, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
-            kind, first = index % 2, 1 if branch is None else 0
-            modulation = (
-                base[kind][:, first:],
-                self.offsets[index, first:],
-                table[kind][:, :, first:],
-            )
-            out = reward_adaln(x, *modulation, rewards.bins, rewards.keep, branch=branch)
-            return out if isinstance(out, tuple) else (x, out)
-
-        def through(
-            index: int, block: Block, keys: tuple[Tensor, Tensor], x: Tensor, branch: Tensor | None
-        ) -> tuple[Tensor, Tensor]:
-            x, h = site(2 * index, x, branch)
-            branch = block.attention(h, rope, keys, text.offsets, text.longest)
-            x, h = site(2 * index + 1, x, branch)
-            return x, block.mlp(h)
-
-        branch = None
+        sites = _Sites(
+            base.unflatten(-1, (2, 3, -1)),
+            self.table(rewards.levels).unflatten(-1, (2, 3, -1)),
+            rewards.bins,
+            rewards.keep,
+        )
+        x, h = _norm(sites, 0, self.offsets[0], x, None)
+        through: Callable[..., Any] = _through
+        if self.recompute and torch.is_grad_enabled():
+            through = partial(checkpoint, _through, use_reentrant=False)
+        elif self.one_for_all:
+            through = _one_for_all
         for index, (block, keys) in enumerate(zip(self._blocks(), text.blocks, strict=True)):
-            inputs = index, block, keys, x, branch
-            if self.recompute and torch.is_grad_enabled():
-                x, branch = checkpoint(through, *inputs, use_reentrant=False)
-            else:
-                x, branch = through(*inputs)
-        _, h = site(2 * self.config.depth, x, branch)
+            offsets = self.offsets[2 * index + 1 : 2 * index + 3]
+            x, h = through(block, sites, offsets, rope, keys, text.offsets, text.longest, x, h)
         return self._unpatchify(self.out(h), height, width).float()
 
     def _blocks(self) -> list[Block]:

@@ -172,20 +172,6 @@ def test_the_state_of_another_network_is_refused(other: FlowTransformer) -> None
         theirs.load_state(*saved(engine()))
 
 
-def test_a_compiled_network_computes_what_the_plain_one_does() -> None:
-    norms, plain, compiled = [], engine(), engine(compiled=True)
-
-    for made in (plain, compiled):
-        # Five samples, which no other size of the network equals.
-        x, t, rewards, text = inputs(1, batch=5)
-        error = (made.predict(x, t, rewards, text) - x.flip(0)).square().mean()
-        norms.append(learn(made, error, images=0))
-
-    torch.testing.assert_close(norms[0], norms[1], rtol=1e-4, atol=1e-6)
-    for name, weight in weights(plain).items():
-        torch.testing.assert_close(weights(compiled)[name], weight, rtol=1e-3, atol=1e-3)
-
-
 def test_the_rate_rises_linearly_stays_and_falls_to_zero() -> None:
     config = OptimizerConfig(warmup_images=100, decay_from=0.8)
 

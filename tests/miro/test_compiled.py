@@ -1,0 +1,95 @@
+"""The compiled step of a CPU: one block is translated for all, and little is kept for backward."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from engines import REWARDS, TEXT, engine, inputs
+from torch import Tensor, fx
+from torch.autograd.graph import saved_tensors_hooks
+
+from miro.engine import Engine
+from miro.model.transformer import FlowTransformer, ModelConfig
+
+DEPTH, CHANNELS, HIDDEN, TOKENS = 4, 32, 96, 64
+
+
+def deep() -> FlowTransformer:
+    torch.manual_seed(0)
+    config = ModelConfig(CHANNELS, DEPTH, 2, HIDDEN, patch=2)
+    model = FlowTransformer(config, (2, 16, 16), TEXT, REWARDS)
+    with torch.no_grad():
+        for param in model.parameters():
+            param += 0.1 * torch.randn(param.shape)
+    return model
+
+
+def predict(made: Engine, batch: int, height: int = 16, width: int = 16) -> Tensor:
+    _, t, rewards, text = inputs(1, batch)
+    x = torch.randn(batch, 2, height, width, generator=torch.Generator().manual_seed(2))
+    return made.predict(x, t, rewards, text)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Engine:
+    return engine(model=deep(), compiled=True)
+
+
+@pytest.mark.parametrize("batch", [5, 7])
+def test_all_blocks_compute_what_they_compute_uncompiled(compiled: Engine, batch: int) -> None:
+    """Each with weights of its own; also on a batch of another size than it was translated for."""
+    plain = engine(model=deep())
+
+    for made in (compiled, plain):
+        made.model.zero_grad()
+        made.backward(predict(made, batch).square().mean())
+
+    for name, param in plain.parameters.items():
+        grad = compiled.parameters[name].grad
+        torch.testing.assert_close(grad, param.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_a_block_translated_once_takes_any_batch_and_grid(compiled: Engine) -> None:
+    plain = engine(model=deep())
+
+    for size in ((3, 8, 32), (6, 24, 12)):
+        torch.testing.assert_close(
+            predict(compiled, *size), predict(plain, *size), rtol=1e-4, atol=1e-4
+        )
+
+
+def test_what_is_cheap_is_computed_again_and_not_kept(compiled: Engine) -> None:
+    """Neither the normed tokens nor SwiGLU's output: 2 · HIDDEN is its input, the packed halves."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    batch = 7
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        predict(compiled, batch)
+
+    for param in compiled.parameters.values():
+        kept.pop(param.untyped_storage().data_ptr(), None)
+    a_block = 4 * batch * TOKENS * (12.5 * CHANNELS + 2 * HIDDEN)
+    assert 0.8 < sum(kept.values()) / (DEPTH * a_block) < 1
+
+
+def test_one_block_is_translated_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[fx.GraphModule] = []
+
+    def watch(graph: fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=watch))
+    with torch.no_grad():
+        predict(engine(model=deep(), compiled=True), batch=5)
+
+    (graph,) = graphs
+    region = torch.ops.higher_order.invoke_subgraph
+    calls = [node for node in graph.graph.nodes if node.target is region]
+    assert len(calls) == DEPTH and len({node.args[0].target for node in calls}) == 1
