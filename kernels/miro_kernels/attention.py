@@ -30,6 +30,7 @@ from miro_kernels import backend
 from miro_kernels._shapes import check_device, check_floats, check_rank, check_shape, widen
 from miro_kernels.attention_backward import attention_backward
 from miro_kernels.attention_forward import attention_forward
+from miro_kernels.attention_on_cpu import LEAST_TOKENS, attention_on_cpu
 from miro_kernels.attention_rows import SIZES
 
 
@@ -63,8 +64,8 @@ def attention_reference(
         image = present.new_ones(len(q), q.shape[1])
         mask = torch.cat((image, present), 1)[:, None, None]
     dtype = q.dtype
-    if q.device.type == "cpu":
-        # Torch's bf16 backward is much slower than its fp32 one on a CPU (2.15, AVX-512).
+    if q.device.type == "cpu" and q.shape[1] < LEAST_TOKENS:
+        # Torch's bf16 backward is slower than its fp32 one on a CPU where tokens are few.
         q, k, v = widen(q), widen(k), widen(v)
     heads_first = (tensor.transpose(1, 2) for tensor in (q, k, v))
     out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask)
@@ -232,5 +233,8 @@ def attention(
         return _by_flash_attn(q, k, v, len(text_k))
     unsupported = f"the head size is {size}, not one of {SIZES}" if size not in SIZES else None
     if backend.chosen(op, q, unsupported) == "torch":
-        return attention_reference(q, k, v, text_k, text_v, text_offsets, bound)
+        arguments = q, k, v, text_k, text_v, text_offsets, bound
+        if q.device.type == "cpu" and q.shape[1] >= LEAST_TOKENS:
+            return attention_on_cpu(*arguments)[0]
+        return attention_reference(*arguments)
     return attention_op(q, k, v, text_k, text_v, text_offsets, bound)[0]

@@ -14,7 +14,9 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from miro_kernels import attention, use_backend
-from miro_kernels.attention import attention_op
+from miro_kernels.attention import attention_op, attention_reference
+from miro_kernels.attention_on_cpu import LEAST_TOKENS, attention_on_cpu
+from miro_kernels.lab import testing
 
 Draw = Callable[..., Tensor]
 LENGTHS = {
@@ -242,6 +244,53 @@ def test_flash_attn_serves_attention_without_text(
         offsets = torch.empty(3, dtype=torch.int32, device="cuda")
         assert attention(q, q, q, text, text, offsets, 0).shape == q.shape
         assert len(served) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_many_tokens_on_a_cpu(draw: Draw, lengths: list[int], dtype: torch.dtype) -> None:
+    """Views of one projection, and texts padded to more than the longest."""
+    image = draw(len(lengths), LEAST_TOKENS + 1, 3, 2, 32).to(dtype).unbind(2)
+    text = draw(sum(lengths), 2, 2, 32).to(dtype).unbind(1)
+    offsets = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
+    names = ("q", "k", "v", "text_k", "text_v")
+    given: dict[str, Any] = {
+        name: z.detach().requires_grad_() for name, z in zip(names, image + text, strict=True)
+    }
+    given |= {"text_offsets": offsets, "longest_text": max(lengths, default=0) + 3}
+
+    testing.assert_close(
+        attention, attention_reference, given, gradient=testing.transposed_gradient
+    )
+
+
+def test_many_tokens_on_a_cpu_keep_their_arguments_and_the_output_alone(draw: Draw) -> None:
+    given = arguments(draw, [3, 0, 9], LEAST_TOKENS, 2, 32, torch.bfloat16)
+    leaves = [given[name].requires_grad_() for name in ("q", "k", "v", "text_k", "text_v")]
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = attention(**given)
+
+    known = {z.untyped_storage().data_ptr() for z in (*leaves, out, given["text_offsets"])}
+    (lse,) = (z for z in kept if z.untyped_storage().data_ptr() not in known)
+    assert lse.shape == (3, 2, LEAST_TOKENS)
+
+
+def test_flops_on_a_cpu_count_the_padding() -> None:
+    batch, tokens, text, heads, size, longest = 3, LEAST_TOKENS, 7, 2, 32, 4
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        q = torch.empty(batch, tokens, heads, size, requires_grad=True)
+        words = torch.empty(text, heads, size, requires_grad=True)
+        offsets = torch.empty(batch + 1, dtype=torch.int32)
+        attention_on_cpu(q, q, q, words, words, offsets, longest)[0].sum().backward()
+
+    met = batch * tokens * (tokens + longest)
+    assert counter.get_total_flops() == (2 + 5) * 2 * met * heads * size
 
 
 def test_flops_are_those_of_the_keys_each_query_meets() -> None:

@@ -66,11 +66,13 @@ def shaped_for_whole_batch(samples: int) -> Iterator[None]:
 
 @contextmanager
 def eager_as_on_a_gpu() -> Iterator[None]:
-    """References compute attention in the arguments' dtype, and not in fp32 as on a CPU."""
+    """References compute attention in the arguments' dtype, and not as a CPU does."""
+    # Named through sys.modules: in the package the function hides its module.
+    module = sys.modules[attention.__module__]
     with (
         backend.use_backend("torch"),
-        # Named through sys.modules: in the package the function hides its module.
-        mock.patch.object(sys.modules[attention.__module__], "widen", lambda tensor: tensor),
+        mock.patch.object(module, "widen", lambda tensor: tensor),
+        mock.patch.object(module, "LEAST_TOKENS", sys.maxsize),
     ):
         yield
 
