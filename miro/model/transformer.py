@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -76,10 +76,10 @@ class Rewards(NamedTuple):
 
 
 class _Sites(NamedTuple):
-    """What modulates all sites, of two kinds: attention and output, and MLP. Gate, shift, scale."""
+    """What modulates all sites, by their kind: attention and output, or MLP. Gate, shift, scale."""
 
-    base: Tensor  # (B, 2, 3, D)
-    table: Tensor  # (R, L, 2, 3, D)
+    base: Sequence[Tensor]  # of each kind (B, 3, D)
+    table: Sequence[Tensor]  # of each kind (R, L, 3, D)
     bins: Tensor  # (B, R)
     keep: Tensor  # (B, R)
 
@@ -88,16 +88,17 @@ def _norm(
     sites: _Sites, kind: int, offset: Tensor, x: Tensor, branch: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The residual stream with the branch before it, and normed for the branch behind."""
-    first = 1 if branch is None else 0  # Without a branch there is no gate.
-    modulation = sites.base[:, kind, first:], offset[first:], sites.table[:, :, kind, first:]
-    out = reward_adaln(x, *modulation, sites.bins, sites.keep, branch=branch)
+    base, table = sites.base[kind], sites.table[kind]
+    if branch is None:  # Then there is no gate.
+        base, offset, table = base[:, 1:], offset[1:], table[:, :, 1:]
+    out = reward_adaln(x, base, offset, table, sites.bins, sites.keep, branch=branch)
     return out if isinstance(out, tuple) else (x, out)
 
 
 def _through(
     block: Block,
     sites: _Sites,
-    offsets: Tensor,
+    offsets: tuple[Tensor, Tensor],
     rope: tuple[Tensor, Tensor],
     keys: tuple[Tensor, Tensor],
     text_offsets: Tensor,
@@ -111,7 +112,6 @@ def _through(
     return _norm(sites, 0, offsets[1], x, block.mlp(h))
 
 
-# No two arguments of a region may share memory: so _Sites has both kinds in one tensor.
 _one_for_all = cast("Callable[..., Any]", torch.compiler.nested_compile_region(_through))
 
 
@@ -179,21 +179,22 @@ class FlowTransformer(nn.Module):
         places, rope = self._grid(height, width)
         x = self.patches(self._patchify(x_t.to(dtype))) + places.to(dtype)
         base = self.shared(nn.functional.silu(self.time(t) + text.summary))
-        sites = _Sites(
-            base.unflatten(-1, (2, 3, -1)),
-            self.table(rewards.levels).unflatten(-1, (2, 3, -1)),
-            rewards.bins,
-            rewards.keep,
-        )
-        x, h = _norm(sites, 0, self.offsets[0], x, None)
+        base = base.unflatten(-1, (2, 3, -1)).unbind(1)
+        table = self.table(rewards.levels).unflatten(-1, (2, 3, -1)).unbind(2)
+        offsets = self.offsets.unbind()
+        if self.one_for_all:
+            # No two arguments of a region may share memory.
+            base, table, offsets = ([z.clone() for z in views] for views in (base, table, offsets))
+        sites = _Sites(base, table, rewards.bins, rewards.keep)
+        x, h = _norm(sites, 0, offsets[0], x, None)
         through: Callable[..., Any] = _through
         if self.recompute and torch.is_grad_enabled():
             through = partial(checkpoint, _through, use_reentrant=False)
         elif self.one_for_all:
             through = _one_for_all
         for index, (block, keys) in enumerate(zip(self._blocks(), text.blocks, strict=True)):
-            offsets = self.offsets[2 * index + 1 : 2 * index + 3]
-            x, h = through(block, sites, offsets, rope, keys, text.offsets, text.longest, x, h)
+            own = offsets[2 * index + 1], offsets[2 * index + 2]
+            x, h = through(block, sites, own, rope, keys, text.offsets, text.longest, x, h)
         return self._unpatchify(self.out(h), height, width).float()
 
     def _blocks(self) -> list[Block]:
