@@ -181,7 +181,7 @@ class FlowTransformer(nn.Module):
         base = self.shared(nn.functional.silu(self.time(t) + text.summary))
         base = base.unflatten(-1, (2, 3, -1)).unbind(1)
         table = self.table(rewards.levels).unflatten(-1, (2, 3, -1)).unbind(2)
-        offsets = self.offsets.unbind()
+        offsets: Any = self.offsets
         if self.one_for_all:
             # No two arguments of a region may share memory.
             base, table, offsets = ([z.clone() for z in views] for views in (base, table, offsets))
