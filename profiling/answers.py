@@ -222,7 +222,7 @@ def released(results: Sequence[Result]) -> Section:
     step = section.take(results, "step")
     flops = section.take(results, "FLOPs")
     if step:
-        _beside_released(section, step)
+        _beside_released(section, step, _where_counted(results, step))
     if flops:
         section.basis.append(counted(flops))
         theirs = [row for row in flops.record["rows"] if row["model"] == "released MIRO"]
@@ -247,7 +247,22 @@ def released(results: Sequence[Result]) -> Section:
     return section
 
 
-def _beside_released(section: Section, step: Result) -> None:
+def _where_counted(results: Sequence[Result], step: Result) -> Result:
+    """The step's own file or, where it ran nothing eager, one whose images cost the same FLOPs."""
+
+    def image(result: Result) -> tuple[object, ...]:
+        settings = result.record["settings"]
+        return settings["scale"], settings.get("padded"), set(settings.get("lengths", ()))
+
+    alike = [r for r in results if r.kind is step.kind and image(r) == image(step)]
+    return next((r for r in (step, *alike) if all(_both_counts(r))), step)
+
+
+def _both_counts(step: Result) -> list[dict[str, float]]:
+    return [_counts(step, start) for start in ("ours", "released ")]
+
+
+def _beside_released(section: Section, step: Result, count: Result) -> None:
     settings, variants = step.record["settings"], step.record["variants"]
     section.basis.append(measured(step))
     section.draw(step)
@@ -270,7 +285,7 @@ def _beside_released(section: Section, step: Result) -> None:
     section.headline = (
         f"{number(over['median'])} ×", f"the released code’s images/s, measured on {step.place}"
     )  # fmt: skip
-    counts = [_counts(step, start) for start in ("ours", "released ")]
+    counts = _both_counts(count)
     if all(counts):
         executed = [found["executed_flops"] for found in counts]
         useless = [found["executed_flops"] / found["useful_flops"] for found in counts]
@@ -280,10 +295,13 @@ def _beside_released(section: Section, step: Result) -> None:
             f"the {number(over['median'])} ×, {number(fewer)} × is fewer FLOPs executed an image; "
             f"the remaining {number(over['median'] / fewer)} × is FLOPs done faster."
         )
-        section.basis.append(Basis("COUNTED", f"FLOPs, in the eager variants: {step.made}"))
+        if count is not step:
+            section.sources.append(count)
+        said = f"FLOPs, in the eager variants: {count.made} ({count.path.name})"
+        section.basis.append(Basis("COUNTED", said))
     rows: list[list[str | Basis]] = []
-    for name, row, count in zip(best, (ours, theirs), counts, strict=True):
-        flops = [count.get(key) for key in ("executed_flops", "useful_flops")]
+    for name, row, own_counts in zip(best, (ours, theirs), counts, strict=True):
+        flops = [own_counts.get(key) for key in ("executed_flops", "useful_flops")]
         rows.append([
             str(name), shown(spread(row["images_per_second"])),
             number(row["peak_bytes"] / 1e9), number(row.get("library_bytes", 0) / 1e9),
