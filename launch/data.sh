@@ -10,4 +10,4 @@ set -euo pipefail
 GPUS=${GPUS:-gpu}
 DEVICE=${DEVICE:-cuda}
 
-run exec torchrun --standalone --nproc-per-node "$GPUS" --module -- miro "$@" --device "$DEVICE"
+run exec torchrun --standalone --nproc-per-node "$GPUS" --module -- miro.cli "$@" --device "$DEVICE"

@@ -10,4 +10,4 @@ GPUS=${GPUS:-gpu}
 
 # A disk of this machine: kernels are compiled into it once, before the processes meet.
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/miro-triton-$UID}
-run exec torchrun --standalone --nproc-per-node "$GPUS" --module -- miro train "$@"
+run exec torchrun --standalone --nproc-per-node "$GPUS" --module -- miro.cli train "$@"

@@ -23,7 +23,7 @@ for node in "${!hosts[@]}"; do
     read -r host slots <<< "${hosts[$node]}"
     command="$SETUP && TRITON_CACHE_DIR=/tmp/miro-triton-\$UID $(printf '%q ' torchrun \
         --nnodes "${#hosts[@]}" --node-rank "$node" --nproc-per-node "$slots" \
-        --master-addr "$first" --master-port "$PORT" --module -- miro train "$@")"
+        --master-addr "$first" --master-port "$PORT" --module -- miro.cli train "$@")"
     if [ -n "${DRY_RUN:-}" ]; then echo "$SSH $host $command"; else $SSH "$host" "$command" & fi
 done
 if [ -n "${DRY_RUN:-}" ]; then trap - EXIT; exit; fi

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from miro.config import unknown_name
+from miro.utils.serialize import unknown_name
 
 
 @dataclass(frozen=True)

@@ -37,12 +37,14 @@ from bench_precision import LATENTS, TEXT_CHANNELS, make, step
 from measured import machine, quantiles, write
 from PIL import Image, ImageDraw
 
-from miro.data.decode import build_decoder, decode_ahead
 from miro.data.loader import EncodedDataset, Loader, made_ahead
 from miro.data.npy import npy_bytes
 from miro.data.shards import Manifest, scores_path, write_scores, write_shard
-from miro.presets import preset
-from miro.rewards.pictures import Pictures, View
+from miro.images.decoder import decode_ahead
+from miro.images.open_decoder import build_decoder
+from miro.images.transforms import View
+from miro.rewards.image_batch import Pictures
+from miro.training.presets import preset
 
 HERE = Path(__file__).parent
 SIZES = {(640, 480): 128, (1024, 768): 128, (2048, 1536): 64}

@@ -25,11 +25,13 @@ from torch._inductor.exc import InductorError
 
 from miro import flow
 from miro.conditioning import keep_rewards
-from miro.engine import Engine, Layout
+from miro.model.packed_text import PackedText, pack
 from miro.model.transformer import FlowTransformer, Rewards
-from miro.presets import TrainConfig, preset
-from miro.random import generator_from
-from miro.text import PackedText, pack
+from miro.training.batch_plan import Layout
+from miro.training.config import TrainConfig
+from miro.training.engine import Engine
+from miro.training.presets import preset
+from miro.utils.rng import generator_from
 
 VARIANTS = {
     "eager fp32": ("fp32", False),

@@ -35,12 +35,13 @@ from measured import machine, quantiles, write
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from miro.annotate import AnnotateConfig, annotate
-from miro.data.decode import build_decoder, decode_ahead
 from miro.data.shards import read_scores
+from miro.images.decoder import decode_ahead
+from miro.images.open_decoder import build_decoder
+from miro.images.transforms import View
+from miro.prepare.annotate import AnnotateConfig, annotate
 from miro.rewards.base import Reward, RewardOptions
-from miro.rewards.networks import TwoTowers
-from miro.rewards.pictures import View
+from miro.rewards.network import TwoTowers
 
 HERE = Path(__file__).parent
 SEVEN = 7

@@ -23,11 +23,13 @@ from measured import machine, quantiles, write
 from torch import Tensor
 
 from miro.conditioning import Target
-from miro.engine import Precision, cast_parameters
+from miro.model.packed_text import PackedText, pack
 from miro.model.transformer import FlowTransformer
-from miro.presets import TrainConfig, preset
-from miro.sample import Guidance, sample
-from miro.text import PackedText, pack
+from miro.sampling.sampler import Guidance, sample
+from miro.training.batch_plan import Precision
+from miro.training.config import TrainConfig
+from miro.training.engine import cast_parameters
+from miro.training.presets import preset
 
 HERE = Path(__file__).parent
 REWARDS, TEXT_TOKENS = 7, 32

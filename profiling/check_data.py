@@ -20,7 +20,9 @@ from bench_data import SIZES, jpegs
 from measured import quantiles
 from torch import Tensor
 
-from miro.data.decode import DALI_INSTALL, DecoderName, build_decoder, decode, decode_ahead
+from miro.images.decoder import decode_ahead
+from miro.images.open_decoder import DALI_INSTALL, DecoderName, build_decoder
+from miro.images.pillow import decode
 
 COUNT, BATCH = 256, 64
 

@@ -30,10 +30,10 @@ from measured import machine, write
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from miro.flops import forward_flops
+from miro.model.packed_text import PackedText
 from miro.model.transformer import FlowTransformer, ModelConfig, Rewards
-from miro.presets import preset
-from miro.text import PackedText
+from miro.training.flops import forward_flops
+from miro.training.presets import preset
 from miro_kernels import use_backend
 
 HERE = Path(__file__).parent

@@ -43,13 +43,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from miro import flow
-from miro.engine import Engine, Layout
+from miro.model.packed_text import pack
 from miro.model.transformer import FlowTransformer, Rewards
-from miro.presets import preset
-from miro.text import pack
+from miro.training.batch_plan import Layout
+from miro.training.engine import Engine
+from miro.training.presets import preset
 from miro_kernels import use_backend
+from miro_kernels.lab.case_metrics import gradients_for, leaves_of, outputs_of
 from miro_kernels.lab.cases import BATCH, CASES, Arguments, Case, Make
-from miro_kernels.lab.measure import gradients_for, leaves_of, outputs_of
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda"

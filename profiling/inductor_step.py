@@ -21,12 +21,12 @@ from roofline import Row
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from miro.model.packed_text import PackedText
 from miro.model.transformer import FlowTransformer, Rewards
-from miro.text import PackedText
 from miro_kernels import use_backend
 from miro_kernels.backend import capturing
+from miro_kernels.lab.case_metrics import eager_as_on_a_gpu
 from miro_kernels.lab.inductor import Generated, generate
-from miro_kernels.lab.measure import eager_as_on_a_gpu
 
 
 class Whole(nn.Module):

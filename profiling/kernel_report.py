@@ -3,7 +3,7 @@
     python profiling/kernel_report.py [--out profiling/results] [--ops adaln swiglu]
 
 Bytes are counted in Triton's interpreter at the shapes of the 0.36 B preset, on a few samples and
-carried on to its batch (lab/measure.py), in sectors of 32 bytes of every load and store, nothing
+carried on to its batch (lab/case_metrics.py), in sectors of 32 bytes of every load and store, nothing
 cached (`distinct`: each sector of a launch once); over the least
 possible, over what eager torch moves and over what Inductor would. Errors are the largest of the
 results' against an fp64 oracle, over eager's. Resources are those of the shipped tiles: the worst
@@ -29,10 +29,10 @@ from typing import Any
 import torch
 import triton
 
-from miro_kernels.lab import measure, testing
+from miro_kernels.lab import case_metrics, testing
 from miro_kernels.lab.cases import CASES, MOST_BYTES, MOST_OVER_INDUCTOR, SHORTFALLS, Case
-from miro_kernels.lab.compiled import MACHINES, Compiled
 from miro_kernels.lab.interpret import interpreting
+from miro_kernels.lab.resources import MACHINES, Compiled
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "kernels" / "README.md"
@@ -47,10 +47,10 @@ HEADINGS = (
 def interpreted(case: Case) -> dict[str, dict[str, float]]:
     """Bytes and errors of each direction; for a process with TRITON_INTERPRET=1."""
     print(f"{case.op}: interpreting", file=sys.stderr)
-    errors = measure.errors(case, DTYPE)
+    errors = case_metrics.errors(case, DTYPE)
     return {
         direction: asdict(moved) | {"error_over_eager": errors[direction]}
-        for direction, moved in measure.bytes_moved(case, DTYPE).items()
+        for direction, moved in case_metrics.bytes_moved(case, DTYPE).items()
     }
 
 
@@ -78,8 +78,8 @@ def resources(kernels: list[Compiled]) -> dict[str, float]:
 
 def rows_of(case: Case, moved: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
     print(f"{case.op}: compiling", file=sys.stderr)
-    inductor = measure.inductor_bytes(case, DTYPE)
-    compiled = {target: measure.compiled(case, DTYPE, target) for target in MACHINES}
+    inductor = case_metrics.inductor_bytes(case, DTYPE)
+    compiled = {target: case_metrics.compiled(case, DTYPE, target) for target in MACHINES}
     rows = []
     for direction in case.directions:
         found = moved[direction]

@@ -11,12 +11,13 @@ from torch import Tensor
 from worker import Phases, Step, serve
 
 from miro import flow
-from miro.engine import Engine, Layout
-from miro.flops import training_flops
-from miro.meter import Meter, Seen
+from miro.model.packed_text import PackedText
 from miro.model.transformer import FlowTransformer, ModelConfig, Rewards
-from miro.presets import preset
-from miro.text import PackedText
+from miro.training.batch_plan import Layout
+from miro.training.engine import Engine
+from miro.training.flops import training_flops
+from miro.training.metrics import Meter, Seen
+from miro.training.presets import preset
 from miro_kernels import use_backend
 
 LATENTS, TEXT_CHANNELS, REWARDS, LEVELS = (4, 32, 32), 2048, 7, 64

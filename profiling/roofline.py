@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from miro.peaks import PEAKS
+from miro.training.peaks import PEAKS
 
 
 @dataclass(frozen=True)

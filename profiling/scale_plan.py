@@ -2,7 +2,7 @@
 
     python profiling/scale_plan.py [--out profiling/results]
 
-For each preset, number of GPUs and stage of ZeRO: bytes on each GPU (`miro.memory.estimate`), bytes
+For each preset, number of GPUs and stage of ZeRO: bytes on each GPU (`miro.training.memory.estimate`), bytes
 each sends per step (ring collectives), and a step time from ASSUMPTIONS. FLOPs are counted by
 torch on the meta device. Writes scale_plan.json, a table to the screen, and scale_plan.svg.
 """
@@ -20,12 +20,13 @@ import torch
 from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 
-from miro.engine import Layout, ShardingConfig, Stage, lay_out
-from miro.memory import Memory, activation_bytes, estimate, parameter_count
+from miro.model.packed_text import PackedText
 from miro.model.transformer import FlowTransformer, ModelConfig, Rewards
-from miro.peaks import PEAKS
-from miro.presets import TrainConfig, preset
-from miro.text import PackedText
+from miro.training.batch_plan import Layout, ShardingConfig, Stage, lay_out
+from miro.training.config import TrainConfig
+from miro.training.memory import Memory, activation_bytes, estimate, parameter_count
+from miro.training.peaks import PEAKS
+from miro.training.presets import preset
 from miro_kernels import use_backend
 
 LATENT, TEXT_CHANNELS, TEXT_TOKENS = (4, 32, 32), 2048, 77

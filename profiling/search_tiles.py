@@ -30,8 +30,8 @@ from triton.runtime.errors import OutOfResources
 
 from miro_kernels import tiles
 from miro_kernels._triton import target
+from miro_kernels.lab.case_metrics import leaves_of
 from miro_kernels.lab.cases import Make
-from miro_kernels.lab.measure import leaves_of
 
 ROOT = Path(__file__).parent.parent
 Settings = dict[str, int]

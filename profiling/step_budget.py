@@ -36,11 +36,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from miro.engine import cast_parameters
-from miro.flops import training_flops
+from miro.model.packed_text import PackedText
 from miro.model.transformer import FlowTransformer, ModelConfig, Rewards
-from miro.presets import preset
-from miro.text import PackedText
+from miro.training.engine import cast_parameters
+from miro.training.flops import training_flops
+from miro.training.presets import preset
 from miro_kernels import use_backend
 from miro_kernels.backend import capturing
 from miro_kernels.lab.eager import FREE, OVERWRITING, size
@@ -141,7 +141,7 @@ def optimizer(model: nn.Module) -> Row:
 
 
 def useful_flops(config: ModelConfig, batch: int, text: int) -> float:
-    """Of a step: what miro/flops.py says it cannot do without."""
+    """Of a step: what miro/training/flops.py says it cannot do without."""
     return training_flops(
         config, (batch, *LATENTS), (batch * text, TEXT_CHANNELS), (REWARDS, LEVELS)
     )

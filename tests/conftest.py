@@ -3,26 +3,23 @@
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from openmoji.scenes import write_scenes
 from torch import Tensor
 
-from miro.annotate import annotate
-from miro.checkpoint import RunFolder
-from miro.data.scenes import write_scenes
-from miro.encode import encode
 from miro.flow import FlowConfig
 from miro.model.transformer import ModelConfig
-from miro.optimizer import OptimizerConfig
-from miro.presets import TrainConfig
-from miro.train import train
+from miro.prepare.annotate import annotate
+from miro.prepare.encode import encode
+from miro.training.checkpoint import RunFolder
+from miro.training.config import TrainConfig
+from miro.training.loop import train
+from miro.training.optimizer import OptimizerConfig
 
-# Child processes of the tests import their own helper from there (tests/miro/interrupted.py).
-sys.path.append(str(Path(__file__).parent / "miro"))
 # Training is on the CPU here, whatever the machine has; read at DeepSpeed's first import.
 os.environ["DS_ACCELERATOR"] = "cpu"
 # Tensors are tiny here: a second thread only waits for the first.

@@ -13,87 +13,114 @@ import pytest
 import miro_kernels
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("kernels", "miro", "profiling", "tests")
+FOLDERS = ("kernels", "miro", "examples", "profiling", "tests")
 MAX_LINES = 400
 
-# Top floor first; a module of miro imports only from floors below its own. A room, which is a
-# folder, may also import from itself. shared/design.md, section 2, says what each is for.
-FLOORS = (
-    ("__main__",),
-    ("cli",),
-    ("cli_data", "cli_train", "demo"),
-    (
-        "annotate",
-        "caption",
-        "draw",
-        "encode",
-        "evaluate",
-        "export",
-        "fit_clip",
-        "jobs",
-        "launcher",
-        "train",
-    ),
-    ("memory", "meter", "scoring", "survey", "visits"),
-    ("data", "sample"),
-    ("presets",),
-    ("engine", "flops", "saving"),
-    ("model", "partition"),
-    ("conditioning", "encoding", "optimizer"),
-    ("flow", "latents", "muon", "report", "rewards", "text"),
-    (
-        "checkpoint",
-        "config",
-        "locks",
-        "peaks",
-        "progress",
-        "random",
-        "ranks",
-        "telemetry",
-        "threads",
-    ),
+# Lowest first; a package of miro imports from itself and from those before it in this list.
+LAYERS = (
+    "utils",
+    "flow",
+    "conditioning",
+    "images",
+    "sources",
+    "model",
+    "encoders",
+    "rewards",
+    "data",
+    "training",
+    "report",
+    "prepare",
+    "inspect",
+    "sampling",
+    "evaluate",
+    "cli",
 )
-FLOOR = {room: height for height, floor in enumerate(reversed(FLOORS)) for room in floor}
+LAYER = {name: height for height, name in enumerate(LAYERS)}
 
 
 def sources(*folders: str) -> list[Path]:
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
+def module_name(path: Path) -> str:
+    """The dotted name by which a file is imported."""
+    roots = [ROOT / "kernels", ROOT / "examples", ROOT / "profiling", ROOT]
+    root = next(r for r in roots if path.is_relative_to(r))
+    return ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in sources("kernels", "miro", "examples", "profiling")}
+
+
 def imports(path: Path) -> Iterator[str]:
-    """The dotted name of everything a file imports, inside functions too."""
+    """The dotted name of every module a file imports, inside functions too."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: imports are written from the root"
+            assert node.level == 0, f"{path}: relative import; write the full name"
             assert node.module is not None
-            # `from miro import flow` names a module, `from miro.flow import noised` does not.
-            inside = node.module == "miro"
-            yield from (f"miro.{alias.name}" if inside else node.module for alias in node.names)
+            for alias in node.names:
+                # `from miro import flow` imports a module, `from miro.flow import Path` does not.
+                submodule = f"{node.module}.{alias.name}"
+                yield submodule if submodule in MODULES else node.module
 
 
-def room(path: Path) -> str:
-    return path.relative_to(ROOT / "miro").with_suffix("").parts[0]
+def test_no_two_modules_import_each_other() -> None:
+    """Depth-first search over all modules of the product: any cycle is reported whole."""
+    graph = {
+        name: [imported for imported in imports(path) if imported in MODULES]
+        for name, path in MODULES.items()
+    }
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " imports ".join([*trail[trail.index(name) :], name])
+        if name not in done:
+            for imported in graph[name]:
+                visit(imported, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
 
 
-def test_every_module_of_miro_has_its_floor() -> None:
-    rooms = {room(path) for path in sources("miro")} - {"__init__"}
+def test_every_package_of_miro_has_a_layer() -> None:
+    packages = {name.split(".")[1] for name in MODULES if name.startswith("miro.")}
 
-    assert rooms - FLOOR.keys() == set(), "say in FLOORS where these belong"
+    assert packages == set(LAYERS)
 
 
 def test_imports_inside_miro_only_go_down() -> None:
     wrong = [
-        f"{path.relative_to(ROOT)} imports {name}"
-        for path in sources("miro")
-        for name in imports(path)
+        f"{name} imports {imported}"
+        for name, path in MODULES.items()
         if name.startswith("miro.")
-        and (ours := room(path)) != (theirs := name.split(".")[1])
-        and FLOOR.get(ours, 0) <= FLOOR.get(theirs, len(FLOORS))
+        for imported in imports(path)
+        if imported.startswith("miro.")
+        and (ours := name.split(".")[1]) != (theirs := imported.split(".")[1])
+        and LAYER[ours] <= LAYER[theirs]
     ]
 
     assert wrong == []
+
+
+def test_no_two_modules_share_a_base_name() -> None:
+    """Package names count too; op.py and reference.py are the same part of each kernel."""
+    names = [
+        name.rpartition(".")[2]
+        for name in MODULES
+        if name.startswith(("miro.", "miro_kernels.", "openmoji."))
+    ]
+    repeated = {name for name in names if names.count(name) > 1}
+
+    assert repeated - {"__main__", "op", "reference"} == set()
+
+
+def test_the_package_is_small_enough_to_scan() -> None:
+    entries = {p.name for p in (ROOT / "miro").iterdir() if p.name != "__pycache__"}
+
+    assert len(entries) <= 17, sorted(entries)
 
 
 def test_kernels_import_torch_triton_and_the_standard_library_alone() -> None:
@@ -116,7 +143,8 @@ def test_nothing_imports_launch_files_profiling_scripts_or_tests() -> None:
         f"{path.relative_to(ROOT)} imports {name}"
         for path in sources("kernels", "miro")
         for name in imports(path)
-        if name.split(".")[0] in {"launch", "profiling", "tests", "kernels"} | scripts
+        if name.split(".")[0]
+        in {"launch", "profiling", "tests", "kernels", "examples", "openmoji"} | scripts
     ]
 
     assert wrong == []
@@ -145,7 +173,7 @@ def test_no_script_run_by_path_shadows_a_module() -> None:
     taken = sys.stdlib_module_names | {"torch", "triton", "numpy", "miro", "miro_kernels"}
 
     names = {path.stem for path in sources("profiling")}
-    names |= {path.stem for path in (ROOT / "tests" / "miro").glob("*.py")}
+    names |= {path.stem for path in (ROOT / "tests" / "helpers").glob("*.py")}
     assert names & taken == set()
 
 

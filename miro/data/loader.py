@@ -1,7 +1,7 @@
 """Batches of an encoded dataset, as a pure function of (seed, position).
 
 The training set is read as an endless row: epoch after epoch, each a permutation of all samples
-drawn from (seed, epoch); `miro.data.strata` says what it is of several sources and shapes. A step
+drawn from (seed, epoch); `miro.data.index_sampler` says what it is of several sources and shapes. A step
 that begins after `images` images reads the row from there on, cut among ranks and micro-batches. So
 a resumed run needs no state of the loader, and a run that goes on at another world size reads the
 same row. Shards are memory-mapped: a batch is one copy out of the page cache, no worker processes.
@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from miro.data.encoded import EncodedDataset
+from miro.data.index_sampler import Row, stratify
 from miro.data.mixture import TrainingData
-from miro.data.strata import Row, stratify
-from miro.random import seed_from
-from miro.text import PackedText
+from miro.data.reader import EncodedDataset
+from miro.model.packed_text import PackedText
+from miro.utils.rng import seed_from
 
 __all__ = ["Batch", "EncodedDataset", "Loader"]
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from miro.config import differences, unknown_name
-from miro.data.encoded import EncodedDataset
-from miro.data.live import LiveDataset, LiveEncoders
+from miro.data.index_sampler import Part
+from miro.data.on_the_fly import LiveDataset, LiveEncoders
+from miro.data.reader import EncodedDataset
 from miro.data.shards import Manifest
-from miro.data.strata import Part
+from miro.utils.serialize import differences, unknown_name
 
 # What need not be the same in two sources that are mixed.
 OWN = ("cut", "latent_shape", "latent_shapes")

@@ -22,18 +22,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from miro.data.tar import (
+from miro.sources.tar import (
     BLOCK,
     END,
     ShardError,
     TruncatedShardError,
-    atomic_file,
-    atomic_write,
     header,
     iterate_shard,
     map_file,
     scan,
 )
+from miro.utils.atomic_io import atomic_file, atomic_write
 
 __all__ = [
     "Manifest",

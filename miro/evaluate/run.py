@@ -8,23 +8,18 @@ from pathlib import Path
 
 import torch
 
-from miro.checkpoint import write_text
-from miro.data.scenes import heldout_prompts
 from miro.evaluate.measure import measure
-from miro.evaluate.verifier import load_verifier
-from miro.rewards.base import build_reward
-from miro.sample import Guidance, Pipeline
-
-PROMPT_SEED = 91_919
-"""Of the held-out prompts that final figures are measured on; nothing is tuned on them."""
+from miro.rewards.registry import build_reward
+from miro.sampling.pipeline import Pipeline
+from miro.sampling.sampler import Guidance
+from miro.utils.atomic_io import write_text
 
 
 def evaluate(
     run: Path,
     *,
     rewards: Sequence[str],
-    prompts: Path | None,
-    verifier: Path | None,
+    prompts: Path,
     count: int,
     wanted: Mapping[str, float | None],
     unwanted: Mapping[str, float | None],
@@ -38,20 +33,13 @@ def evaluate(
     Args:
         run: a run's folder or a weights folder.
         rewards: specs "name" or "name=weights".
-        prompts: a UTF-8 text file, a prompt a line; held-out scenes where None.
-        verifier: folder of a fitted verifier, for scenes only.
+        prompts: a UTF-8 text file, a prompt a line.
 
     Raises:
-        ValueError: a file without prompts, a verifier without scene prompts, an impossible target.
+        ValueError: a file without prompts, an impossible target.
     """
-    if prompts is not None and verifier is not None:
-        raise ValueError("the verifier judges scene prompts only; leave --prompts out")
     judges = [build_reward(spec, torch.device("cpu")) for spec in rewards]
-    if prompts is None:
-        scenes = heldout_prompts(count, PROMPT_SEED)
-        captions, said = [p.caption for p in scenes], [p.said for p in scenes]
-    else:
-        captions, said = _read_prompts(prompts, count), []
+    captions = _read_prompts(prompts, count)
     pipeline = Pipeline.load(run)
     guidance = Guidance(
         pipeline.target(wanted),
@@ -60,14 +48,12 @@ def evaluate(
         text_scale,
     )
     pictures = pipeline(captions, guidance, seed=seed, steps=steps)
-    judge = load_verifier(verifier) if verifier is not None else None
-    result = measure(pictures, captions, judges, judge, said)
+    result = measure(pictures, captions, judges)
     record = {
         "images_trained": pipeline.images,
         "prompts": len(captions),
         "means": result.means,
         "standard_errors": result.errors,
-        "verifier_by_category": result.by_category,
         "wanted": dict(wanted),
         "reward_scale": reward_scale,
         "text_scale": text_scale,

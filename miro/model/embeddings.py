@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miro.model.blocks import TextBlock
-from miro.text import PackedText
+from miro.model.packed_text import PackedText
 
 
 def sinusoids(values: Tensor, channels: int, longest_period: float) -> Tensor:

@@ -19,7 +19,7 @@ from miro.model.embeddings import (
     grid_positions,
     rope_angles,
 )
-from miro.text import PackedText
+from miro.model.packed_text import PackedText
 from miro_kernels import reward_adaln
 
 

@@ -12,8 +12,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from miro.checkpoint import write_text
 from miro.report.plots import svg
+from miro.utils.atomic_io import write_text
 
 _FOLDER = Path(__file__).parent
 _NAMES = {

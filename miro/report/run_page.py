@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from miro.checkpoint import RunFolder
 from miro.report import plots
-from miro.report.page import LEARNING, Kind, training_plots
 from miro.report.render import data_uri, label, plot, write_page
-from miro.report.results import read_json, read_training
+from miro.report.training_plots import LEARNING, Kind, read_json, read_training, training_plots
+from miro.training.checkpoint import RunFolder
 
 _MOST_SAMPLES = 24  # pictures in one page; more would make it slow to open
 _MACHINE: tuple[Kind, ...] = (

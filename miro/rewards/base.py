@@ -6,34 +6,14 @@ normalises it: scores are stored raw and binned later over the whole dataset (mi
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from miro.config import unknown_name
-from miro.rewards.pictures import check_picture
-
-# The published seven first, in the paper's order, then those that need no published weights.
-# A checkpoint's reward tables follow this order: append to it, never reorder it.
-REWARD_ORDER: tuple[str, ...] = (
-    "clip",
-    "aesthetic",
-    "image_reward",
-    "pick_score",
-    "hpsv2",
-    "vqa",
-    "sci_score",
-    "colourfulness",
-    "sharpness",
-    "alignment",
-)
-
-CLIP_FAMILY = ("clip", "aesthetic", "pick_score", "hpsv2", "sci_score")
-"""Those of miro.rewards.clip_family."""
+from miro.images.transforms import check_picture
 
 
 class Reward(Protocol):
@@ -75,121 +55,6 @@ class RewardOptions:
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 
-def _colourfulness(weights: str | None, options: RewardOptions) -> Reward:
-    from miro.rewards.pixels import Colourfulness
-
-    _refuse_weights("colourfulness", weights)
-    return Colourfulness(options.device)
-
-
-def _sharpness(weights: str | None, options: RewardOptions) -> Reward:
-    from miro.rewards.pixels import Sharpness
-
-    _refuse_weights("sharpness", weights)
-    return Sharpness(options.device)
-
-
-def _alignment(weights: str | None, options: RewardOptions) -> Reward:
-    from miro.rewards.alignment import Alignment
-
-    if weights is None:
-        raise ValueError(
-            "the reward 'alignment' needs a fitted CLIP: make one with 'miro fit-clip DATA FOLDER' "
-            "and ask for 'alignment=FOLDER'"
-        )
-    return Alignment(weights, options.device)
-
-
-def _of_clip_family(name: str) -> Callable[[str | None, RewardOptions], Reward]:
-    def build(weights: str | None, options: RewardOptions) -> Reward:
-        from miro.rewards.clip_family import BUILDERS
-
-        return BUILDERS[name](weights, options)
-
-    return build
-
-
-def _vqa(weights: str | None, options: RewardOptions) -> Reward:
-    from miro.rewards.vqa import build_vqa
-
-    return build_vqa(weights, options)
-
-
-def _image_reward(weights: str | None, options: RewardOptions) -> Reward:
-    from miro.rewards.image_reward import ImageReward
-
-    return ImageReward(weights, options)
-
-
-# Builders import inside, so that asking for colourfulness does not import open_clip.
-_BUILDERS: dict[str, Callable[[str | None, RewardOptions], Reward]] = {
-    **{name: _of_clip_family(name) for name in CLIP_FAMILY},
-    "vqa": _vqa,
-    "image_reward": _image_reward,
-    "colourfulness": _colourfulness,
-    "sharpness": _sharpness,
-    "alignment": _alignment,
-}
-
-
-def reward_names() -> tuple[str, ...]:
-    """Names that build_reward can build, in REWARD_ORDER."""
-    return order_rewards(_BUILDERS)
-
-
-def build_reward(
-    spec: str, device: torch.device | str = "cpu", *, options: RewardOptions | None = None
-) -> Reward:
-    """The reward named by `spec`: "name", or "name=WEIGHTS" with a folder, file or hub id.
-
-    A reward made of two things takes "name=FIRST,SECOND" (a head and the network below it, a
-    network and its tokenizer). SECOND left out is looked for in FIRST's folder and, if it is not
-    there, is the published one; `model` says what was taken.
-
-    A reward of a user's own is "module:Class" or "module:Class=WEIGHTS": a class of the Reward
-    protocol in an importable module, built as Class(weights or None, options). `options` takes the
-    place of `device`.
-
-    Raises ValueError for an unknown name (the nearest one is offered), for missing weights and for
-    weights given to a reward that has none.
-    """
-    name, equals, weights = spec.partition("=")
-    if equals and not weights:
-        raise ValueError(f"reward {spec!r} names no weights after '='")
-    options = RewardOptions(device) if options is None else options
-    if ":" in name:
-        return _users_own(name)(weights or None, options)
-    if name not in _BUILDERS:
-        raise unknown_name("reward", name, _BUILDERS)
-    return _BUILDERS[name](weights or None, options)
-
-
-def _users_own(name: str) -> Any:
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise ValueError(
-            f"reward {name!r}: {error}; give MODULE:CLASS of a module that Python can import"
-        ) from error
-
-
-def reward_position(name: str) -> tuple[int, str]:
-    """Sorts the names of REWARD_ORDER in that order, and a user's own after them by name."""
-    return (REWARD_ORDER.index(name) if name in REWARD_ORDER else len(REWARD_ORDER), name)
-
-
-def order_rewards(names: Iterable[str]) -> tuple[str, ...]:
-    """The names in REWARD_ORDER; ValueError for a name that is not in it or comes twice."""
-    listed = list(names)
-    for position, name in enumerate(listed):
-        if name not in REWARD_ORDER:
-            raise unknown_name("reward", name, REWARD_ORDER)
-        if name in listed[:position]:
-            raise ValueError(f"reward {name!r} is given twice in {', '.join(listed)}")
-    return tuple(sorted(listed, key=REWARD_ORDER.index))
-
-
 def same_sized(
     images: Sequence[Tensor], captions: Sequence[str], device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -206,8 +71,3 @@ def same_sized(
     for indices in by_size.values():
         pixels = torch.stack([images[i] for i in indices]).to(device, non_blocking=True)
         yield torch.tensor(indices, device=device), pixels
-
-
-def _refuse_weights(name: str, weights: str | None) -> None:
-    if weights is not None:
-        raise ValueError(f"the reward {name!r} has no weights, so ask for {name!r} alone")

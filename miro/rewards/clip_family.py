@@ -22,10 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from miro.images.transforms import View, normalised
 from miro.rewards.base import Reward, RewardOptions
-from miro.rewards.networks import TwoTowers
-from miro.rewards.pictures import View, normalised
-from miro.rewards.towers import (
+from miro.rewards.clip_models import (
     CLIP_TOKENIZER,
     CODED,
     OPEN_CLIP,
@@ -34,6 +33,7 @@ from miro.rewards.towers import (
     open_towers,
     transformers_towers,
 )
+from miro.rewards.network import TwoTowers
 from miro.rewards.weights import find_file, load_tensors, parts
 
 OPENAI_L14 = f"{OPEN_CLIP}ViT-L-14-quickgelu/openai"
@@ -148,7 +148,7 @@ def load_aesthetic_head(path: Path) -> tuple[Tensor, float]:
 
 
 def clip(weights: str | None, options: RewardOptions) -> Reward:
-    """`weights` as miro.rewards.towers says; None for jina-clip-v2 where code is allowed, else for
+    """`weights` as miro.rewards.clip_models says; None for jina-clip-v2 where code is allowed, else for
     OpenAI's CLIP ViT-L/14."""
     (named,) = parts(weights, 1)
     towers = open_towers(
@@ -158,7 +158,7 @@ def clip(weights: str | None, options: RewardOptions) -> Reward:
 
 
 def aesthetic(weights: str | None, options: RewardOptions) -> Reward:
-    """HEAD or HEAD,CLIP: the head's file or its folder, and a CLIP as miro.rewards.towers says."""
+    """HEAD or HEAD,CLIP: the head's file or its folder, and a CLIP as miro.rewards.clip_models says."""
     head, network = parts(weights, 2)
     remedy = f"curl -L -o '{AESTHETIC_HEAD}' {AESTHETIC_URL}"
     if head is None:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from miro.rewards.vision_language import local_folder
+from miro.rewards.vlm import local_folder
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from miro.images.transforms import View, normalised
 from miro.rewards.base import RewardOptions
-from miro.rewards.networks import NetworkReward
-from miro.rewards.pictures import Pictures, View, normalised
+from miro.rewards.image_batch import Pictures
+from miro.rewards.network import NetworkReward
 from miro.rewards.weights import named
 
 FILE, HUB = "ImageReward.pt", "THUDM/ImageReward"

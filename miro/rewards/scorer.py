@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from miro.rewards.base import Reward
-from miro.rewards.networks import NetworkReward
-from miro.rewards.pictures import Pictures
+from miro.rewards.image_batch import Pictures
+from miro.rewards.network import NetworkReward
 
 log = logging.getLogger(__name__)
 

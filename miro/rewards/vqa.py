@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from miro.images.transforms import View, normalised
 from miro.rewards.base import Reward, RewardOptions
 from miro.rewards.clip_t5 import SYSTEM, ClipT5, load_clip_t5, open_clip_t5
-from miro.rewards.networks import NetworkReward
-from miro.rewards.pictures import Pictures, View, normalised
-from miro.rewards.vision_language import VisionLanguage, cut, load_vision_language
+from miro.rewards.image_batch import Pictures
+from miro.rewards.network import NetworkReward
+from miro.rewards.vlm import VisionLanguage, cut, load_vision_language
 from miro.rewards.weights import named
 
 PUBLISHED = "zhiqiulin/clip-flant5-xxl"

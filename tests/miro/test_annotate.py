@@ -19,11 +19,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from miro.annotate import AnnotateConfig, annotate
-from miro.data.decode import decode
-from miro.data.shards import Manifest, iterate_shard, read_scores, verify
-from miro.locks import alone_in
+from miro.data.shards import Manifest, read_scores, verify
+from miro.images.pillow import decode
+from miro.prepare.annotate import AnnotateConfig, annotate
 from miro.rewards.pixels import Colourfulness, Sharpness
+from miro.sources.tar import iterate_shard
+from miro.utils.locks import alone_in
 
 SMALL = AnnotateConfig(batch_size=4, samples_per_shard=5, workers=1)
 

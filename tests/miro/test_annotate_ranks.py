@@ -10,13 +10,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from helpers.multirank import Together
 from test_annotate import contents, make_folder, make_tar, picture
-from together import Together
 
-from miro.annotate import AnnotateConfig, annotate
 from miro.conditioning import Bins
 from miro.data.shards import Manifest, read_scores, scores_path
-from miro.data.units import read_done
+from miro.prepare.annotate import AnnotateConfig, annotate
+from miro.prepare.work_log import read_done
 
 CONFIG = AnnotateConfig(batch_size=4, samples_per_shard=5, workers=1, max_rejected_after=1_000)
 BOTH = ("colourfulness", "sharpness")

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from damaged import PICTURE, encoded, noise
+from helpers.corrupt import PICTURE, encoded, noise
 from PIL import Image
 from torch import Tensor
 
-from miro.annotate import AnnotateConfig, annotate
 from miro.data.shards import Manifest, read_scores, verify
+from miro.prepare.annotate import AnnotateConfig, annotate
 
 SMALL = AnnotateConfig(batch_size=4, samples_per_shard=5, workers=1)
 

@@ -7,27 +7,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from encoded_folder import write_images
+from helpers.encoded import write_images
+from helpers.multirank import train_together
 from PIL import Image
-from together import train_together
 
-import miro.data.decode
-import miro.encode
-from miro import checkpoint
-from miro.checkpoint import RunFolder
-from miro.data.decode import decode
-from miro.data.encoded import EncodedDataset
+import miro.images.pillow
+import miro.prepare.encode
+from miro.data.reader import EncodedDataset
 from miro.data.shards import Manifest, ShardIndex
-from miro.draw import draw
-from miro.encode import EncodeConfig, encode
-from miro.encoding import Encoding, cover, nearest
-from miro.engine import ShardingConfig
+from miro.encoders.encoder import Encoding
+from miro.images.buckets import nearest
+from miro.images.pillow import decode
+from miro.images.transforms import cover
 from miro.model.embeddings import grid_positions, rope_angles
+from miro.model.packed_text import pack
 from miro.model.transformer import FlowTransformer, ModelConfig, Rewards
-from miro.presets import TrainConfig
-from miro.report.metrics import read_metrics
-from miro.text import pack
-from miro.train import train
+from miro.prepare.encode import EncodeConfig, encode
+from miro.sampling.command import draw
+from miro.training import checkpoint
+from miro.training.batch_plan import ShardingConfig
+from miro.training.checkpoint import RunFolder
+from miro.training.config import TrainConfig
+from miro.training.loop import train
+from miro.training.metrics_log import read_metrics
 
 # Widths and heights: squares, wide, tall, and one wider than any bucket.
 SIDES = [(40, 40), (60, 40), (33, 50), (64, 64), (120, 30), (48, 32)] * 4
@@ -131,7 +133,7 @@ def test_several_sizes_are_complete_folders_and_a_picture_is_decoded_once(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded: list[int] = []
-    for module in (miro.encode, miro.data.decode):
+    for module in (miro.prepare.encode, miro.images.pillow):
         monkeypatch.setattr(module, "decode", lambda data: (decoded.append(1), decode(data))[1])
     both = replace(CONFIG, size=None, sizes=(32, 64), decoder="pillow")
 

@@ -10,23 +10,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from damaged import PICTURE, encoded
+from helpers.corrupt import PICTURE, encoded
+from helpers.tiny_models import save_llava
 from PIL import Image
-from tiny_models import save_llava
 
-from miro.annotate import AnnotateConfig, annotate
-from miro.caption import CaptionConfig, caption
-from miro.cli import main
-from miro.data.encoded import EncodedDataset
-from miro.data.shards import (
-    Manifest,
-    iterate_shard,
-    read_scores,
-    shard_path,
-    verify,
-    write_shard,
-)
-from miro.encode import EncodeConfig, encode
+from miro.cli.main import main
+from miro.data.reader import EncodedDataset
+from miro.data.shards import Manifest, read_scores, shard_path, verify, write_shard
+from miro.prepare.annotate import AnnotateConfig, annotate
+from miro.prepare.caption import CaptionConfig, caption
+from miro.prepare.encode import EncodeConfig, encode
+from miro.sources.tar import iterate_shard
 
 KEYS = [f"{i:02d}" for i in range(7)]
 
@@ -118,7 +112,7 @@ def test_a_model_captions_every_picture_in_both_lengths(
 def test_the_model_is_told_the_alt_text_for_a_long_caption_alone(
     source: Path, llava: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from miro.rewards.vision_language import VisionLanguage
+    from miro.rewards.vlm import VisionLanguage
 
     asked: list[str] = []
 
@@ -188,7 +182,7 @@ def test_a_finished_folder_needs_no_model(source: Path, llava: str, tmp_path: Pa
 def test_an_empty_caption_is_set_aside_and_its_sample_kept(
     source: Path, llava: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from miro.rewards.vision_language import VisionLanguage
+    from miro.rewards.vlm import VisionLanguage
 
     def answer(self: Any, images: Any, questions: list[str], *rest: Any) -> list[str]:
         return ["" if "photo 4" in question else "said" for question in questions]

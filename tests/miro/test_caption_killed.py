@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from damaged import PICTURE
+from helpers.corrupt import PICTURE
 
-from miro.annotate import AnnotateConfig, annotate
+from miro.prepare.annotate import AnnotateConfig, annotate
 
 KILLED = """
     import itertools, os, signal, sys

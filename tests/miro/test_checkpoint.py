@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from miro import checkpoint
-from miro.checkpoint import MANIFEST, STATE, TENSORS, CheckpointError, RunFolder
+from miro.training import checkpoint
+from miro.training.checkpoint import MANIFEST, STATE, TENSORS, CheckpointError, RunFolder
+from miro.utils import atomic_io
 
 NUMBERS = {"images": 640, "name": "é", "nested": {"a": [1, 2.5, None]}}
 
@@ -142,8 +143,8 @@ def test_the_last_few_are_kept_and_those_at_marks(
 def test_a_small_file_is_replaced_at_once(tmp_path: Path) -> None:
     path = tmp_path / "run" / "config.json"
 
-    checkpoint.write_text(path, "old")
-    checkpoint.write_text(path, "neé")
+    atomic_io.write_text(path, "old")
+    atomic_io.write_text(path, "neé")
 
     assert path.read_text(encoding="utf-8") == "neé" and list(path.parent.iterdir()) == [path]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from miro.cli import COMMANDS, main
+from miro.cli.main import COMMANDS, main
 
 TINY = [
     "model.channels=32", "model.depth=1", "model.heads=1", "model.hidden=32", "images=128",

@@ -11,10 +11,7 @@ import huggingface_hub.constants
 import open_clip
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from torch.nn import functional as F
-from toy_clips import (
+from helpers.toy_clips import (
     TOY,
     aesthetic_head,
     as_pil,
@@ -26,12 +23,16 @@ from toy_clips import (
     rule,
     transformers_toy,
 )
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
+from miro.images.transforms import CLIP_MEAN, CLIP_STD, View
 from miro.rewards import clip_family
-from miro.rewards.base import RewardOptions, build_reward
-from miro.rewards.networks import TwoTowers
-from miro.rewards.pictures import CLIP_MEAN, CLIP_STD, View
+from miro.rewards.base import RewardOptions
+from miro.rewards.network import TwoTowers
+from miro.rewards.registry import build_reward
 
 SIZES = ((32, 32), (48, 80), (101, 33), (32, 35), (225, 452))
 CAPTIONS = ["a red frog", "two cats left of a dog", "", "a very long caption " * 20, "a photo"]

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from engines import REWARDS, TEXT, engine, inputs
+from helpers.engines import REWARDS, TEXT, engine, inputs
 from torch import Tensor, fx
 from torch.autograd.graph import saved_tensors_hooks
 
-from miro.engine import Engine
 from miro.model.transformer import FlowTransformer, ModelConfig
+from miro.training.engine import Engine
 
 DEPTH, CHANNELS, HIDDEN, TOKENS = 4, 32, 96, 64
 

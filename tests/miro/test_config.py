@@ -8,8 +8,9 @@ from typing import Any, Literal
 import pytest
 
 from miro.conditioning import ConditioningConfig
-from miro.config import differences, from_dict, to_dict, unknown_name
-from miro.presets import PRESETS, TrainConfig, demo, preset
+from miro.training.config import TrainConfig
+from miro.training.presets import PRESETS, demo, preset
+from miro.utils.serialize import differences, from_dict, to_dict, unknown_name
 
 
 @pytest.mark.parametrize("name", PRESETS)

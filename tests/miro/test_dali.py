@@ -13,15 +13,17 @@ from itertools import islice, repeat
 import numpy as np
 import pytest
 import torch
-from damaged import PICTURE, bomb, encoded, noise
+from helpers.corrupt import PICTURE, bomb, encoded, noise
 from PIL import Image
 from torch import Tensor
 
-from miro.annotate import AnnotateConfig
-from miro.data import decode as decode_module
-from miro.data.decode import DecodeError, build_decoder, decode, decode_ahead
+from miro.images import open_decoder, pillow
+from miro.images.decoder import DecodeError, decode_ahead
+from miro.images.open_decoder import build_decoder
+from miro.images.pillow import decode
+from miro.prepare.annotate import AnnotateConfig
 
-dali = pytest.importorskip("miro.data.dali")
+dali = pytest.importorskip("miro.images.dali")
 if importlib.util.find_spec("nvidia.dali") is None:
     pytest.skip("DALI is not installed", allow_module_level=True)
 
@@ -277,19 +279,19 @@ def test_auto_says_once_that_dali_is_not_there(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     without_dali(monkeypatch)
-    decode_module._say_once.cache_clear()
+    open_decoder._say_once.cache_clear()
 
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             with closing(build_decoder("auto")) as made:
-                assert isinstance(made, decode_module.PillowDecoder)
+                assert isinstance(made, pillow.PillowDecoder)
 
     assert caplog.text.count("pip install 'miro-trainer[dali]'") == 1
 
 
 @pytest.mark.parametrize("name", ["auto", "dali", "pillow"])
-def test_the_decoder_is_the_one_asked_for(name: decode_module.DecoderName) -> None:
-    kind = decode_module.PillowDecoder if name == "pillow" else dali.DaliDecoder
+def test_the_decoder_is_the_one_asked_for(name: open_decoder.DecoderName) -> None:
+    kind = pillow.PillowDecoder if name == "pillow" else dali.DaliDecoder
 
     with closing(build_decoder(name, workers=1)) as made:
         assert isinstance(made, kind)

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from miro import meter
-from miro.checkpoint import RunFolder
-from miro.cli_train import told
-from miro.data.encoded import EncodedDataset
-from miro.meter import DataWait, Progress
-from miro.presets import TrainConfig
-from miro.report.metrics import read_metrics
-from miro.train import train
+from miro.cli.train import told
+from miro.data.reader import EncodedDataset
+from miro.training import metrics as meter
+from miro.training.checkpoint import RunFolder
+from miro.training.config import TrainConfig
+from miro.training.loop import train
+from miro.training.metrics import DataWait, Progress
+from miro.training.metrics_log import read_metrics
 
 
 class Clock:

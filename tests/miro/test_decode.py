@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from damaged import PICTURE, bomb, encoded, noise
+from helpers.corrupt import PICTURE, bomb, encoded, noise
 from PIL import Image
 
-from miro.data.decode import DecodeError, decode
+from miro.images.decoder import DecodeError
+from miro.images.pillow import decode
 
 
 @pytest.mark.parametrize(

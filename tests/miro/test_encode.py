@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from miro.data.encoded import EncodedDataset
 from miro.data.npy import npy_bytes, npy_view
+from miro.data.reader import EncodedDataset
 from miro.data.shards import (
     Manifest,
     ShardIndex,
-    iterate_shard,
     read_scores,
     scores_path,
     shard_path,
@@ -26,7 +25,8 @@ from miro.data.shards import (
     write_scores,
     write_shard,
 )
-from miro.encode import EncodeConfig, encode
+from miro.prepare.encode import EncodeConfig, encode
+from miro.sources.tar import iterate_shard
 
 KINDS = ("original", "short")
 CONFIG = EncodeConfig(workers=1, max_rejected=0.5)
@@ -110,7 +110,7 @@ def test_every_sample_has_its_latent_its_texts_and_its_json(images, encoded):
 
 
 def test_texts_are_the_encoders_states(encoded):
-    from miro.text import build_text_encoder
+    from miro.encoders.text import build_text_encoder
 
     data = EncodedDataset(encoded)
     for caption, kind in enumerate(KINDS):

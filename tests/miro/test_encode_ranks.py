@@ -8,14 +8,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from helpers.multirank import Together
 from test_annotate import contents, make_folder
-from together import Together
 
-from miro.annotate import AnnotateConfig, annotate
-from miro.data.encoded import EncodedDataset
-from miro.data.made import read_made
+from miro.data.reader import EncodedDataset
 from miro.data.shards import Manifest
-from miro.encode import EncodeConfig, encode
+from miro.prepare.annotate import AnnotateConfig, annotate
+from miro.prepare.completed_shards import read_made
+from miro.prepare.encode import EncodeConfig, encode
 
 CONFIG = EncodeConfig(size=8, batch_size=4, workers=1, max_rejected=0.5)
 

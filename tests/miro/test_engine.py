@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from engines import CONFIG, LAYOUT, SHAPE, TEXT, build, engine, inputs, learn
+from helpers.engines import CONFIG, LAYOUT, SHAPE, TEXT, build, engine, inputs, learn
 from torch import Tensor
 
-from miro.engine import Engine
+from miro.model.packed_text import absent
 from miro.model.transformer import FlowTransformer, ModelConfig
-from miro.optimizer import OptimizerConfig, ema_decay, rate_factor
-from miro.partition import Piece
-from miro.text import absent
+from miro.training.engine import Engine
+from miro.training.optimizer import OptimizerConfig, ema_decay, rate_factor
+from miro.training.zero_shards import Piece
 
 
 def loss(engine: Engine, seed: int, captioned: bool = True) -> Tensor:

@@ -10,18 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from damaged import encoded
+from helpers.corrupt import encoded
+from helpers.tiny_models import save_clip_flan_t5, save_llava
+from helpers.toy_clips import TOY, aesthetic_head, open_clip_toy, transformers_toy
 from test_image_reward import ORACLE, state
 from test_latents import save_autoencoder
 from test_ten_thousand import ODD, photograph
-from tiny_models import save_clip_flan_t5, save_llava
-from toy_clips import TOY, aesthetic_head, open_clip_toy, transformers_toy
 
-from miro.cli import main
-from miro.data.encoded import EncodedDataset
+from miro.cli.main import main
+from miro.data.reader import EncodedDataset
 from miro.data.shards import Manifest, read_scores
 from miro.rewards import clip_family
-from miro.rewards.base import REWARD_ORDER
+from miro.utils.reward_names import REWARD_ORDER
 
 SEVEN = REWARD_ORDER[:7]
 COUNT = 240

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from together import train_together
+from helpers.multirank import train_together
 
-from miro import checkpoint
-from miro.checkpoint import CheckpointError, RunFolder
-from miro.engine import ShardingConfig
-from miro.export import export
-from miro.presets import TrainConfig
-from miro.sample import Pipeline
+from miro.sampling.export import export
+from miro.sampling.pipeline import Pipeline
+from miro.training import checkpoint
+from miro.training.batch_plan import ShardingConfig
+from miro.training.checkpoint import CheckpointError, RunFolder
+from miro.training.config import TrainConfig
 
 
 def test_the_newest_weights_are_exported_and_can_be_sampled_from_alone(

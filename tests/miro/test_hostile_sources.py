@@ -13,12 +13,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from damaged import PICTURE, bomb
-from drained import good, picture, pictures, refused, save_to_disk, write_csv, write_tar
+from helpers.corrupt import PICTURE, bomb
+from helpers.sources import good, picture, pictures, refused, save_to_disk, write_csv, write_tar
 
-from miro.annotate import annotate
 from miro.data.shards import read_scores
-from miro.data.sources import open_source
+from miro.prepare.annotate import annotate
+from miro.sources.source import open_source
 
 
 def test_of_a_bad_csv_the_bad_rows_are_set_aside(tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_members_of_a_tar_that_are_no_plain_files_are_set_aside(tmp_path: Path) 
 def test_a_member_too_large_for_memory_is_set_aside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("miro.data.tars.MAX_IMAGE_BYTES", 1000)
+    monkeypatch.setattr("miro.sources.webdataset.MAX_IMAGE_BYTES", 1000)
     samples = [
         ("a", {"png": PICTURE, "txt": b"x"}),
         ("b", {"png": PICTURE + bytes(999), "txt": b"x"}),

@@ -17,9 +17,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as TF
 
-from miro.rewards.base import RewardOptions, build_reward
+from miro.rewards.base import RewardOptions
+from miro.rewards.image_batch import Pictures
 from miro.rewards.image_reward import ImageReward
-from miro.rewards.pictures import Pictures
+from miro.rewards.registry import build_reward
 
 ORACLES = Path(__file__).parents[1] / "oracles"
 ORACLE = json.loads((Path(__file__).parent / "fixtures/image_reward_scores.json").read_text())

@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from inspected import make_dataset, page_of, png, shade, text_of
+from helpers.inspect_pages import make_dataset, page_of, png, shade, text_of
 from PIL import Image
 
-from miro.annotate import AnnotateConfig, annotate
-from miro.cli import main
+from miro.cli.main import main
 from miro.data.shards import MODELS, Manifest, read_scores
-from miro.survey import contact
-from miro.survey.contact import CELL
-from miro.survey.run import InspectConfig, inspect, survey_of
+from miro.inspect import contact_sheets as contact
+from miro.inspect.contact_sheets import CELL
+from miro.inspect.inspect_dataset import InspectConfig, inspect, survey_of
+from miro.prepare.annotate import AnnotateConfig, annotate
 
 NAN = float("nan")
 HOSTILE = "<script>alert('$1$')</script>\"'"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from miro.latents import build_codec
+from miro.encoders.vae import build_codec
 
 needs_diffusers = pytest.mark.skipif(
     importlib.util.find_spec("diffusers") is None, reason="the extra 'vae' is not installed"

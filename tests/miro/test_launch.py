@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.multirank import free_port
 from test_annotate import make_folder
-from together import free_port
 
-from miro.checkpoint import RunFolder
+from miro.cli.launch import launch
 from miro.data.shards import Manifest
-from miro.launcher import launch
-from miro.presets import TrainConfig
-from miro.report.metrics import read_metrics
-from miro.train import train
+from miro.training.checkpoint import RunFolder
+from miro.training.config import TrainConfig
+from miro.training.loop import train
+from miro.training.metrics_log import read_metrics
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 # The run of `training` in the words of a command line.

@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from engines import CONFIG, LAYOUT, engine, inputs, learn
+from helpers.engines import CONFIG, LAYOUT, engine, inputs, learn
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from miro.engine import Engine, Layout, ShardingConfig, deepspeed_config, lay_out
+from miro.model.packed_text import pack
 from miro.model.transformer import Rewards
-from miro.text import pack
+from miro.training.batch_plan import Layout, ShardingConfig, deepspeed_config, lay_out
+from miro.training.engine import Engine
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -7,24 +7,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from encoded_folder import write_images
-from interrupted import run_killed_when
+from helpers.encoded import write_images
+from helpers.kill import run_killed_when
 from test_annotate import make_folder
 from test_latents import save_autoencoder
 
-from miro.annotate import AnnotateConfig, annotate
-from miro.checkpoint import RunFolder, load
-from miro.data.encoded import EncodedDataset
-from miro.data.live import LiveDataset, LiveEncoders
 from miro.data.loader import Loader
 from miro.data.mixture import open_data
+from miro.data.on_the_fly import LiveDataset, LiveEncoders
+from miro.data.reader import EncodedDataset
 from miro.data.shards import Manifest, shard_path
-from miro.data.tar import iterate_shard
-from miro.encode import EncodeConfig, encode
-from miro.encoding import Encoding
+from miro.encoders.encoder import Encoding
 from miro.model.transformer import ModelConfig
-from miro.presets import TrainConfig, preset
-from miro.train import train
+from miro.prepare.annotate import AnnotateConfig, annotate
+from miro.prepare.encode import EncodeConfig, encode
+from miro.sources.tar import iterate_shard
+from miro.training.checkpoint import RunFolder, load
+from miro.training.config import TrainConfig
+from miro.training.loop import train
+from miro.training.presets import preset
 
 SQUARE = Encoding(size=16)
 SMALL = ModelConfig(channels=16, depth=2, heads=2, hidden=32, patch=4)

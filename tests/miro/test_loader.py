@@ -13,7 +13,7 @@ import torch
 from miro.data.loader import Batch, EncodedDataset, Loader, made_ahead
 from miro.data.npy import npy_bytes
 from miro.data.shards import Manifest, scores_path, write_scores, write_shard
-from miro.random import seed_from
+from miro.utils.rng import seed_from
 
 KINDS = ("original", "short", "long")
 SAMPLES, DIM, SHAPE = 21, 6, (2, 4, 3)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from openmoji.demo import DemoConfig, run_demo
 
-from miro.demo import DemoConfig, run_demo
-from miro.locks import alone_in
-from miro.presets import ModelConfig, TrainConfig
-from miro.train import train
+from miro.training.config import TrainConfig
+from miro.training.loop import train
+from miro.training.presets import ModelConfig
+from miro.utils.locks import alone_in
 
 MODEL = ModelConfig(channels=32, depth=1, heads=1, hidden=32, patch=8)
 

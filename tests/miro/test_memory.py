@@ -12,16 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from together import Together
+from helpers.multirank import Together
 
-import miro.engine
-from miro.engine import Engine, Layout, ShardingConfig
-from miro.memory import activation_bytes, choose_stage, estimate, parameter_count
+import miro.training.batch_plan
+from miro.model.packed_text import absent
 from miro.model.transformer import FlowTransformer, ModelConfig, Rewards
-from miro.optimizer import OptimizerConfig
-from miro.presets import TrainConfig, preset
-from miro.ranks import Ranks, join
-from miro.text import absent
+from miro.training.batch_plan import Layout, ShardingConfig
+from miro.training.config import TrainConfig
+from miro.training.engine import Engine
+from miro.training.memory import activation_bytes, choose_stage, estimate, parameter_count
+from miro.training.optimizer import OptimizerConfig
+from miro.training.presets import preset
+from miro.utils.distributed import Ranks, join
 
 # 21 million parameters, few tokens: what is measured is the state.
 MODEL, LATENT, TEXT, REWARDS = ModelConfig(512, 5, 4, 1024, 4), (1, 8, 8), 16, 2
@@ -43,7 +45,7 @@ def reset_peak() -> None:
 
 def measure(config: ModelConfig, layout: Layout, precision: Any, bucket: int, out: Path) -> None:
     """Write the most that this rank holds from its second step's forward to its gradients."""
-    miro.engine.BUCKET = bucket
+    miro.training.batch_plan.BUCKET = bucket
     # Every tensor gets pages of its own: the holes that others leave in glibc's heap, up to half as
     # much again at stage 3, are no part of what the engine holds, nor of a device's memory.
     M_MMAP_THRESHOLD = -3
@@ -100,7 +102,7 @@ def test_memory_of_a_rank_falls_with_the_stage_as_estimated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With buckets small beside the weights, as they are beside those of a large model, and not."""
-    monkeypatch.setattr("miro.memory.BUCKET", bucket)
+    monkeypatch.setattr("miro.training.memory.BUCKET", bucket)
     model = replace(MODEL, depth=depth)
     parameters = parameter_count(model, LATENT, TEXT, REWARDS)
     measured = []
@@ -152,7 +154,7 @@ def test_recomputing_keeps_an_eighth_of_the_activations() -> None:
 def test_auto_takes_the_lowest_stage_that_fits_and_says_why(
     gigabytes: int, stage: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("miro.memory.capacity", lambda device, ranks: gigabytes * 1e9)
+    monkeypatch.setattr("miro.training.memory.capacity", lambda device, ranks: gigabytes * 1e9)
     config = replace(LARGE, sharding=ShardingConfig(micro_batch=64))
     caplog.set_level(logging.INFO)
 

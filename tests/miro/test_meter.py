@@ -15,14 +15,15 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from miro.checkpoint import RunFolder
 from miro.conditioning import ConditioningConfig
-from miro.flops import training_flops
-from miro.meter import Meter, Seen, loss_groups, loss_sums
 from miro.model.transformer import Rewards
-from miro.presets import TrainConfig, demo
-from miro.report.metrics import MetricsWriter, read_metrics
-from miro.train import train
+from miro.training.checkpoint import RunFolder
+from miro.training.config import TrainConfig
+from miro.training.flops import training_flops
+from miro.training.loop import train
+from miro.training.metrics import Meter, Seen, loss_groups, loss_sums
+from miro.training.metrics_log import MetricsWriter, read_metrics
+from miro.training.presets import demo
 from miro_kernels.lab.eager import FREE
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from miro.report.metrics import MetricsWriter, read_metrics
+from miro.training.metrics_log import MetricsWriter, read_metrics
 
 
 def write(folder: Path, resumed_at: int, *reports: int) -> None:

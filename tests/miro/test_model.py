@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from miro.model.embeddings import TextEmbedding, grid_positions, rope_angles
+from miro.model.packed_text import PackedText, absent, pack
 from miro.model.transformer import FlowTransformer, ModelConfig, Rewards
-from miro.text import PackedText, absent, pack
 from miro_kernels import qk_norm_rope
 
 CONFIG = ModelConfig(channels=32, depth=2, heads=2, hidden=40, patch=2)

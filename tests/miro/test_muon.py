@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from miro.muon import MuonEMA, orthogonal
+from miro.training.muon import MuonEMA, orthogonal
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 40, 16), (2, 16, 40), (1, 5, 1)])

@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as TF
 
-from miro.rewards.pictures import Pictures, View, for_each, normalised
+from miro.images.transforms import View, for_each, normalised
+from miro.rewards.image_batch import Pictures
 
 
 def photograph(height: int, width: int, seed: int = 0) -> torch.Tensor:

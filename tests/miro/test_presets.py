@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from miro.model.transformer import FlowTransformer, ModelConfig
-from miro.presets import TrainConfig, demo, large, preset, small
+from miro.training.config import TrainConfig
+from miro.training.presets import demo, large, preset, small
 
 
 def billions(config: ModelConfig, text: int = 2048) -> float:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from miro.ranks import Ranks, ranks_of
+from miro.utils.distributed import Ranks, ranks_of
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from damaged import flip_a_byte
-from interrupted import run_killed_before, run_killed_when
+from helpers.corrupt import flip_a_byte
+from helpers.kill import run_killed_before, run_killed_when
 
-from miro import checkpoint
-from miro.checkpoint import RunFolder
 from miro.conditioning import ConditioningConfig
-from miro.presets import TrainConfig
-from miro.report.metrics import read_metrics
-from miro.train import Progress, train
+from miro.training import checkpoint
+from miro.training.checkpoint import RunFolder
+from miro.training.config import TrainConfig
+from miro.training.loop import train
+from miro.training.metrics import Progress
+from miro.training.metrics_log import read_metrics
 
 
 def losses(run: RunFolder) -> list[tuple[int, float]]:

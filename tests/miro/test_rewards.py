@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from miro.rewards.base import REWARD_ORDER, build_reward, order_rewards, reward_names
 from miro.rewards.pixels import Colourfulness, Sharpness
+from miro.rewards.registry import build_reward, reward_names
+from miro.utils.reward_names import REWARD_ORDER, order_rewards
 
 
 def as_uint8(image: Tensor) -> Tensor:

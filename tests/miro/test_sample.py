@@ -10,18 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from miro import checkpoint
-from miro.checkpoint import CheckpointError, RunFolder
 from miro.conditioning import ConditioningConfig, Target
-from miro.encode import EncodeConfig, encode
-from miro.engine import Precision
 from miro.flow import FlowConfig, euler_times, velocity
+from miro.model.packed_text import PackedText, absent, pack
 from miro.model.transformer import FlowTransformer, ModelConfig, Rewards
-from miro.optimizer import OptimizerConfig
-from miro.presets import TrainConfig
-from miro.sample import Guidance, Pipeline, best_of, draw_noise, sample, to_bytes
-from miro.text import PackedText, absent, pack
-from miro.train import train
+from miro.prepare.encode import EncodeConfig, encode
+from miro.sampling.pipeline import Pipeline, to_bytes
+from miro.sampling.sampler import Guidance, best_of, draw_noise, sample
+from miro.training import checkpoint
+from miro.training.batch_plan import Precision
+from miro.training.checkpoint import CheckpointError, RunFolder
+from miro.training.config import TrainConfig
+from miro.training.loop import train
+from miro.training.optimizer import OptimizerConfig
 
 SHAPE, TEXT = (2, 4, 4), 6
 FLOW = FlowConfig(predicts="sample")

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from miro.images.transforms import View
 from miro.rewards.base import RewardOptions
-from miro.rewards.networks import NetworkReward, TwoTowers
-from miro.rewards.pictures import View
+from miro.rewards.network import NetworkReward, TwoTowers
 from miro.rewards.pixels import Colourfulness
 from miro.rewards.scorer import Pairs, Scorer
 

@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from damaged import flip_a_byte
-from interrupted import train_until
-from together import Together, train_together
+from helpers.corrupt import flip_a_byte
+from helpers.kill import train_until
+from helpers.multirank import Together, train_together
 from torch import Tensor
 
-from miro import checkpoint
-from miro.checkpoint import Reader, RunFolder
-from miro.engine import ShardingConfig
-from miro.meter import loss_groups
-from miro.presets import TrainConfig
-from miro.ranks import EXIT_STOPPED
-from miro.report.metrics import read_metrics
+from miro.training import checkpoint
+from miro.training.batch_plan import ShardingConfig
+from miro.training.checkpoint import Reader, RunFolder
+from miro.training.config import TrainConfig
+from miro.training.metrics import loss_groups
+from miro.training.metrics_log import read_metrics
+from miro.utils.distributed import EXIT_STOPPED
 
 # Stage, ranks, and micro-batches a rank accumulates; `make test-long` tries all of them.
 CUTS = [(stage, world, times) for stage in (0, 1, 2, 3) for world in (1, 2, 4) for times in (1, 4)]
@@ -177,7 +177,7 @@ def test_a_run_whose_rank_is_killed_resumes_bit_for_bit(
     "moment",
     [
         ("os.rename", "checkpoints/.000000000048.writing"),
-        ("os.rename", "checkpoints/.latest.writing"),
+        ("os.rename", "checkpoints/.latest.partial"),
     ],
     ids=["before a checkpoint counts", "before latest moves"],
 )

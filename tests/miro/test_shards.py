@@ -17,12 +17,8 @@ import pytest
 
 from miro.data.shards import (
     Manifest,
-    ShardError,
     ShardIndex,
     ShardInfo,
-    TruncatedShardError,
-    atomic_write,
-    iterate_shard,
     read_scores,
     read_shard_scores,
     score_columns,
@@ -31,7 +27,8 @@ from miro.data.shards import (
     write_scores,
     write_shard,
 )
-from miro.data.tar import header, link_or_copy
+from miro.sources.tar import ShardError, TruncatedShardError, header, iterate_shard
+from miro.utils.atomic_io import atomic_write, link_or_copy
 
 Samples = list[tuple[str, dict[str, bytes]]]
 

@@ -10,14 +10,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from drained import drain, good, picture, refused, write_tar
+from helpers.sources import drain, good, picture, refused, write_tar
 from torch import Tensor
 
-from miro.annotate import AnnotateConfig, annotate
-from miro.data.braces import expand_braces
-from miro.data.folder import FolderSource
 from miro.data.shards import Manifest, read_scores, verify
-from miro.data.sources import Columns, open_source, shard_name
+from miro.prepare.annotate import AnnotateConfig, annotate
+from miro.sources.braces import expand_braces
+from miro.sources.folder import FolderSource
+from miro.sources.source import open_source, shard_name
+from miro.sources.tables import Columns
 
 
 def put(path: Path, content: bytes | str | object) -> Path:

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from encoded_folder import SQUARE, WIDE, write_encoded
+from helpers.encoded import SQUARE, WIDE, write_encoded
 
-from miro.checkpoint import RunFolder, load
-from miro.data.encoded import EncodedDataset
+from miro.data.index_sampler import Part, Row, shares, stratify
 from miro.data.loader import Loader
 from miro.data.mixture import Mixture, open_data
-from miro.data.strata import Part, Row, shares, stratify
-from miro.presets import TrainConfig
-from miro.report.metrics import read_metrics
-from miro.train import train
+from miro.data.reader import EncodedDataset
+from miro.training.checkpoint import RunFolder, load
+from miro.training.config import TrainConfig
+from miro.training.loop import train
+from miro.training.metrics_log import read_metrics
 
 # Two sources in three shapes; the second source has none of the last.
 SHAPE_OF = np.array([0] * 50 + [1] * 23 + [2] * 4 + [0] * 30 + [1] * 14)

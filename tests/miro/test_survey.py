@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from inspected import make_dataset, page_of, text_of
+from helpers.inspect_pages import make_dataset, page_of, text_of
 
-from miro.report.survey_page import size_text
-from miro.survey.rejected import read_rejected
-from miro.survey.scores import dense_ranks, order_of, rank_correlation
+from miro.inspect.inspect_page import size_text
+from miro.inspect.rejected_counts import read_rejected
+from miro.inspect.score_stats import dense_ranks, order_of, rank_correlation
 
 NAN = float("nan")
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from damaged import encoded, noise
-from drained import (
+from helpers.corrupt import encoded, noise
+from helpers.sources import (
     good,
     picture,
     pictures,
@@ -21,10 +21,11 @@ from drained import (
     write_parquet,
 )
 
-from miro.annotate import AnnotateConfig, annotate
 from miro.data.shards import read_scores, verify
-from miro.data.sources import Columns, open_source
-from miro.data.text_rows import STRIDE, DelimitedFile, JsonLinesFile
+from miro.prepare.annotate import AnnotateConfig, annotate
+from miro.sources.csv_jsonl import STRIDE, DelimitedFile, JsonLinesFile
+from miro.sources.source import open_source
+from miro.sources.tables import Columns
 
 
 def captions_of(path: Path, columns: Columns | None = None) -> list[dict[str, str]]:

@@ -8,8 +8,8 @@ import pynvml
 import pytest
 import torch
 
-from miro.peaks import peak_flops
-from miro.telemetry import Nvml, memory
+from miro.training.peaks import peak_flops
+from miro.training.telemetry import Nvml, memory
 
 CUDA = torch.device("cuda", 1)
 UUID = "c0ffee00-1234-5678-9abc-def012345678"

@@ -15,15 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from damaged import bomb, encoded
-from interrupted import PROCESSES
+from helpers.corrupt import bomb, encoded
+from helpers.kill import PROCESSES
 from PIL import Image
 from torch import Tensor
 
-from miro.annotate import AnnotateConfig, annotate
-from miro.data.decode import decode
-from miro.data.shards import Manifest, iterate_shard, read_scores, shard_path, verify
+from miro.data.shards import Manifest, read_scores, shard_path, verify
+from miro.images.pillow import decode
+from miro.prepare.annotate import AnnotateConfig, annotate
 from miro.rewards.pixels import Colourfulness
+from miro.sources.tar import iterate_shard
 
 TARS, EACH = 40, 250
 CONFIG = AnnotateConfig(samples_per_shard=EACH, workers=1)

@@ -5,7 +5,8 @@ import sys
 import pytest
 import torch
 
-from miro.text import PackedText, absent, build_text_encoder, pack
+from miro.encoders.text import build_text_encoder
+from miro.model.packed_text import PackedText, absent, pack
 
 LENGTHS = (3, 0, 5, 1)
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from miro import threads
-from miro.threads import in_threads
+from miro.utils import threads
+from miro.utils.threads import in_threads
 
 
 @pytest.fixture

@@ -13,15 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from miro import checkpoint
-from miro.checkpoint import RunFolder
 from miro.conditioning import ConditioningConfig
-from miro.data.encoded import EncodedDataset
+from miro.data.reader import EncodedDataset
 from miro.data.shards import Manifest, read_shard_scores, scores_path, write_scores
-from miro.optimizer import OptimizerConfig
-from miro.presets import TrainConfig
-from miro.report.metrics import read_metrics
-from miro.train import Progress, train
+from miro.training import checkpoint
+from miro.training.checkpoint import RunFolder
+from miro.training.config import TrainConfig
+from miro.training.loop import train
+from miro.training.metrics import Progress
+from miro.training.metrics_log import read_metrics
+from miro.training.optimizer import OptimizerConfig
 
 Weights = dict[str, Tensor]
 

@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.tiny_models import pictures, save_clip_flan_t5, save_llava
 from PIL import Image
-from tiny_models import pictures, save_clip_flan_t5, save_llava
 from torch import Tensor
 from torch.nn import functional as F
 
-from miro.rewards.base import RewardOptions, build_reward
+from miro.images.transforms import CLIP_MEAN
+from miro.rewards.base import RewardOptions
 from miro.rewards.clip_t5 import assemble, load_clip_t5, our_name
-from miro.rewards.pictures import CLIP_MEAN, Pictures
+from miro.rewards.image_batch import Pictures
+from miro.rewards.registry import build_reward
 from miro.rewards.vqa import question
 
 CAPTIONS = ["a frog", 'a "red" frog {0} <image> left of a fish', "no"]

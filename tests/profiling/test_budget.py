@@ -15,7 +15,7 @@ from roofline import DEVICES, Device, Row, grouped, projected, seconds_by_bound,
 from step_budget import LATENTS, Budget, budget, useful_flops
 
 from miro.model.transformer import ModelConfig
-from miro.presets import preset
+from miro.training.presets import preset
 
 TINY = ModelConfig(channels=64, depth=3, heads=2, hidden=96, patch=4)
 

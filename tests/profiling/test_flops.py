@@ -9,9 +9,9 @@ import torch
 from count_flops import LATENTS, Counted, count, derived, ours, published
 from torch import nn
 
-from miro.flops import forward_flops, training_flops
 from miro.model.transformer import FlowTransformer
-from miro.presets import preset
+from miro.training.flops import forward_flops, training_flops
+from miro.training.presets import preset
 from miro_kernels import use_backend
 from miro_kernels.backend import capturing
 

@@ -9,7 +9,7 @@ import step_budget
 from compare import compare
 from count_flops import LATENTS, ours
 
-from miro.presets import preset
+from miro.training.presets import preset
 
 RESULTS = Path(__file__).parents[2] / "profiling" / "results"
 

@@ -14,8 +14,8 @@ import matplotlib
 import plot
 import pytest
 import report
-import result_examples as examples
 from charts import markup
+from helpers import result_examples as examples
 from pictures import pictures
 from report import write_report
 from result_files import histories, read, read_folder

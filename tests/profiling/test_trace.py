@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from worker import Phases, Step
 
-from miro.report.metrics import read_metrics
+from miro.training.metrics_log import read_metrics
 
 
 class Reading(Step):

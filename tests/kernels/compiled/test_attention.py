@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from miro_kernels import attention
-from miro_kernels.lab.compiled import MACHINES, capture
+from miro_kernels.lab.resources import MACHINES, capture
 
 MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC", "gfx942": "v_mfma"}
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from miro_kernels.lab import measure
+from miro_kernels.lab import case_metrics
 from miro_kernels.lab.cases import CASES, Case
-from miro_kernels.lab.compiled import MACHINES
+from miro_kernels.lab.resources import MACHINES
 
 MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC"}
 
@@ -13,7 +13,7 @@ MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC"}
 @pytest.mark.parametrize("target", MACHINES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.op)
 def test_compiled_code(case: Case, target: str) -> None:
-    found = measure.compiled(case, torch.bfloat16, target)
+    found = case_metrics.compiled(case, torch.bfloat16, target)
 
     assert found.keys() == set(case.directions) and all(found.values())
     for kernel in (kernel for kernels in found.values() for kernel in kernels):
@@ -27,6 +27,6 @@ def test_compiled_code(case: Case, target: str) -> None:
 def test_attention_multiplies_on_the_matrix_unit_of_its_target(target: str) -> None:
     (case,) = (case for case in CASES if case.op == "attention")
 
-    for direction, kernels in measure.compiled(case, torch.bfloat16, target).items():
+    for direction, kernels in case_metrics.compiled(case, torch.bfloat16, target).items():
         names = {name for kernel in kernels for name in kernel.matrix}
         assert names and all(name.startswith(MATRIX[target]) for name in names), direction

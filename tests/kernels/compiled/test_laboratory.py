@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from miro_kernels.lab.compiled import MACHINES, Compiled, capture, occupancy
+from miro_kernels.lab.resources import MACHINES, Compiled, capture, occupancy
 
 CUDA = ("sm_80", "sm_90", "sm_100")
 

@@ -1,16 +1,11 @@
 """The launches that profiling/step_budget.py counts for our ops are those of their own code."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-from miro_kernels.lab import measure
-from miro_kernels.lab.cases import CASES
-
-sys.path.append(str(Path(__file__).parents[3] / "profiling"))
 from step_budget import LAUNCHES  # noqa: E402
+
+from miro_kernels.lab import case_metrics
+from miro_kernels.lab.cases import CASES
 
 OPS = {
     "reward_adaln": "reward_adaln",
@@ -25,7 +20,7 @@ OPS = {
 def test_an_op_launches_what_the_budget_says(name: str) -> None:
     (case,) = (case for case in CASES if case.op == name)
 
-    found = measure.compiled(case, torch.bfloat16, "sm_90")
+    found = case_metrics.compiled(case, torch.bfloat16, "sm_90")
 
     assert len(found["forward"]) == LAUNCHES[OPS[name]]
     assert len(found["backward"]) == LAUNCHES[f"{OPS[name]}_backward"]

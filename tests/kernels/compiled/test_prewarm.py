@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from miro.engine import Engine, Layout
+from miro.model.packed_text import PackedText
 from miro.model.transformer import FlowTransformer, ModelConfig, Rewards
-from miro.optimizer import OptimizerConfig
-from miro.text import PackedText
+from miro.training.batch_plan import Layout
+from miro.training.engine import Engine
+from miro.training.optimizer import OptimizerConfig
 from miro_kernels import prewarm, tiles, use_backend
-from miro_kernels.lab.compiled import capture
+from miro_kernels.lab.resources import capture
 from miro_kernels.tune import tune
 
 MODEL = ModelConfig(channels=64, depth=2, heads=2, hidden=96, patch=2)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from miro_kernels import qk_norm_rope, reward_adaln, swiglu
-from miro_kernels.lab.compiled import capture
+from miro_kernels.lab.resources import capture
 
 BATCH, TOKENS = 4, 64
 

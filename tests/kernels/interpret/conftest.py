@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from miro.annotate import annotate
-from miro.encode import EncodeConfig, encode
+from miro.prepare.annotate import annotate
+from miro.prepare.encode import EncodeConfig, encode
 from miro_kernels.lab import interpret, traffic
 
 HERE = Path(__file__).parent

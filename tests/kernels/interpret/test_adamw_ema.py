@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from miro.muon import MuonEMA
+from miro.training.muon import MuonEMA
 from miro_kernels import AdamWEMA, use_backend
 
 Draw = Callable[..., Tensor]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from miro_kernels import attention, use_backend
-from miro_kernels.lab import measure, testing
+from miro_kernels.lab import case_metrics, testing
 from miro_kernels.lab.cases import CASES, MOST_BYTES, SHORTFALLS, Case
 
 Count = Callable[..., Any]
@@ -18,7 +18,7 @@ Count = Callable[..., Any]
 @pytest.mark.usefixtures("count")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.op)
 def test_bytes(case: Case) -> None:
-    moved = measure.counted(case, torch.bfloat16, case.batches[0])
+    moved = case_metrics.counted(case, torch.bfloat16, case.batches[0])
 
     assert moved.keys() == set(case.directions)
     for direction, found in moved.items():
@@ -32,7 +32,7 @@ def test_bytes(case: Case) -> None:
 def test_errors(case: Case, device: str) -> None:
     if device == "cpu":
         pytest.skip("minutes in the interpreter: the report has them, and the ops' tests others")
-    assert max(measure.errors(case, torch.bfloat16, device).values()) <= testing.BAR
+    assert max(case_metrics.errors(case, torch.bfloat16, device).values()) <= testing.BAR
 
 
 @pytest.mark.parametrize("lengths", [(0, 0, 0), (0, 3, 200), (64, 64, 64)], ids=str)

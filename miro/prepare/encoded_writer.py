@@ -1,0 +1,157 @@
+"""The folder that `miro encode` makes for one size: what it holds, and how it grows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from miro.data.reader import copy_scores
+from miro.data.shards import MODELS, Manifest, ShardInfo, score_columns, scores_path
+from miro.encoders.encoder import Encoding
+from miro.prepare.completed_shards import Made, gather_made, read_made, write_made
+from miro.prepare.rejected_log import RejectedLog
+from miro.utils.distributed import Ranks
+from miro.utils.locks import alone_in, waiting_in
+
+log = logging.getLogger(__name__)
+
+
+class EncodedFolder:
+    """An encoded folder that is being made from the images folder `source`, by this process's rank.
+
+    Raises:
+        ValueError: what `dest` holds was made otherwise; the message names the difference.
+    """
+
+    def __init__(
+        self, source: Path, dest: Path, pictures: Manifest, encoding: Encoding, ranks: Ranks
+    ) -> None:
+        self.source, self.dest, self.pictures, self.encoding = source, dest, pictures, encoding
+        self.ranks = ranks
+        found = (dest / "manifest.json").is_file()
+        self.manifest = self._made_alike() if found else None
+        self.cut = 0  # captions of the shard under way whose ends were not read
+
+    @property
+    def samples(self) -> int:
+        """Samples the manifest lists."""
+        return self.manifest.samples if self.manifest else 0
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """How the manifest says it is encoded."""
+        assert self.manifest is not None and self.manifest.encoding is not None
+        return self.manifest.encoding
+
+    def open(self, stack: ExitStack) -> None:
+        """Keep other processes of this rank out, and bring the scores that are there up to date."""
+        stack.enter_context(alone_in(self.dest, self.ranks.rank))
+        self.rejected = stack.enter_context(RejectedLog(self.dest / "rejected.jsonl"))
+        if self.manifest:
+            self._gather()
+        shards = self.manifest.shards if self.manifest else ()
+        for shard in shards[self.ranks.rank :: self.ranks.world]:
+            copy_scores(self.source, self.dest, shard)
+
+    def begin(self, record: dict[str, Any]) -> None:
+        """The manifest of a folder without shards, unless another process was first."""
+        with waiting_in(self.dest):
+            if (self.dest / "manifest.json").is_file():
+                self.manifest = self._made_alike()
+                return
+            origin = {**self.pictures.source, "encoded_from": {}}
+            self.manifest = replace(
+                self.pictures, kind="encoded", shards=(), encoding=record, source=origin
+            )
+            self.manifest.write(self.dest)
+
+    def made(self, position: int) -> ShardInfo | None:
+        """The shard made of the source's shard at `position`, if it is."""
+        if self.manifest and position < len(self.manifest.shards):
+            return self.manifest.shards[position]
+        record = read_made(self.dest, self.pictures.shards[position])
+        return record and record.shard
+
+    def complete(self, shard: ShardInfo, made: ShardInfo) -> None:
+        """A shard of the source was encoded."""
+        copy_scores(self.source, self.dest, made)
+        write_made(self.dest, shard, Made(made, self.cut))
+        self.cut = 0
+        self._gather()
+        log.info("%s: %d samples encoded", self.dest, self.samples)
+
+    def _gather(self) -> None:
+        self.manifest = gather_made(self.dest, self.pictures.shards, self._extended)
+
+    def _extended(self, manifest: Manifest, shard: ShardInfo, made: Made) -> Manifest:
+        assert manifest.encoding is not None
+        made_from = {**manifest.source["encoded_from"], shard.name: shard.sha256}
+        return replace(
+            self.pictures,
+            kind="encoded",
+            shards=(*manifest.shards, made.shard),
+            encoding={**manifest.encoding, "cut": manifest.encoding["cut"] + made.cut},
+            source={**self.pictures.source, "encoded_from": made_from},
+        )
+
+    def take_rewards(self) -> None:
+        """Let the manifest list the source's rewards of which every shard has the scores by now."""
+        with waiting_in(self.dest):
+            manifest = Manifest.read(self.dest)
+            rewards = set(self.pictures.rewards)
+            for shard in manifest.shards if manifest.rewards != self.pictures.rewards else ():
+                table = scores_path(self.dest, shard)
+                rewards &= set(score_columns(table)) if table.is_file() else set()
+            source = dict(manifest.source)
+            if MODELS in self.pictures.source:
+                source[MODELS] = self.pictures.source[MODELS]
+            listed = tuple(name for name in self.pictures.rewards if name in rewards)
+            self.manifest = replace(manifest, rewards=listed, source=source)
+            if self.manifest != manifest:
+                self.manifest.write(self.dest)
+
+    def check_shape(self, origin: str, image: Tensor, shape: Sequence[int]) -> None:
+        """ValueError for a picture of a size of its own, where none was asked for."""
+        first, (height, width) = self.record["latent_shape"], image.shape[1:]
+        if not self.encoding.buckets and list(shape) != first:
+            raise ValueError(
+                f"{origin}: the picture is {width} x {height} pixels, its latents {shape}, those of"
+                f" the first {tuple(first)}; give a size, to which all are cropped and resized"
+            )
+
+    def check_share(self, most: float) -> None:
+        """ValueError where more than a share of the source was set aside."""
+        share = len(self.rejected) / self.pictures.samples
+        if share > most:
+            raise ValueError(
+                f"{len(self.rejected)} of {self.pictures.samples} samples were set aside, more "
+                f"than the share of {most:g} allowed by max_rejected; "
+                f"{self.rejected.path} says why, last: {self.rejected.last}"
+            )
+
+    def _made_alike(self) -> Manifest:
+        """The manifest that is there; ValueError where it is not what this call would make."""
+        dest, manifest = self.dest, Manifest.read(self.dest)
+        if manifest.kind != "encoded" or manifest.encoding is None:
+            raise ValueError(f"{dest}: holds images, not latents; choose a new folder")
+        if differ := self.encoding.otherwise(manifest.encoding):
+            raise ValueError(
+                f"{dest}: was encoded otherwise ({'; '.join(differ)}); ask for the same, or choose "
+                "a new folder"
+            )
+        made_from = manifest.source.get("encoded_from", {})
+        for position, shard in enumerate(manifest.shards):
+            shards = self.pictures.shards
+            now = shards[position] if position < len(shards) else None
+            if now is None or now.name != shard.name or now.sha256 != made_from.get(shard.name):
+                raise ValueError(
+                    f"{dest}: its shard {shard.name} was encoded from other pictures than "
+                    f"{self.source} holds now; choose a new folder"
+                )
+        return manifest

@@ -1,0 +1,53 @@
+"""The rows of one shard's score table, as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from miro.data.shards import read_shard_scores, write_scores
+from miro.sources.sample import Candidate
+from miro.utils.reward_names import reward_position
+
+
+class ScoreRows:
+    """Scores of a shard's samples by `rewards`, a row for each caption of a sample."""
+
+    def __init__(self, rewards: Sequence[str]) -> None:
+        self.captions: list[str] = []  # the kinds
+        self._rewards = tuple(rewards)
+        self._keys: list[str] = []
+        self._scores = [np.empty((0, len(self._rewards)), np.float32)]
+
+    def add(self, sample: Candidate, scores: np.ndarray) -> None:
+        """scores: float32 (captions, rewards), NaN where not known."""
+        self._keys += [sample.key] * len(sample.captions)
+        self.captions += sample.captions
+        self._scores.append(scores)
+
+    def write(self, path: Path) -> None:
+        """Write the table at `path`, atomically."""
+        self._write(path, self._columns())
+
+    def add_to(self, path: Path) -> None:
+        """Add the columns to the table at `path`, or make it.
+
+        Raises:
+            ValueError: the table that is there is of other samples.
+        """
+        before: dict[str, np.ndarray] = {}
+        if path.is_file():
+            keys, captions, before = read_shard_scores(path)
+            if (keys, captions) != (self._keys, self.captions):
+                raise ValueError(f"{path}: has rows of other samples; delete it and run again")
+        self._write(path, before | self._columns())
+
+    def _columns(self) -> dict[str, np.ndarray]:
+        values = np.concatenate(self._scores)
+        return {name: values[:, i] for i, name in enumerate(self._rewards)}
+
+    def _write(self, path: Path, columns: dict[str, np.ndarray]) -> None:
+        ordered = {name: columns[name] for name in sorted(columns, key=reward_position)}
+        write_scores(path, self._keys, self.captions, ordered)

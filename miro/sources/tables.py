@@ -1,0 +1,262 @@
+"""Tables with a column of images and columns of captions, in one file or in several.
+
+An image is a path, from the folder of its table on, or the bytes themselves as in Hugging Face
+datasets. Paths may lead anywhere: such tables name files by absolute paths on most clusters.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Protocol
+
+from miro.images.pillow import IMAGE_EXTENSIONS
+from miro.sources.arrow import ArrowStream, ParquetFile
+from miro.sources.csv_jsonl import DelimitedFile, JsonLinesFile, Row
+from miro.sources.sample import (
+    MAX_CAPTION_BYTES,
+    MAX_IMAGE_BYTES,
+    Candidate,
+    Rejection,
+    captions_of,
+    check_captions,
+    fingerprint,
+    is_caption,
+    is_prose,
+    kind_of,
+    read_file,
+    unique_keys,
+)
+from miro.utils.serialize import unknown_name
+
+log = logging.getLogger(__name__)
+
+TABLES = {
+    ".csv": DelimitedFile,
+    ".tsv": DelimitedFile,
+    ".jsonl": JsonLinesFile,
+    ".parquet": ParquetFile,
+    ".arrow": ArrowStream,
+}
+
+IMAGE_COLUMNS = (
+    "image", "image_path", "path", "file", "filename", "file_name", "image_file", "filepath",
+)  # fmt: skip
+CAPTION_COLUMNS = ("original_caption", "caption", "text", "prompt", "captions")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a table to read; those not given are found by their names."""
+
+    image: str | None = None
+    captions: tuple[str, ...] = ()
+
+
+class RowFile(Protocol):
+    """A file of rows: how many, the names of their cells, and some of the first."""
+
+    path: Path
+    rows: int
+    columns: list[str]
+
+    @property
+    def head(self) -> list[dict[str, Any]]: ...
+
+    def read(self, start: int, stop: int, image: str) -> Iterator[Row]: ...
+
+
+class TableSource:
+    """The rows of files of one kind, one after the other; a group is a slice of the rows.
+
+    A sample's key is the number of its row, counted from 0 over all files. Opening is quick for
+    Parquet and Arrow, whose rows are known without reading them; text files are read through once.
+    """
+
+    def __init__(self, paths: Sequence[Path], samples_per_shard: int, columns: Columns):
+        files: list[RowFile] = [TABLES[path.suffix.lower()](path) for path in paths]
+        self._files = [file for file in files if file.rows]
+        if not self._files:
+            raise ValueError(f"{paths[0]}: there are no rows in it")
+        self._layout = _Layout.find(self._files, columns)
+        self._starts = list(accumulate((file.rows for file in self._files), initial=0))
+        self._size = samples_per_shard
+        rows = self._starts[-1]
+        self.total: int | None = rows
+        self.groups = -(-rows // samples_per_shard)
+        parts = [f"{file.path.name} {file.path.stat().st_size} {file.rows}" for file in self._files]
+        parts = ["table in groups", str(samples_per_shard), str(self._layout), *parts]
+        self.fingerprint = fingerprint(parts)
+        log.info("%s: %s rows, %s", paths[0], f"{rows:,}", self._layout)
+
+    def units(self, group: int, done: int = 0) -> Iterator[Iterator[Candidate | Rejection]]:
+        """The one unit of a group, which is a slice of the rows."""
+        if done == 0:
+            first = group * self._size
+            yield self._read(first, min(first + self._size, self._starts[-1]))
+
+    def _read(self, first: int, stop: int) -> Iterator[Candidate | Rejection]:
+        for index in range(bisect_right(self._starts, first) - 1, len(self._files)):
+            file, before = self._files[index], self._starts[index]
+            if before >= stop:
+                return
+            start, end = max(first - before, 0), min(stop - before, file.rows)
+            rows = file.read(start, end, self._layout.image)
+            for number, row in enumerate(rows, before + start):
+                yield from self._layout.candidate(file.path, f"{number:08d}", row)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Which column holds the images, and {column: kind} of the captions."""
+
+    image: str
+    captions: dict[str, str]
+
+    def __str__(self) -> str:
+        captions = ", ".join(f"{kind} from {column!r}" for column, kind in self.captions.items())
+        return f"images from {self.image!r}, captions: {captions}"
+
+    @classmethod
+    def find(cls, files: Sequence[RowFile], columns: Columns) -> _Layout:
+        """The columns given, or those whose names say what they are; ValueError without any.
+
+        A caption holds prose: "caption_length" is named like one and is none.
+        """
+        path, known = files[0].path, files[0].columns
+        has = f"it has the columns {', '.join(known)}"
+        if len(set(known)) < len(known):
+            raise ValueError(f"{path}: two columns have one name, {has}")
+        for name in filter(None, (columns.image, *columns.captions)):
+            if name not in known:
+                raise ValueError(f"{path}: {unknown_name('column', name, known)}")
+        image = columns.image or _first(IMAGE_COLUMNS, known)
+        if image is None:
+            raise ValueError(f"{path}: no column of images, {has}; name it by --image-column")
+        captions = list(columns.captions)
+        if not captions:
+            head = next((head for file in files if (head := file.head)), [])
+            captions = [n for n in _named(known) if any(is_prose(row.get(n)) for row in head)]
+        captions = [name for name in captions if name != image]
+        if not captions:
+            raise ValueError(f"{path}: no captions, {has}; name theirs by --caption-columns")
+        for file in files:
+            if missing := {image, *captions} - set(file.columns):
+                raise ValueError(
+                    f"{file.path}: no column {min(missing)!r}, which {path} has; annotate it alone"
+                )
+        return cls(image, _kinds(captions))
+
+    def candidate(self, table: Path, key: str, row: Row) -> Iterator[Candidate | Rejection]:
+        """The sample of one row, or why there is none."""
+        origin = f"{table.name}:{key}"
+        if isinstance(row, str):
+            yield Rejection(origin, "row", row)
+            return
+        image = _image(row.get(self.image), table.parent)
+        if isinstance(image, str):
+            yield Rejection(origin, "image", image)
+            return
+        found: dict[str, Any] = {}
+        for column, kind in self.captions.items():
+            value = row.get(column)
+            if isinstance(value, list | dict):
+                found = {**captions_of(value, kind), **found}
+            elif value is not None:
+                found[kind] = value
+        none = f"no caption in {' or '.join(self.captions)}"
+        captions, problems = check_captions(origin, found, none)
+        yield from problems
+        if captions:
+            used = {self.image, *self.captions}
+            # A caption that was not asked for must not be read as one from the shard's JSON.
+            left = {n: v for n, v in row.items() if n not in used and not is_caption(n, v)}
+            extra = {name: value for name, value in left.items() if _is_json(value)}
+            yield Candidate(origin, key, *image, captions, extra)
+
+
+def _first(names: Sequence[str], known: Sequence[str]) -> str | None:
+    """The first of the names that a table has, in whatever case."""
+    folded = {name.casefold(): name for name in reversed(known)}
+    return next((folded[name] for name in names if name in folded), None)
+
+
+def _named(known: Sequence[str]) -> list[str]:
+    """The columns that are captions by their names, the likeliest original first."""
+    usual = [found for name in CAPTION_COLUMNS if (found := _first([name], known)) is not None]
+    return list(dict.fromkeys([*usual, *(name for name in known if kind_of(name))]))
+
+
+def _kinds(columns: Sequence[str]) -> dict[str, str]:
+    """{column: kind}: what its name says; the first whose name says nothing is the original."""
+    kinds: dict[str, str] = {}
+    for name in columns:
+        kind = kind_of(name) or "original"
+        kinds[name] = name if kind in kinds.values() else kind
+    return dict(zip(kinds, unique_keys(kinds.values()), strict=True))
+
+
+def _image(value: Any, folder: Path) -> tuple[str, bytes] | str:
+    """(extension, bytes) of the image in a cell, or why there is none."""
+    data, path = value, value
+    if isinstance(value, dict):
+        data, path = value.get("bytes"), value.get("path")
+    if not isinstance(data, bytes):
+        if path is None or path == "":
+            return "the cell is empty"
+        if not isinstance(path, str):
+            return f"the cell holds neither a path nor bytes but {type(path).__name__}"
+        data = _read_image(path, folder)
+        if isinstance(data, str):
+            return data
+    if len(data) > MAX_IMAGE_BYTES:
+        return f"is too large: {len(data):,} bytes, the limit is {MAX_IMAGE_BYTES:,}"
+    extension = os.path.splitext(path)[1][1:].lower() if isinstance(path, str) else ""
+    return extension if extension in IMAGE_EXTENSIONS else _extension(data), data
+
+
+def _read_image(path: str, folder: Path) -> bytes | str:
+    """The bytes of the file that a table names, or why it cannot be read."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path):
+        return f"{path[:200]!r} is a URL; download the images first, this program does not"
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        return f"{path[:200]!a} is not the name of a file"
+    if "\0" in path:
+        return f"{path[:200]!r} holds a zero byte"
+    data = read_file(os.path.join(folder, path), MAX_IMAGE_BYTES)
+    return f"{path[:200]!r} {data}" if isinstance(data, str) else data
+
+
+def _extension(data: bytes) -> str:
+    """The extension that the first bytes of an image call for; what is no image gets one too."""
+    starts = {
+        b"\x89PNG": "png",
+        b"RIFF": "webp",
+        b"GIF8": "gif",
+        b"BM": "bmp",
+        b"II*\0": "tif",
+        b"MM\0*": "tif",
+    }
+    if data[4:12] in (b"ftypavif", b"ftypavis"):
+        return "avif"
+    return next((name for start, name in starts.items() if data.startswith(start)), "jpg")
+
+
+def _is_json(value: Any) -> bool:
+    """Whether a cell can be kept as JSON, as a number without a value cannot; at most 1 MB."""
+    if value is None:
+        return False
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        return len(text.encode()) <= MAX_CAPTION_BYTES
+    except (TypeError, ValueError):
+        return False

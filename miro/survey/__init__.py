@@ -1,1 +1,0 @@
-"""`miro inspect`: what a dataset folder holds, in numbers and pictures."""

@@ -1,0 +1,75 @@
+"""Small dataset folders with given scores, and their pages, for the tests of inspect."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from miro.data.shards import Manifest, scores_path, write_scores, write_shard
+from miro.inspect.inspect_dataset import InspectConfig, inspect
+
+
+def shade(number: int) -> np.ndarray:
+    """A picture of one grey, by which it is known on a contact sheet."""
+    return np.full((24 + number % 10, 40, 3), 20 * (number % 10), np.uint8)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def make_dataset(
+    folder: Path,
+    scores: Mapping[str, Sequence[float]],
+    *,
+    captions: Sequence[Mapping[str, str]] = (),
+    pictures: Mapping[int, bytes] | None = None,
+    shards: int = 2,
+    count: int = 10,
+) -> Path:
+    """`count` samples in shards, each with a score for each of its captions."""
+    captions = captions or [{"original": f"picture {i}"} for i in range(count)]
+    kinds = list(dict.fromkeys(kind for texts in captions for kind in texts))
+    rows = [(i, kind) for i, texts in enumerate(captions) for kind in texts]
+    made = []
+    for shard, samples in enumerate(np.array_split(np.arange(len(captions)), shards)):
+        content = [
+            (
+                f"key{i}",
+                {
+                    "png": (pictures or {}).get(int(i), png(shade(int(i)))),
+                    "json": json.dumps({"captions": captions[i]}).encode(),
+                },
+            )
+            for i in samples
+        ]
+        made.append(write_shard(folder / "shards" / f"{shard:05d}.tar", content))
+        here = [row for row, (i, _) in enumerate(rows) if i in samples]
+        write_scores(
+            scores_path(folder, made[-1]),
+            [f"key{rows[row][0]}" for row in here],
+            [rows[row][1] for row in here],
+            {name: [values[row] for row in here] for name, values in scores.items()},
+        )
+    Manifest("images", tuple(kinds), tuple(made), tuple(scores)).write(folder)
+    return folder
+
+
+def page_of(folder: Path, **options: Any) -> tuple[str, dict[str, Any]]:
+    """The page's markup and the JSON beside it."""
+    page = inspect(folder, config=InspectConfig(**options))
+    return page.read_text("utf-8"), json.loads(page.with_suffix(".json").read_text("utf-8"))
+
+
+def text_of(html: str) -> str:
+    html = re.sub(r"<(style|svg).*?</\1>", " ", html, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", html))

@@ -1,0 +1,94 @@
+"""Everything a source holds, and small tars and tables. Imported by the tests of sources."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from helpers.corrupt import encoded
+from PIL import Image
+
+from miro.sources.sample import Candidate, Rejection
+from miro.sources.source import Source
+
+
+def picture(shade: int) -> bytes:
+    return encoded(Image.new("RGB", (5, 4), (shade, 0, 0)))
+
+
+def write_tar(path: Path, samples: Sequence[tuple[str, Mapping[str, bytes]]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for key, members in samples:
+            for extension, data in members.items():
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def pictures(folder: Path, count: int = 4) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        (folder / f"{number}.png").write_bytes(picture(number))
+    return folder
+
+
+def write_csv(path: Path, text: str | bytes) -> Path:
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_parquet(path: Path, rows: list[Any]) -> Path:
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def save_to_disk(folder: Path, rows: list[Any] | pa.Table) -> Path:
+    """A dataset as `datasets` 5 lays it out: two Arrow streams in batches, and what lists them."""
+    folder.mkdir(parents=True)
+    table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows)
+    half = len(rows) // 2
+    names = [f"data-0000{i}-of-00002.arrow" for i in range(2)]
+    for name, part in zip(names, [table.slice(0, half), table.slice(half)], strict=True):
+        with (
+            pa.OSFile(str(folder / name), "wb") as file,
+            pa.ipc.new_stream(file, part.schema) as to,
+        ):
+            to.write_table(part, max_chunksize=2)
+    files = [{"filename": name} for name in names]
+    (folder / "state.json").write_text(json.dumps({"_data_files": files, "_split": "train"}))
+    (folder / "dataset_info.json").write_text(json.dumps({"features": {}}))
+    return folder
+
+
+def drain(source: Source) -> list[Candidate | Rejection]:
+    """All that is in a source, in its order."""
+    return [item for group in range(source.groups) for unit in source.units(group) for item in unit]
+
+
+def good(source: Source) -> dict[str, Candidate]:
+    """The candidates by key; fails where two have one key."""
+    candidates = [item for item in drain(source) if isinstance(item, Candidate)]
+    by_key = {candidate.key: candidate for candidate in candidates}
+    assert len(by_key) == len(candidates)
+    return by_key
+
+
+def refused(source: Source) -> dict[tuple[str, str], str]:
+    """{(what, field): why} of what is set aside; fails where one of these comes twice."""
+    rejections = [item for item in drain(source) if isinstance(item, Rejection)]
+    reasons = {(item.source, item.field): item.reason for item in rejections}
+    assert len(reasons) == len(rejections)
+    return reasons
