@@ -27,7 +27,7 @@ class ConditioningConfig:
 
     rewards: tuple[str, ...] | None = None
     """The rewards the network is told. None: all it has a place for; none at all: the baseline."""
-    places: tuple[str, ...] | None = None
+    reward_slots: tuple[str, ...] | None = None
     """The rewards the network has a place for, told or not, so that runs of different `rewards`
     build the same network. None: all the data has. What the data does not have is not known."""
     bins: int = 64
@@ -140,7 +140,7 @@ class Bins:
             raise ValueError(f"{source} is not a bins file of this version: {error}") from error
 
 
-def trained_rewards(config: ConditioningConfig, available: Sequence[str]) -> Tensor:
+def conditioned_rewards(config: ConditioningConfig, available: Sequence[str]) -> Tensor:
     """(R,) bool: which of the data's rewards the run is told.
 
     Raises:
@@ -170,7 +170,7 @@ def keep_text(config: ConditioningConfig, uniform: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Target:
+class RewardTarget:
     """Levels asked for at inference: one in [0, 1] a reward, or None where nothing is asked."""
 
     levels: tuple[float | None, ...]
@@ -178,7 +178,7 @@ class Target:
     @classmethod
     def of(
         cls, rewards: Sequence[str], wanted: Mapping[str, float | None], default: float | None
-    ) -> Target:
+    ) -> RewardTarget:
         """`default` for every reward, but what `wanted` says for those it names.
 
         Raises:
@@ -196,7 +196,7 @@ class Target:
                 )
         return cls(tuple(levels.values()))
 
-    def mix(self, other: Target, share: float) -> Target:
+    def mix(self, other: RewardTarget, share: float) -> RewardTarget:
         """The target a `share` of the way to `other`; both must ask for the same rewards."""
         if not 0 <= share <= 1:
             raise ValueError(f"the share of a mix must be from 0 to 1, got {share}")

@@ -22,31 +22,33 @@ SMALLEST_TIME = 0.05
 class FlowConfig:
     """What the network predicts, at which times it is trained, and how errors are weighed."""
 
-    predicts: Literal["velocity", "sample"] = "velocity"
+    prediction_type: Literal["velocity", "sample"] = "velocity"
     """`sample` where a patch holds as many numbers as the network is wide: noise does not fit
     through such a network, a picture does (arXiv 2511.13720). The loss is on velocity in both."""
-    times: Literal["uniform", "logit_normal"] = "uniform"
-    times_mean: float = 0.0
+    timestep_distribution: Literal["uniform", "logit_normal"] = "uniform"
+    timestep_mean: float = 0.0
     """Mean of the logit of t; positive means more training near noise."""
-    times_std: float = 1.0
-    weight_cap: float = 0.0
+    timestep_std: float = 1.0
+    loss_weight_clip: float = 0.0
     """Below this time the squared error of a predicted sample is no longer divided by t²."""
 
     def __post_init__(self) -> None:
-        if not self.times_std > 0:
-            raise ValueError(f"flow.times_std must be positive, got {self.times_std}")
-        if not 0 <= self.weight_cap < 1:
-            raise ValueError(f"flow.weight_cap must be in [0, 1), got {self.weight_cap}")
+        if not self.timestep_std > 0:
+            raise ValueError(f"flow.timestep_std must be positive, got {self.timestep_std}")
+        if not 0 <= self.loss_weight_clip < 1:
+            raise ValueError(
+                f"flow.loss_weight_clip must be in [0, 1), got {self.loss_weight_clip}"
+            )
 
 
-def times_from(config: FlowConfig, uniform: Tensor) -> Tensor:
+def sample_timesteps(config: FlowConfig, uniform: Tensor) -> Tensor:
     """(B,) fp32 times in [0, 1) of the law of the configuration, from uniform numbers in [0, 1)."""
-    if config.times == "uniform":
+    if config.timestep_distribution == "uniform":
         return uniform
-    return torch.sigmoid(torch.special.ndtri(uniform) * config.times_std + config.times_mean)
+    return torch.sigmoid(torch.special.ndtri(uniform) * config.timestep_std + config.timestep_mean)
 
 
-def noised(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+def add_noise(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """x_t of each sample; x and noise (B, C, H, W), t (B,)."""
     t = t[:, None, None, None]
     return (1 - t) * x + t * noise
@@ -54,7 +56,7 @@ def noised(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 def velocity(config: FlowConfig, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     """The velocity the network's output stands for; all fp32 (B, C, H, W), t (B,)."""
-    if config.predicts == "velocity":
+    if config.prediction_type == "velocity":
         return prediction
     return (x_t - prediction) / t[:, None, None, None].clamp(min=SMALLEST_TIME)
 
@@ -63,9 +65,9 @@ def velocity_errors(
     config: FlowConfig, prediction: Tensor, x: Tensor, noise: Tensor, t: Tensor
 ) -> Tensor:
     """(B,) mean squared velocity error of each sample, capped in weight near the data."""
-    x_t = noised(x, noise, t)
+    x_t = add_noise(x, noise, t)
     error = velocity(config, prediction, x_t, t) - (noise - x)
-    weight = t.clamp(min=SMALLEST_TIME) / t.clamp(min=max(config.weight_cap, SMALLEST_TIME))
+    weight = t.clamp(min=SMALLEST_TIME) / t.clamp(min=max(config.loss_weight_clip, SMALLEST_TIME))
     return (error * weight[:, None, None, None]).square().flatten(1).mean(1)
 
 

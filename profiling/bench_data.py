@@ -37,13 +37,13 @@ from bench_precision import LATENTS, TEXT_CHANNELS, make, step
 from measured import machine, quantiles, write
 from PIL import Image, ImageDraw
 
-from miro.data.loader import EncodedDataset, Loader, made_ahead
+from miro.data.loader import EncodedDataset, Loader, prefetch
 from miro.data.npy import npy_bytes
 from miro.data.shards import Manifest, scores_path, write_scores, write_shard
 from miro.images.decoder import decode_ahead
 from miro.images.open_decoder import build_decoder
-from miro.images.transforms import View
-from miro.rewards.image_batch import Pictures
+from miro.images.transforms import ImageTransform
+from miro.rewards.image_batch import ImageBatch
 from miro.training.presets import preset
 
 HERE = Path(__file__).parent
@@ -150,7 +150,7 @@ def by_us(name: Any, workers: int, side: int | None) -> Run:
             pictures = [image for _, image in batch if isinstance(image, torch.Tensor)]
             assert len(pictures) == len(batch)
             if side is not None:
-                Pictures(pictures).squares(View(side, "stretch"))
+                ImageBatch(pictures).preprocessed(ImageTransform(side, "stretch"))
 
     return run
 
@@ -239,7 +239,7 @@ def loading(steps: int, compiled: bool) -> dict[str, Any]:
             alone.append(config.batch / (time.perf_counter() - started))
         for number in range(3):
             step(engine, config, number)
-        ahead = made_ahead(batch_at, itertools.islice(positions, steps))
+        ahead = prefetch(batch_at, itertools.islice(positions, steps))
         for number in range(steps):
             started = time.perf_counter()
             next(ahead)

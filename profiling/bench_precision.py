@@ -26,8 +26,8 @@ from torch._inductor.exc import InductorError
 from miro import flow
 from miro.conditioning import keep_rewards
 from miro.model.packed_text import PackedText, pack
-from miro.model.transformer import FlowTransformer, Rewards
-from miro.training.batch_plan import Layout
+from miro.model.transformer import FlowTransformer, RewardCond
+from miro.training.batch_plan import BatchPlan
 from miro.training.config import TrainConfig
 from miro.training.engine import Engine
 from miro.training.presets import preset
@@ -54,14 +54,14 @@ def step(engine: Engine, config: TrainConfig, number: int) -> float:
     x = torch.randn(config.batch, *LATENTS, generator=generator)
     noise = torch.randn(x.shape, generator=generator)
     uniform = torch.rand(config.batch, REWARDS + 2, generator=generator)
-    t = flow.times_from(config.flow, uniform[:, 0])
+    t = flow.sample_timesteps(config.flow, uniform[:, 0])
     bins = torch.randint(64, (config.batch, REWARDS), generator=generator)
     known = torch.ones(bins.shape, dtype=torch.bool)
     keep = keep_rewards(config.conditioning, known, known[0], uniform[:, 1:])
-    rewards = Rewards(torch.arange(64) / 63, bins, keep)
+    rewards = RewardCond(torch.arange(64) / 63, bins, keep)
     text = texts(config.batch, generator)
     started = time.perf_counter()
-    prediction = engine.predict(flow.noised(x, noise, t), t, rewards, text)
+    prediction = engine.predict(flow.add_noise(x, noise, t), t, rewards, text)
     loss = flow.velocity_errors(config.flow, prediction, x, noise, t).mean()
     engine.backward(loss)
     engine.step(64_000)
@@ -74,7 +74,7 @@ def make(config: TrainConfig, precision: Any, compiled: bool) -> Engine:
     return Engine(
         model,
         config.optimizer,
-        Layout(stage=0, world=1, micro_batch=config.batch, accumulation=1),
+        BatchPlan(stage=0, world=1, micro_batch=config.batch, accumulation=1),
         total_images=config.images,
         precision=precision,
         compiled=compiled,

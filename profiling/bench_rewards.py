@@ -38,10 +38,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from miro.data.shards import read_scores
 from miro.images.decoder import decode_ahead
 from miro.images.open_decoder import build_decoder
-from miro.images.transforms import View
+from miro.images.transforms import ImageTransform
 from miro.prepare.annotate import AnnotateConfig, annotate
 from miro.rewards.base import Reward, RewardOptions
-from miro.rewards.network import TwoTowers
+from miro.rewards.network import DualEncoderReward
 
 HERE = Path(__file__).parent
 SEVEN = 7
@@ -51,12 +51,12 @@ PICTURES, CAPTIONS = 16_000_000, 2
 RELEASED_HOURS = 369  # of the paper, all seven rewards
 
 
-class StandIn(TwoTowers):
+class StandIn(DualEncoderReward):
     """A network over squares of 224 pixels: `layers` products of its patches with a matrix."""
 
     reads_caption = True
     range = (-1.0, 1.0)
-    view = View(224)
+    view = ImageTransform(224)
 
     def __init__(self, number: int, layers: int) -> None:
         super().__init__(nn.Linear(768, 768), RewardOptions(batch_size=16))

@@ -22,7 +22,7 @@ import torch
 from measured import machine, quantiles, write
 from torch import Tensor
 
-from miro.conditioning import Target
+from miro.conditioning import RewardTarget
 from miro.model.packed_text import PackedText, pack
 from miro.model.transformer import FlowTransformer
 from miro.sampling.sampler import Guidance, sample
@@ -36,7 +36,7 @@ REWARDS, TEXT_TOKENS = 7, 32
 LATENTS, TEXT_CHANNELS = (4, 32, 32), 2048
 SHAPES = {"demo": ((3, 32, 32), 384)}
 """Presets that train on something else: the shape of a latent, and of a text state."""
-BEST, WORST = Target((1.0,) * REWARDS), Target((0.0,) * REWARDS)
+BEST, WORST = RewardTarget((1.0,) * REWARDS), RewardTarget((0.0,) * REWARDS)
 GUIDANCES = {
     "no guidance": Guidance(BEST),
     "reward guidance": Guidance(BEST, WORST, reward_scale=5.0),

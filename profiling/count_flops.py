@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from miro.model.packed_text import PackedText
-from miro.model.transformer import FlowTransformer, ModelConfig, Rewards
+from miro.model.transformer import FlowTransformer, ModelConfig, RewardCond
 from miro.training.flops import forward_flops
 from miro.training.presets import preset
 from miro_kernels import use_backend
@@ -83,9 +83,9 @@ def ours(name: str, config: ModelConfig, text: int, latents: tuple[int, int, int
         states = torch.empty(text, TEXT_CHANNELS)
         offsets = torch.zeros(2, dtype=torch.int32)
         bins = torch.zeros(1, REWARDS, dtype=torch.int64)
-        rewards = Rewards(torch.empty(LEVELS), bins, bins.bool())
+        rewards = RewardCond(torch.empty(LEVELS), bins, bins.bool())
     packed = PackedText(states, offsets, text)
-    forward = count(lambda: model(x, t, rewards, model.read_text(packed)))
+    forward = count(lambda: model(x, t, rewards, model.encode_context(packed)))
     return Counted(name, 8 * latents[1], text, size(model), forward, 50, 2)
 
 

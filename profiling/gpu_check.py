@@ -44,8 +44,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from miro import flow
 from miro.model.packed_text import pack
-from miro.model.transformer import FlowTransformer, Rewards
-from miro.training.batch_plan import Layout
+from miro.model.transformer import FlowTransformer, RewardCond
+from miro.training.batch_plan import BatchPlan
 from miro.training.engine import Engine
 from miro.training.presets import preset
 from miro_kernels import use_backend
@@ -222,7 +222,7 @@ def training_steps(name: str, steps: int = 12) -> dict[str, float]:
     torch.manual_seed(0)
     model = FlowTransformer(config.model, LATENTS, TEXT_CHANNELS, REWARDS)
     engine = Engine(
-        model, config.optimizer, Layout(0, 1, STEP_BATCH, 1), total_images=config.images,
+        model, config.optimizer, BatchPlan(0, 1, STEP_BATCH, 1), total_images=config.images,
         precision="bf16", compiled=compiled, device=DEVICE,
     )  # fmt: skip
     draw = torch.Generator(DEVICE).manual_seed(1)
@@ -230,7 +230,7 @@ def training_steps(name: str, steps: int = 12) -> dict[str, float]:
     t = torch.rand(STEP_BATCH, generator=draw, device=DEVICE)
     bins = torch.randint(LEVELS, (STEP_BATCH, REWARDS), generator=draw, device=DEVICE)
     levels = torch.linspace(0, 1, LEVELS, device=DEVICE)
-    rewards = Rewards(levels, bins, bins > LEVELS // 8)
+    rewards = RewardCond(levels, bins, bins > LEVELS // 8)
     lengths = [8 + 37 * n % 120 for n in range(STEP_BATCH)]
     text = pack([torch.randn(n, TEXT_CHANNELS) for n in lengths]).to(DEVICE, DTYPE)
     times, loss = [], torch.zeros(())
@@ -238,7 +238,7 @@ def training_steps(name: str, steps: int = 12) -> dict[str, float]:
         for _ in range(steps):
             torch.cuda.synchronize()
             started = time.perf_counter()
-            predicted = engine.predict(flow.noised(x, noise, t), t, rewards, text)
+            predicted = engine.predict(flow.add_noise(x, noise, t), t, rewards, text)
             loss = flow.velocity_errors(config.flow, predicted, x, noise, t).mean()
             engine.backward(loss)
             engine.step(config.optimizer.warmup_images)

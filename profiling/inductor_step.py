@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from miro.model.packed_text import PackedText
-from miro.model.transformer import FlowTransformer, Rewards
+from miro.model.transformer import FlowTransformer, RewardCond
 from miro_kernels import use_backend
 from miro_kernels.backend import capturing
 from miro_kernels.lab.case_metrics import eager_as_on_a_gpu
@@ -37,9 +37,9 @@ class Whole(nn.Module):
         self.model, self.longest = model, longest
 
     def forward(self, given: dict[str, Tensor]) -> Tensor:
-        rewards = Rewards(given["levels"], given["bins"], given["keep"])
+        rewards = RewardCond(given["levels"], given["bins"], given["keep"])
         text = PackedText(given["states"], given["offsets"], self.longest)
-        out = self.model(given["x"], given["t"], rewards, self.model.read_text(text))
+        out = self.model(given["x"], given["t"], rewards, self.model.encode_context(text))
         return out.square().mean()
 
 
@@ -47,7 +47,7 @@ def inductor_rows(
     model: FlowTransformer,
     x: Tensor,
     t: Tensor,
-    rewards: Rewards,
+    rewards: RewardCond,
     text: PackedText,
     fused: bool,
 ) -> list[Row]:

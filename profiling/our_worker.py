@@ -12,11 +12,11 @@ from worker import Phases, Step, serve
 
 from miro import flow
 from miro.model.packed_text import PackedText
-from miro.model.transformer import FlowTransformer, ModelConfig, Rewards
-from miro.training.batch_plan import Layout
+from miro.model.transformer import FlowTransformer, ModelConfig, RewardCond
+from miro.training.batch_plan import BatchPlan
 from miro.training.engine import Engine
 from miro.training.flops import training_flops
-from miro.training.metrics import Meter, Seen
+from miro.training.metrics import MetricsTracker, StepRecord
 from miro.training.presets import preset
 from miro_kernels import use_backend
 
@@ -45,26 +45,26 @@ class OurStep(Step):
             if not param.any():
                 torch.nn.init.normal_(param, std=0.02)
         self.parameters = sum(param.numel() for param in model.parameters())
-        self.meter: Meter | None = None
+        self.meter: MetricsTracker | None = None
         self.engine = Engine(
-            model, self.config.optimizer, Layout(0, 1, settings["batch"], 1),
+            model, self.config.optimizer, BatchPlan(0, 1, settings["batch"], 1),
             total_images=self.config.images, precision=settings["precision"],
             compiled=settings["compiled"], device=settings["device"],
         )  # fmt: skip
 
-    def data(self, number: int) -> tuple[Tensor, Tensor, Tensor, Rewards, PackedText]:
+    def data(self, number: int) -> tuple[Tensor, Tensor, Tensor, RewardCond, PackedText]:
         batch, device = self.settings["batch"], self.settings["device"]
         generator = torch.Generator().manual_seed(number)
         x, noise = (torch.randn(batch, *LATENTS, generator=generator) for _ in range(2))
         uniform = torch.rand(batch, generator=generator)
-        t = flow.times_from(self.config.flow, uniform)
+        t = flow.sample_timesteps(self.config.flow, uniform)
         bins = torch.randint(LEVELS, (batch, REWARDS), generator=generator)
-        rewards = Rewards(torch.arange(LEVELS) / (LEVELS - 1), bins, bins >= 0)
+        rewards = RewardCond(torch.arange(LEVELS) / (LEVELS - 1), bins, bins >= 0)
         lengths = self.settings["lengths"]
         offsets = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
         states = torch.randn(sum(lengths), TEXT_CHANNELS, generator=generator)
         text = PackedText(states, offsets, max(lengths))
-        moved = Rewards(*(tensor.to(device) for tensor in rewards))
+        moved = RewardCond(*(tensor.to(device) for tensor in rewards))
         return x.to(device), noise.to(device), t.to(device), moved, text.to(device)
 
     def run(self, number: int, phases: Phases) -> Tensor:
@@ -72,7 +72,7 @@ class OurStep(Step):
             with phases("data"):
                 x, noise, t, rewards, text = self.data(number)
             with phases("forward"):
-                predicted = self.engine.predict(flow.noised(x, noise, t), t, rewards, text)
+                predicted = self.engine.predict(flow.add_noise(x, noise, t), t, rewards, text)
                 losses = flow.velocity_errors(self.config.flow, predicted, x, noise, t)
                 loss = losses.mean()
             with phases("backward"):
@@ -83,14 +83,14 @@ class OurStep(Step):
                 with phases("meter"):
                     shapes = x.shape, text.states.shape, (REWARDS, LEVELS)
                     flops = training_flops(self.engine.model.config, *shapes)
-                    seen = Seen(losses.detach(), t, rewards, flops)
+                    seen = StepRecord(losses.detach(), t, rewards, flops)
                     self.meter.add(number * len(x), [seen], norm)
         return loss.detach()
 
     def useful(self) -> Tensor:
         x, _, t, rewards, text = self.data(0)
         with use_backend(self.settings["kernels"]):
-            return self.engine.model(x, t, rewards, self.engine.model.read_text(text))
+            return self.engine.model(x, t, rewards, self.engine.model.encode_context(text))
 
 
 if __name__ == "__main__":

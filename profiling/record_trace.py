@@ -29,7 +29,7 @@ from our_worker import REWARDS, OurStep
 from torch.profiler import ProfilerActivity, profile, record_function
 from worker import Phases, Step
 
-from miro.training.metrics import Meter
+from miro.training.metrics import MetricsTracker
 from miro.training.metrics_log import MetricsWriter
 from miro.training.peaks import peak_flops
 from miro_kernels.lab.eager import FREE
@@ -159,7 +159,7 @@ def main() -> int:
     step = OurStep(settings)
     metrics = MetricsWriter(given.out / "metrics.jsonl", given.out / "tensorboard", 0)
     rewards = [f"reward {number}" for number in range(REWARDS)]
-    step.meter = Meter(
+    step.meter = MetricsTracker(
         step.engine, metrics, lambda progress: None, lambda images: [], 0, rewards=rewards,
         peak=peak_flops(step.engine.device, given.precision),
     )  # fmt: skip

@@ -51,7 +51,7 @@ class ReleasedStep(Step):
         self.model, self.precondition = model.to(self.device), precondition.to(self.device)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         pairs = zip(self.average.parameters(), self.model.parameters(), strict=True)
-        self.averaged = [(a, b) for a, b in pairs if b.is_floating_point()]
+        self.ema_state_dict = [(a, b) for a, b in pairs if b.is_floating_point()]
         self.params = [
             param
             for module in (self.model, self.precondition)
@@ -100,7 +100,7 @@ class ReleasedStep(Step):
             self.optimizer.step()
             self.optimizer.zero_grad()
         with phases("average"), torch.no_grad():
-            averages, weights = (list(part) for part in zip(*self.averaged, strict=True))
+            averages, weights = (list(part) for part in zip(*self.ema_state_dict, strict=True))
             torch._foreach_lerp_(averages, weights, 1e-4)
         return loss.detach()
 

@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 
 from miro.model.packed_text import PackedText
-from miro.model.transformer import FlowTransformer, ModelConfig, Rewards
-from miro.training.batch_plan import Layout, ShardingConfig, Stage, lay_out
+from miro.model.transformer import FlowTransformer, ModelConfig, RewardCond
+from miro.training.batch_plan import BatchPlan, ShardingConfig, Stage, plan_batch
 from miro.training.config import TrainConfig
 from miro.training.memory import Memory, activation_bytes, estimate, parameter_count
 from miro.training.peaks import PEAKS
@@ -62,14 +62,14 @@ def images_flops(config: ModelConfig, rewards: int) -> float:
         offsets = torch.zeros(2, dtype=torch.int32)
         states = torch.empty(TEXT_TOKENS, TEXT_CHANNELS)
         bins = torch.zeros(1, rewards, dtype=torch.int64)
-        told = Rewards(torch.empty(64), bins, bins.bool())
+        told = RewardCond(torch.empty(64), bins, bins.bool())
     text = PackedText(states, offsets, TEXT_TOKENS)
     with use_backend("torch"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(x, t, told, model.read_text(text))
+        model(x, t, told, model.encode_context(text))
     return float(counter.get_total_flops())
 
 
-def sent(parameters: int, layout: Layout) -> float:
+def sent(parameters: int, layout: BatchPlan) -> float:
     """Bytes that each rank sends in a step, bf16 weights and gradients, by ring collectives."""
     one = 2 * parameters * (layout.world - 1) / layout.world
     if layout.stage == 0:
@@ -111,7 +111,7 @@ def project(
     # Stage 1 accumulates nothing in bf16: the engine refuses it.
     for micro in micros[:1] if stage == 1 else micros:
         sharding = ShardingConfig(str(stage), micro)  # type: ignore[arg-type]
-        layout = lay_out(sharding, batch=config.batch, world=gpus, stage=stage)
+        layout = plan_batch(sharding, batch=config.batch, world=gpus, stage=stage)
         kept = activation_bytes(config.model, LATENT, layout, "bf16")
         memory = estimate(parameters, layout, "bf16", activations=kept)
         if memory.total <= 0.9 * given.room:

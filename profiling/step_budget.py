@@ -37,7 +37,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from miro.model.packed_text import PackedText
-from miro.model.transformer import FlowTransformer, ModelConfig, Rewards
+from miro.model.transformer import FlowTransformer, ModelConfig, RewardCond
 from miro.training.engine import cast_parameters
 from miro.training.flops import training_flops
 from miro.training.presets import preset
@@ -89,7 +89,7 @@ class Inputs:
 
     x: Tensor
     t: Tensor
-    rewards: Rewards
+    rewards: RewardCond
     text: PackedText
 
 
@@ -100,7 +100,7 @@ def inputs(batch: int, text: int, device: str) -> Inputs:
         offsets = torch.arange(batch + 1, dtype=torch.int32) * text
         return Inputs(
             torch.empty(batch, *LATENTS), torch.empty(batch),
-            Rewards(torch.empty(LEVELS), bins, bins.bool()), PackedText(states, offsets, text),
+            RewardCond(torch.empty(LEVELS), bins, bins.bool()), PackedText(states, offsets, text),
         )  # fmt: skip
 
 
@@ -111,7 +111,7 @@ def network(config: ModelConfig, device: str) -> FlowTransformer:
 
 
 def forward(model: FlowTransformer, given: Inputs) -> Tensor:
-    return model(given.x, given.t, given.rewards, model.read_text(given.text))
+    return model(given.x, given.t, given.rewards, model.encode_context(given.text))
 
 
 def budget(config: ModelConfig, batch: int, text: int, backend: str) -> list[Row]:

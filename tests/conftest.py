@@ -73,7 +73,9 @@ def training(encoded: Path) -> TrainConfig:
         data=encoded,
         images=96,
         batch=8,
-        flow=FlowConfig(predicts="sample", times="logit_normal", weight_cap=0.3),
+        flow=FlowConfig(
+            prediction_type="sample", timestep_distribution="logit_normal", loss_weight_clip=0.3
+        ),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_images=16, decay_from=0.8),
         threads=1,
         report_every=8,

@@ -21,7 +21,7 @@ from miro.training.checkpoint import RunFolder
 from miro.training.config import TrainConfig
 from miro.training.presets import preset
 from miro.utils.atomic_io import write_text
-from miro.utils.locks import alone_in
+from miro.utils.locks import exclusive_lock
 from miro.utils.serialize import differences, to_dict
 from openmoji.jobs import Job, Report, run_jobs
 from openmoji.scene_metrics import CURVE_START, Setting
@@ -94,7 +94,7 @@ class DemoConfig:
         # Compiling takes longer than all of a quick run, and is not to keep a bare machine out.
         compiled = config.compile and not self.quick and shutil.which(COMPILER) is not None
         # A place for every reward: a run that is not told one can begin before it is scored.
-        conditioning = replace(config.conditioning, rewards=MODELS[model], places=REWARDS)
+        conditioning = replace(config.conditioning, rewards=MODELS[model], reward_slots=REWARDS)
         return replace(
             config,
             data=self.folder / "encoded",
@@ -119,7 +119,7 @@ def run_demo(config: DemoConfig) -> Path:
     Raises:
         ValueError: the folder holds a demo of another configuration.
     """
-    with alone_in(config.folder):
+    with exclusive_lock(config.folder):
         return _run_demo(config)
 
 

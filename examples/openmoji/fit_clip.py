@@ -127,7 +127,7 @@ def fit_clip(
 
 def _read_pairs(data: Path, manifest: Manifest, size: int) -> tuple[Tensor, list[str]]:
     """All pictures as uint8 (N, 3, size, size), one a caption, and the captions."""
-    from miro.images.transforms import cover
+    from miro.images.transforms import center_crop_resize
 
     pictures, captions = [], []
     for shard in manifest.shards:
@@ -136,7 +136,7 @@ def _read_pairs(data: Path, manifest: Manifest, size: int) -> tuple[Tensor, list
             image = next(d for name, d in members.items() if name != "json")
             picture = decode(image)
             if picture.shape[1:] != (size, size):
-                picture = cover(picture, size, size)
+                picture = center_crop_resize(picture, size, size)
             for caption in record["captions"].values():
                 pictures.append(picture)
                 captions.append(caption)

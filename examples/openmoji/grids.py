@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from miro.conditioning import Target
+from miro.conditioning import RewardTarget
 from miro.sampling.pipeline import Pipeline, to_bytes
 from miro.sampling.sampler import Guidance
 from miro.training.checkpoint import RunFolder
@@ -36,7 +36,7 @@ def write_grids(folder: Path, setting: Setting, columns: int) -> None:
     miro = pipes["miro"]
     prompts = [prompt.caption for prompt in heldout_prompts(columns, GRID_SEED)]
 
-    def row(model: str, target: Target | None = None) -> Tensor:
+    def row(model: str, target: RewardTarget | None = None) -> Tensor:
         pipeline = pipes[model]
         asked = setting.guidance(pipeline) if target is None else Guidance(target)
         return pipeline(prompts, asked, seed=GRID_SEED, steps=setting.steps)

@@ -18,7 +18,7 @@ from miro.inspect.inspect_dataset import InspectConfig
 from miro.prepare.annotate import AnnotateConfig
 from miro.prepare.caption import CaptionConfig
 from miro.prepare.encode import EncodeConfig
-from miro.utils.distributed import ranks_of
+from miro.utils.distributed import dist_env
 from miro.utils.progress import console, counting
 
 Inline = tyro.conf.arg(name="")
@@ -30,7 +30,7 @@ def _by_ranks(
     name: str,
 ) -> Iterator[tuple[Callable[[int, int | None], None], Callable[[str], None]]]:
     """How a stage counts samples, and says what it did."""
-    if ranks_of(os.environ).first:
+    if dist_env(os.environ).first:
         with counting(name) as progress:
             yield progress, console.print
     else:

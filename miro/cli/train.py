@@ -15,7 +15,7 @@ import tyro
 from miro.training.config import TrainConfig
 from miro.training.metrics import Progress
 from miro.training.presets import PRESETS, preset
-from miro.utils.distributed import part, ranks_of
+from miro.utils.distributed import dist_env, part
 from miro.utils.progress import bar, console
 
 Inline = tyro.conf.arg(name="")
@@ -54,7 +54,7 @@ def train(args: Sequence[str]) -> None:
     )
     from miro.training.loop import train as run
 
-    first = ranks_of(os.environ).first
+    first = dist_env(os.environ).first
     if not first:
         # Of many processes one speaks; the others are heard when something is wrong.
         logging.getLogger().setLevel(logging.WARNING)

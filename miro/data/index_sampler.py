@@ -25,11 +25,11 @@ import torch
 
 from miro.utils.rng import generator_from
 
-Visits = tuple[np.ndarray, np.ndarray]  # int64 (n,) samples, and a random number for each
+SampleDraws = tuple[np.ndarray, np.ndarray]  # int64 (n,) samples, and a random number for each
 
 
 @dataclass(frozen=True)
-class Part:
+class SourceRange:
     """A source's samples of a data set, [start, stop), and its weight beside the other sources."""
 
     start: int
@@ -38,14 +38,14 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Stratum:
+class Bucket:
     """int64 (n,) samples of one source and one shape, and how many of them an epoch visits."""
 
     samples: np.ndarray
     visits: int
 
 
-def shares(total: int, weights: Sequence[float]) -> list[int]:
+def apportion(total: int, weights: Sequence[float]) -> list[int]:
     """`total` in whole numbers in proportion to `weights`, at least 1 each (largest remainders).
 
     ValueError where `total` is less than the number of weights.
@@ -62,7 +62,7 @@ def shares(total: int, weights: Sequence[float]) -> list[int]:
     return whole
 
 
-def stratify(shape_of: np.ndarray, parts: Sequence[Part]) -> list[list[Stratum]]:
+def build_buckets(shape_of: np.ndarray, parts: Sequence[SourceRange]) -> list[list[Bucket]]:
     """The strata of each shape that occurs; an epoch has as many visits as there are samples.
 
     Args:
@@ -73,8 +73,8 @@ def stratify(shape_of: np.ndarray, parts: Sequence[Part]) -> list[list[Stratum]]
         ValueError: a source is too light to be visited.
     """
     shapes = np.unique(shape_of)
-    found: list[list[Stratum]] = [[] for _ in shapes]
-    visits = shares(len(shape_of), [part.weight for part in parts])
+    found: list[list[Bucket]] = [[] for _ in shapes]
+    visits = apportion(len(shape_of), [part.weight for part in parts])
     for part, count in zip(parts, visits, strict=True):
         own = shape_of[part.start : part.stop]
         there = [k for k, shape in enumerate(shapes) if (own == shape).any()]
@@ -85,13 +85,13 @@ def stratify(shape_of: np.ndarray, parts: Sequence[Part]) -> list[list[Stratum]]
             )
         members = [part.start + np.flatnonzero(own == shapes[k]) for k in there]
         for k, samples, n in zip(
-            there, members, shares(count, list(map(len, members))), strict=True
+            there, members, apportion(count, list(map(len, members))), strict=True
         ):
-            found[k].append(Stratum(samples, n))
+            found[k].append(Bucket(samples, n))
     return found
 
 
-class Row:
+class IndexSampler:
     """The visits of a run in their order; a function of (seed, position) alone.
 
     Args:
@@ -99,7 +99,7 @@ class Row:
         batch: images of a step, which are of one shape; needed where there are several.
     """
 
-    def __init__(self, strata: Sequence[Sequence[Stratum]], seed: int, batch: int | None) -> None:
+    def __init__(self, strata: Sequence[Sequence[Bucket]], seed: int, batch: int | None) -> None:
         assert batch is not None or len(strata) == 1
         single = len(strata) == 1 and len(strata[0]) == 1
         self.seed, self.batch = seed, batch
@@ -107,7 +107,7 @@ class Row:
         self._visits = [sum(stratum.visits for stratum in shape) for shape in strata]
         self._schedule = lru_cache(maxsize=2)(self._draw_schedule)
 
-    def at(self, position: int, size: int) -> Visits:
+    def at(self, position: int, size: int) -> SampleDraws:
         """The `size` visits from `position` on; of several shapes, inside one batch."""
         if len(self._rows) == 1:
             return self._rows[0](position, size)
@@ -146,13 +146,13 @@ class Row:
         return shapes[order.numpy()]
 
 
-def _mixed(strata: Sequence[Stratum], seed: int, own: tuple[int, ...]) -> Callable[..., Visits]:
+def _mixed(strata: Sequence[Bucket], seed: int, own: tuple[int, ...]) -> Callable[..., SampleDraws]:
     """(position, size) to the visits of the strata of one shape."""
     if len(strata) == 1:
         return _permutations(strata[0].samples, seed, own)
     rows = [_permutations(stratum.samples, seed, (*own, k)) for k, stratum in enumerate(strata)]
 
-    def draw(epoch: int) -> Visits:
+    def draw(epoch: int) -> SampleDraws:
         parts = [
             row(epoch * stratum.visits, stratum.visits)
             for row, stratum in zip(rows, strata, strict=True)
@@ -164,10 +164,12 @@ def _mixed(strata: Sequence[Stratum], seed: int, own: tuple[int, ...]) -> Callab
     return _endless(draw, sum(stratum.visits for stratum in strata))
 
 
-def _permutations(samples: np.ndarray, seed: int, own: tuple[int, ...]) -> Callable[..., Visits]:
+def _permutations(
+    samples: np.ndarray, seed: int, own: tuple[int, ...]
+) -> Callable[..., SampleDraws]:
     """(position, size) to visits of `samples`, in another order each time round."""
 
-    def draw(epoch: int) -> Visits:
+    def draw(epoch: int) -> SampleDraws:
         n = len(samples)
         order = torch.randperm(n, generator=generator_from(seed, "order", *own, epoch)).numpy()
         captions = generator_from(seed, "captions", *own, epoch)
@@ -177,12 +179,12 @@ def _permutations(samples: np.ndarray, seed: int, own: tuple[int, ...]) -> Calla
     return _endless(draw, len(samples))
 
 
-def _endless(draw: Callable[[int], Visits], length: int) -> Callable[..., Visits]:
+def _endless(draw: Callable[[int], SampleDraws], length: int) -> Callable[..., SampleDraws]:
     """(position, size) to visits of a row made of epochs of one length."""
     # A batch touches one epoch, or two at their seam.
     epoch_of = lru_cache(maxsize=2)(draw)
 
-    def at(position: int, size: int) -> Visits:
+    def at(position: int, size: int) -> SampleDraws:
         samples, draws = [], []
         while size:
             epoch, offset = divmod(position, length)

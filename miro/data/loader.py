@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from miro.data.index_sampler import Row, stratify
+from miro.data.index_sampler import IndexSampler, build_buckets
 from miro.data.mixture import TrainingData
 from miro.data.reader import EncodedDataset
 from miro.model.packed_text import PackedText
@@ -67,9 +67,9 @@ class Loader:
         mirror: half of the visits, drawn by their position, see the picture in a mirror.
         """
         self.dataset, self.seed, self.mirror = dataset, seed, mirror
-        self._row = Row(stratify(dataset.shape_of, dataset.parts), seed, batch)
+        self._row = IndexSampler(build_buckets(dataset.shape_of, dataset.parts), seed, batch)
 
-    def visits_at(self, position: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    def sample_draws(self, position: int, size: int) -> tuple[np.ndarray, np.ndarray]:
         """(samples, caption kinds), int64 (size,) each, of the row from `position` on."""
         if position < 0 or size < 1:
             raise ValueError(f"position must not be negative and size above 0: {position}, {size}")
@@ -79,7 +79,7 @@ class Loader:
     def batch_at(self, position: int, size: int) -> Batch:
         """The `size` visits of the row from `position` on; of several shapes, of one batch."""
         data = self.dataset
-        samples, captions = self.visits_at(position, size)
+        samples, captions = self.sample_draws(position, size)
         latents = torch.from_numpy(data.latents(samples, self._mirrored(position, size)))
         texts = data.texts(samples, captions)
         offsets = np.zeros(len(texts) + 1, np.int32)
@@ -104,7 +104,7 @@ class Loader:
         return np.array([bool(seed & 1) for seed in seeds])
 
 
-def made_ahead(
+def prefetch(
     make: Callable[[int], T], positions: Iterable[int], depth: int = 2
 ) -> Generator[T, None, None]:
     """make(position) of each, made ahead by one thread.

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from miro.data.index_sampler import Part
-from miro.data.on_the_fly import LiveDataset, LiveEncoders
+from miro.data.index_sampler import SourceRange
+from miro.data.on_the_fly import OnTheFlyDataset, OnTheFlyEncoders
 from miro.data.reader import EncodedDataset
 from miro.data.shards import Manifest
 from miro.utils.serialize import differences, unknown_name
@@ -27,7 +27,7 @@ OWN = ("cut", "latent_shape", "latent_shapes")
 
 
 def open_data(
-    path: Path, rewards: Sequence[str] | None = None, live: LiveEncoders | None = None
+    path: Path, rewards: Sequence[str] | None = None, live: OnTheFlyEncoders | None = None
 ) -> TrainingData:
     """The data set of a folder, or of a mixture's file; with `live`, of folders of images.
 
@@ -40,9 +40,9 @@ def open_data(
 
 
 def _open_folder(
-    path: Path, rewards: Sequence[str] | None, live: LiveEncoders | None
+    path: Path, rewards: Sequence[str] | None, live: OnTheFlyEncoders | None
 ) -> EncodedDataset:
-    return EncodedDataset(path, rewards) if live is None else LiveDataset(path, rewards, live)
+    return EncodedDataset(path, rewards) if live is None else OnTheFlyDataset(path, rewards, live)
 
 
 class Mixture:
@@ -56,7 +56,7 @@ class Mixture:
         self,
         path: Path,
         rewards: Sequence[str] | None = None,
-        live: LiveEncoders | None = None,
+        live: OnTheFlyEncoders | None = None,
     ) -> None:
         self.folder = path = Path(path)
         listed = _read(path)
@@ -77,7 +77,7 @@ class Mixture:
         ]
         self._starts = np.cumsum([0, *map(len, self.sources)])
         self.parts = tuple(
-            Part(int(start), int(stop), weight)
+            SourceRange(int(start), int(stop), weight)
             for start, stop, (_, weight) in zip(
                 self._starts[:-1], self._starts[1:], listed, strict=True
             )
@@ -136,7 +136,7 @@ class Mixture:
         return chosen
 
     def _sources_of(self, samples: np.ndarray) -> list[tuple[int, np.ndarray]]:
-        """(source, places in `samples` of its own) of each source that is among them."""
+        """(source, reward_slots in `samples` of its own) of each source that is among them."""
         source_of = np.searchsorted(self._starts, samples, "right") - 1
         return [(int(s), np.flatnonzero(source_of == s)) for s in np.unique(source_of)]
 

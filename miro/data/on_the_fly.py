@@ -16,12 +16,12 @@ from torch import Tensor
 
 from miro.data.reader import RECORD, EncodedDataset, Shape, text_extension
 from miro.data.shards import Manifest, ShardIndex
-from miro.encoders.encoder import Encoders, Encoding
+from miro.encoders.encoder import EncodingConfig, FrozenEncoders
 from miro.images.buckets import nearest
 from miro.images.decoder import DecodeError, Decoder
 from miro.images.open_decoder import build_decoder
 from miro.images.pillow import IMAGE_EXTENSIONS, picture_size
-from miro.sources.sample import Candidate, read_sample
+from miro.sources.sample import RawSample, read_sample
 
 CACHE = 1 << 28
 """Bytes for token states of captions that come again."""
@@ -29,19 +29,19 @@ BATCH = 64
 """Pictures of one forward pass of the autoencoder."""
 
 
-class LiveEncoders:
+class OnTheFlyEncoders:
     """What live datasets of a run share: the frozen networks, and who decodes."""
 
-    def __init__(self, encoding: Encoding, device: str | torch.device) -> None:
-        self.encoders = Encoders(encoding, device, batch_size=BATCH, cache_bytes=CACHE)
+    def __init__(self, encoding: EncodingConfig, device: str | torch.device) -> None:
+        self.encoders = FrozenEncoders(encoding, device, batch_size=BATCH, cache_bytes=CACHE)
         self.decoder: Decoder = build_decoder("auto", device, BATCH)
 
 
-class LiveDataset(EncodedDataset):
+class OnTheFlyDataset(EncodedDataset):
     """An images folder that is read as the encoded folder would be that it can be made into."""
 
     def __init__(
-        self, folder: Path | str, rewards: Sequence[str] | None, live: LiveEncoders
+        self, folder: Path | str, rewards: Sequence[str] | None, live: OnTheFlyEncoders
     ) -> None:
         """`rewards`: the columns of `scores`; all the folder has where it is None.
 
@@ -123,7 +123,7 @@ class LiveDataset(EncodedDataset):
         """The captions of a sample by kind, as `miro encode` reads them."""
         members = {"png": b"", RECORD: bytes(self.index.member(sample, RECORD))}
         for item in read_sample(self._name(sample), self.index.keys[sample], members):
-            if isinstance(item, Candidate):
+            if isinstance(item, RawSample):
                 return item.captions
         return {}
 
@@ -133,5 +133,5 @@ class LiveDataset(EncodedDataset):
     def _shape(self, sample: int) -> Shape:
         width, height = picture_size(self._picture(sample), upright=True)
         encoding = self._live.encoders.encoding
-        side = nearest(encoding.sides(), width / height)
+        side = nearest(encoding.bucket_sizes(), width / height)
         return self._live.encoders.codec.latent_shape(*side)

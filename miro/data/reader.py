@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from miro.data.index_sampler import Part
+from miro.data.index_sampler import SourceRange
 from miro.data.npy import npy_shape, npy_view
 from miro.data.shards import (
     Manifest,
@@ -55,7 +55,7 @@ class EncodedDataset:
         if manifest.kind != "encoded" or manifest.encoding is None:
             raise ValueError(
                 f"{folder} holds {manifest.kind}, not latents; run `miro encode {folder} DEST` "
-                "and train on DEST, or let the run encode as it goes: --live True"
+                "and train on DEST, or let the run encode as it goes: --on-the-fly True"
             )
         if not manifest.samples:
             raise ValueError(f"{folder} holds no samples yet; let `miro encode` finish a shard")
@@ -80,11 +80,11 @@ class EncodedDataset:
         self.encoding = dict(encoding)
         self.index = index
         self.keys = self.index.keys
-        self.parts = (Part(0, len(self)),)
-        self.shapes, self.shape_of = self._shapes_held()
+        self.parts = (SourceRange(0, len(self)),)
+        self.shapes, self.shape_of = self._scan_shapes()
         if "latent_shapes" in self.encoding:
             self.encoding["latent_shapes"] = [list(shape) for shape in self.shapes]
-        self._choices, self._choice_counts = self._captions_held()
+        self._choices, self._choice_counts = self._scan_captions()
         self.scores = self._aligned_scores()
 
     def __len__(self) -> int:
@@ -122,7 +122,7 @@ class EncodedDataset:
         kinds = self._choices[samples, draws % self._choice_counts[samples]]
         return kinds.astype(np.int64)
 
-    def _shapes_held(self) -> tuple[tuple[Shape, ...], np.ndarray]:
+    def _scan_shapes(self) -> tuple[tuple[Shape, ...], np.ndarray]:
         """The shapes that occur, and (n,) which of them each sample has."""
         declared = [tuple(shape) for shape in self.encoding.get("latent_shapes", ())]
         if len(declared) < 2:
@@ -148,7 +148,7 @@ class EncodedDataset:
         """The extensions of the captions a sample has."""
         return self.index.extensions(sample)
 
-    def _captions_held(self) -> tuple[np.ndarray, np.ndarray]:
+    def _scan_captions(self) -> tuple[np.ndarray, np.ndarray]:
         """Each sample's caption kinds, uint8 (n, kinds), those it has first; and their count."""
         names = [text_extension(kind) for kind in self.caption_kinds]
         held = np.zeros((len(self), len(names)), bool)

@@ -14,14 +14,14 @@ from torch import Tensor
 from miro.encoders.text import build_text_encoder
 from miro.encoders.vae import build_codec
 from miro.images.buckets import aspect, nearest
-from miro.images.transforms import cover, for_each
+from miro.images.transforms import center_crop_resize, for_each
 from miro.utils.serialize import differences
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Encoding:
+class EncodingConfig:
     """What pictures and captions are encoded by, and in which sizes."""
 
     latents: str = "pixels"  # or a folder or hub id of a diffusers AutoencoderKL
@@ -40,7 +40,7 @@ class Encoding:
         if self.precision not in _DTYPES:
             raise ValueError(f"precision must be 'fp32' or 'bf16', got {self.precision!r}")
         if self.size is not None:
-            self.sides()
+            self.bucket_sizes()
 
     def settings(self) -> dict[str, Any]:
         """It as a manifest says it; max_tokens may be None, which the encoder decides."""
@@ -53,14 +53,14 @@ class Encoding:
             "max_tokens": self.max_tokens,
         } | (several if self.buckets else {})
 
-    def otherwise(self, record: Mapping[str, Any]) -> list[str]:
+    def diff(self, record: Mapping[str, Any]) -> list[str]:
         """In what a manifest's encoding differs from this one, as `differences` says it."""
         ours = self.settings()
         ours["max_tokens"] = self.max_tokens or record.get("max_tokens")
         names = ours | dict.fromkeys(name for name in ("buckets", "multiple") if name in record)
         return differences(ours, {name: record.get(name) for name in names})
 
-    def sides(self) -> list[tuple[int, int]]:
+    def bucket_sizes(self) -> list[tuple[int, int]]:
         """The (height, width) pictures are brought to; none where they stay as they are.
 
         ValueError for buckets that are no aspects, or cannot be told apart.
@@ -92,9 +92,9 @@ class Encoding:
 
         Its centre is cropped to the aspect, and resized, antialiased.
         """
-        if not (sides := self.sides()):
+        if not (sides := self.bucket_sizes()):
             return image
-        return cover(image, *nearest(sides, image.shape[2] / image.shape[1]))
+        return center_crop_resize(image, *nearest(sides, image.shape[2] / image.shape[1]))
 
     def fit_all(self, images: Sequence[Tensor]) -> list[Tensor]:
         """`fit` of each of the pictures, which are on one device; on a CPU by all cores."""
@@ -127,11 +127,16 @@ class TextCache:
             self._states[caption] = states
 
 
-class Encoders:
+class FrozenEncoders:
     """The frozen networks of an encoding, on a device. What they give is rounded to float16."""
 
     def __init__(
-        self, encoding: Encoding, device: str | torch.device, *, batch_size: int, cache_bytes: int
+        self,
+        encoding: EncodingConfig,
+        device: str | torch.device,
+        *,
+        batch_size: int,
+        cache_bytes: int,
     ) -> None:
         """batch_size: pictures of one forward pass; cache_bytes: for captions that come again."""
         dtype = _DTYPES[encoding.precision]
@@ -142,9 +147,9 @@ class Encoders:
         )
         self.cache = TextCache(cache_bytes)
 
-    def record(self, encoding: Encoding, image: Tensor) -> dict[str, Any]:
+    def record(self, encoding: EncodingConfig, image: Tensor) -> dict[str, Any]:
         """What a manifest says of an encoding, by a picture (3, H, W) that was fitted to it."""
-        sides = encoding.sides() or [(image.shape[1], image.shape[2])]
+        sides = encoding.bucket_sizes() or [(image.shape[1], image.shape[2])]
         shapes = [list(self.codec.latent_shape(*side)) for side in sides]
         # The network's own grid; the others lie round its centre.
         base = min(shapes, key=lambda shape: abs(math.log(shape[2] / shape[1])))

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miro.utils.threads import in_threads
+from miro.utils.threads import parallel_map
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -22,7 +22,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
-class View:
+class ImageTransform:
     """How a picture of any shape becomes the square of size x size pixels that a model sees.
 
     crop: the shorter side resized to size, bicubic and antialiased, then the central square;
@@ -32,19 +32,19 @@ class View:
     """
 
     size: int
-    fit: Literal["crop", "pad", "letterbox", "stretch"] = "crop"
-    rounds: Literal["nearest", "down"] = "nearest"
+    resize_mode: Literal["crop", "pad", "letterbox", "stretch"] = "crop"
+    crop_rounding: Literal["nearest", "down"] = "nearest"
     """Where half a pixel is left over by a crop: torchvision takes the nearest, transformers the
     lower."""
 
     def of(self, picture: Tensor) -> Tensor:
         """uint8 (3, H, W) to uint8 (3, size, size)."""
         height, width = picture.shape[1:]
-        if self.fit == "stretch":
+        if self.resize_mode == "stretch":
             return resized(picture, self.size, self.size)
-        if self.fit == "pad":
+        if self.resize_mode == "pad":
             return resized(_on_mean_square(picture), self.size, self.size)
-        if self.fit == "letterbox":
+        if self.resize_mode == "letterbox":
             scale = self.size / max(height, width)
             inside = (max(1, round(side * scale)) for side in (height, width))
             black = torch.zeros(3, self.size, self.size, dtype=torch.uint8, device=picture.device)
@@ -57,7 +57,7 @@ class View:
 
     def _margin(self, side: int) -> int:
         spare = side - self.size
-        return spare // 2 if self.rounds == "down" else round(spare / 2)
+        return spare // 2 if self.crop_rounding == "down" else round(spare / 2)
 
 
 def resized(picture: Tensor, height: int, width: int) -> Tensor:
@@ -76,7 +76,7 @@ def for_each(pictures: Sequence[Tensor], change: Callable[[Tensor], Tensor]) -> 
     """`change` of each picture; on a CPU by all cores, as torch resizes bytes in one thread."""
     if any(picture.device.type != "cpu" for picture in pictures):
         return [change(picture) for picture in pictures]
-    return in_threads(change, pictures)
+    return parallel_map(change, pictures)
 
 
 def _on_mean_square(picture: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ def normalised(
     return ((squares.float() / 255 - offset) / scale).to(dtype)
 
 
-def cover(image: Tensor, height: int, width: int) -> Tensor:
+def center_crop_resize(image: Tensor, height: int, width: int) -> Tensor:
     """The centre of an image, uint8 (3, H, W), as (3, height, width), antialiased."""
     tall, wide = image.shape[1:]
     if wide * height > tall * width:

@@ -18,7 +18,7 @@ from miro.data.shards import Manifest, check_shard
 from miro.images.decoder import DecodeError
 from miro.images.pillow import IMAGE_EXTENSIONS, picture_size
 from miro.inspect.summary import Looks
-from miro.sources.sample import Candidate, read_sample
+from miro.sources.sample import RawSample, read_sample
 from miro.sources.tar import map_file, scan
 
 MOST_SHARDS = 200  # opened, however many there are
@@ -30,7 +30,7 @@ def captions_of(key: str, members: Mapping[str, bytes | memoryview]) -> dict[str
     texts = {name: bytes(members[name]) for name in (RECORD, "txt") if name in members}
     # Read as it was then, but for the picture, which only has to be named.
     for item in read_sample("", key, {"png": b"", **texts}):
-        if isinstance(item, Candidate):
+        if isinstance(item, RawSample):
             return item.captions
     return {}
 

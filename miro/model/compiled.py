@@ -11,10 +11,10 @@ from torch._dynamo import config as dynamo_config
 from torch._functorch import config as functorch_config
 
 from miro.model.packed_text import PackedText
-from miro.model.transformer import FlowTransformer, Rewards
+from miro.model.transformer import FlowTransformer, RewardCond
 
 
-class Predictor(nn.Module):
+class CompiledModel(nn.Module):
     """The network from noise and conditions to the prediction, as the one call that is trained.
 
     Compiled on a CPU, one block is translated for all, which takes less time and leaves less of the
@@ -30,11 +30,11 @@ class Predictor(nn.Module):
         if compiled:
             self.run = torch.compile(self._predict, dynamic=True)
         on_cpu = model.patches.weight.device.type == "cpu"
-        self.compiled_on_cpu = model.one_for_all = compiled and on_cpu
+        self.compiled_on_cpu = model.regional_compile = compiled and on_cpu
         # No one reads the residual stream behind the last block, whose backward is another for it.
         warnings.filterwarnings("ignore", "invoke_subgraph traced multiple backward graphs")
 
-    def forward(self, x_t: Tensor, t: Tensor, rewards: Rewards, text: PackedText) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, rewards: RewardCond, text: PackedText) -> Tensor:
         if not self.compiled_on_cpu:
             return self.run(x_t, t, rewards, text)
         # At every call, as any may translate. A block's region cannot take an eps that varies.
@@ -44,5 +44,5 @@ class Predictor(nn.Module):
         ):
             return self.run(x_t, t, rewards, text)
 
-    def _predict(self, x_t: Tensor, t: Tensor, rewards: Rewards, text: PackedText) -> Tensor:
-        return self.model(x_t, t, rewards, self.model.read_text(text))
+    def _predict(self, x_t: Tensor, t: Tensor, rewards: RewardCond, text: PackedText) -> Tensor:
+        return self.model(x_t, t, rewards, self.model.encode_context(text))

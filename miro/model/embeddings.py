@@ -35,8 +35,8 @@ class TimeEmbedding(nn.Module):
         )
 
     def forward(self, t: Tensor) -> Tensor:
-        waves = sinusoids(1000 * t, self.frequencies, longest_period=1e4)
-        return self.mlp(waves.to(next(self.mlp.parameters()).dtype))
+        num_freqs = sinusoids(1000 * t, self.frequencies, longest_period=1e4)
+        return self.mlp(num_freqs.to(next(self.mlp.parameters()).dtype))
 
 
 class RewardTable(nn.Module):
@@ -46,10 +46,10 @@ class RewardTable(nn.Module):
     as k / (K − 1). The last layer starts at zero, so that a fresh network ignores rewards.
     """
 
-    def __init__(self, rewards: int, outputs: int, channels: int = 128, waves: int = 8) -> None:
+    def __init__(self, rewards: int, outputs: int, channels: int = 128, num_freqs: int = 8) -> None:
         super().__init__()
-        features = 2 * waves + 1
-        self.frequencies = nn.Buffer(math.pi * torch.arange(1, waves + 1), persistent=False)
+        features = 2 * num_freqs + 1
+        self.frequencies = nn.Buffer(math.pi * torch.arange(1, num_freqs + 1), persistent=False)
         self.hidden = nn.Parameter(torch.randn(rewards, features, channels) / math.sqrt(features))
         self.hidden_bias = nn.Parameter(torch.zeros(rewards, 1, channels))
         self.out = nn.Parameter(torch.zeros(rewards, channels, outputs))
@@ -88,8 +88,8 @@ class TextEmbedding(nn.Module):
         owner = torch.repeat_interleave(lengths, output_size=len(text.states))
         place = torch.arange(len(text.states), device=owner.device) - text.offsets[owner]
         projected = self.project(text.states)
-        waves = sinusoids(place, projected.shape[-1], longest_period=100.0)
-        words = projected + math.sqrt(2) * waves.to(projected.dtype)
+        num_freqs = sinusoids(place, projected.shape[-1], longest_period=100.0)
+        words = projected + math.sqrt(2) * num_freqs.to(projected.dtype)
         present = torch.arange(text.longest, device=owner.device) < lengths[:, None]
         for block in self.blocks:
             words = block(words, owner.long() * text.longest + place, present)
@@ -103,7 +103,7 @@ def _centred(length: int, base: int, device: torch.device | None) -> Tensor:
     return torch.arange(length, device=device) + (base - length) / 2
 
 
-def grid_positions(
+def pos_embed_2d_sincos(
     rows: int,
     columns: int,
     channels: int,
@@ -142,7 +142,7 @@ def rope_angles(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin, each (rows·columns, head size / 2): half of the pairs turn with the row.
 
-    `base` as in `grid_positions`.
+    `base` as in `pos_embed_2d_sincos`.
     """
     quarter = head_size // 4
     assert head_size % 4 == 0

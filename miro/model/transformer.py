@@ -16,7 +16,7 @@ from miro.model.embeddings import (
     RewardTable,
     TextEmbedding,
     TimeEmbedding,
-    grid_positions,
+    pos_embed_2d_sincos,
     rope_angles,
 )
 from miro.model.packed_text import PackedText
@@ -57,7 +57,7 @@ class ModelConfig:
         return height // self.patch, width // self.patch
 
 
-class TextKeys(NamedTuple):
+class ContextKV(NamedTuple):
     """What the network needs of a batch of texts: computed once, used at every step."""
 
     summary: Tensor  # (B, D)
@@ -67,7 +67,7 @@ class TextKeys(NamedTuple):
     longest: int
 
 
-class Rewards(NamedTuple):
+class RewardCond(NamedTuple):
     """Reward conditions of a batch: an index into `levels`, and whether the reward is known."""
 
     levels: Tensor  # (L,) in [0, 1]
@@ -118,7 +118,7 @@ _one_for_all = cast("Callable[..., Any]", torch.compiler.nested_compile_region(_
 class FlowTransformer(nn.Module):
     """x_t (B, C, H, W), t (B,), rewards and text to the raw prediction (B, C, H, W).
 
-    `latent_shape` is the grid it keeps the places of. Latents of any other height and width that
+    `latent_shape` is the grid it keeps the pos_embed of. Latents of any other height and width that
     the patch divides are taken too: their centre lies on that grid's, at the same scale.
 
     A site is a place where the residual stream is normed: the entry of each attention, the entry
@@ -138,12 +138,14 @@ class FlowTransformer(nn.Module):
         channels, *_ = latent_shape
         side, dim = config.patch, config.channels
         self.config, self.latent_shape = config, latent_shape
-        self.recompute = False  # Whether backward computes the blocks again, to save memory.
-        self.one_for_all = False  # Whether torch.compile translates one block for all.
+        self.activation_checkpointing = (
+            False  # Whether backward computes the blocks again, to save memory.
+        )
+        self.regional_compile = False  # Whether torch.compile translates one block for all.
         rows, columns = config.grid(*latent_shape[1:])
         self.patches = nn.Linear(channels * side * side, dim)
         cos, sin = rope_angles(rows, columns, dim // config.heads)
-        self.places = nn.Buffer(grid_positions(rows, columns, dim), persistent=False)
+        self.pos_embed = nn.Buffer(pos_embed_2d_sincos(rows, columns, dim), persistent=False)
         self.cos, self.sin = nn.Buffer(cos, persistent=False), nn.Buffer(sin, persistent=False)
         self.time = TimeEmbedding(dim)
         self.text = TextEmbedding(
@@ -161,11 +163,11 @@ class FlowTransformer(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def read_text(self, text: PackedText) -> TextKeys:
+    def encode_context(self, text: PackedText) -> ContextKV:
         """Project the text states once; the result serves every step of a sampler."""
         states = text.states.to(self.patches.weight.dtype)
         words, summary = self.text(PackedText(states, text.offsets, text.longest))
-        return TextKeys(
+        return ContextKV(
             summary,
             self.text.summary(states.new_zeros(1, states.shape[1])),
             [block.attention.text(words) for block in self._blocks()],
@@ -173,24 +175,24 @@ class FlowTransformer(nn.Module):
             text.longest,
         )
 
-    def forward(self, x_t: Tensor, t: Tensor, rewards: Rewards, text: TextKeys) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, rewards: RewardCond, text: ContextKV) -> Tensor:
         dtype = self.patches.weight.dtype
         height, width = x_t.shape[2:]
-        places, rope = self._grid(height, width)
-        x = self.patches(self._patchify(x_t.to(dtype))) + places.to(dtype)
+        pos_embed, rope = self._grid(height, width)
+        x = self.patches(self._patchify(x_t.to(dtype))) + pos_embed.to(dtype)
         base = self.shared(nn.functional.silu(self.time(t) + text.summary))
         base = base.unflatten(-1, (2, 3, -1)).unbind(1)
         table = self.table(rewards.levels).unflatten(-1, (2, 3, -1)).unbind(2)
         offsets: Any = self.offsets
-        if self.one_for_all:
+        if self.regional_compile:
             # No two arguments of a region may share memory.
             base, table, offsets = ([z.clone() for z in views] for views in (base, table, offsets))
         sites = _Sites(base, table, rewards.bins, rewards.keep)
         x, h = _norm(sites, 0, offsets[0], x, None)
         through: Callable[..., Any] = _through
-        if self.recompute and torch.is_grad_enabled():
+        if self.activation_checkpointing and torch.is_grad_enabled():
             through = partial(checkpoint, _through, use_reentrant=False)
-        elif self.one_for_all:
+        elif self.regional_compile:
             through = _one_for_all
         for index, (block, keys) in enumerate(zip(self._blocks(), text.blocks, strict=True)):
             own = offsets[2 * index + 1], offsets[2 * index + 2]
@@ -204,11 +206,11 @@ class FlowTransformer(nn.Module):
         """Places and angles of a latent's tokens: kept, or where they lie about those kept."""
         _, *own = self.latent_shape
         if height == own[0] and width == own[1]:
-            return self.places, (self.cos, self.sin)
+            return self.pos_embed, (self.cos, self.sin)
         grid, base = self.config.grid(height, width), self.config.grid(*own)
         dim, device = self.config.channels, self.cos.device
         return (
-            grid_positions(*grid, dim, base, device),
+            pos_embed_2d_sincos(*grid, dim, base, device),
             rope_angles(*grid, dim // self.config.heads, base, device),
         )
 

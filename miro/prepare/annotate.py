@@ -37,17 +37,24 @@ from miro.images.open_decoder import DecoderName, build_decoder
 from miro.prepare.rejected_log import RejectedLog
 from miro.prepare.score_rows import ScoreRows
 from miro.prepare.scoring import Outcome, ScoringConfig, scored
-from miro.prepare.work_log import STATE, Done, begin, gather, read_done, write_done
+from miro.prepare.work_log import (
+    STATE,
+    CompletedUnit,
+    begin,
+    gather,
+    read_completed_unit,
+    write_completed_unit,
+)
 from miro.rewards.base import Reward, RewardOptions
 from miro.rewards.registry import build_reward
-from miro.rewards.scorer import Turns
-from miro.sources.sample import Candidate, Rejection, read_sample
+from miro.rewards.scorer import Offload
+from miro.sources.sample import RawSample, RejectedSample, read_sample
 from miro.sources.source import Source, open_source, shard_name
 from miro.sources.tables import Columns
 from miro.sources.tar import iterate_shard
 from miro.utils.atomic_io import link_or_copy
-from miro.utils.distributed import Ranks, ranks_of
-from miro.utils.locks import alone_in, waiting_in
+from miro.utils.distributed import DistEnv, dist_env
+from miro.utils.locks import blocking_lock, exclusive_lock
 from miro.utils.reward_names import reward_position
 
 log = logging.getLogger(__name__)
@@ -69,7 +76,7 @@ class AnnotateConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of networks; auto: bf16 on a GPU
     compile: Literal["auto", "always", "never"] = "auto"  # networks; auto: on a GPU
     allow_code: bool = False  # run Python code that comes with a model's weights
-    turns: Turns = "auto"  # networks on the device one by one
+    turns: Offload = "auto"  # networks on the device one by one
     window: int = 2_048  # samples decoded before networks take turns
     image_column: str | None = None  # of a table; by default found by its name
     caption_columns: tuple[str, ...] = ()  # of a table; by default all that are named like one
@@ -118,7 +125,7 @@ def annotate(
     started = time.perf_counter()
     source, dest = Path(source), Path(dest)
     config = AnnotateConfig() if config is None else config
-    ranks = ranks_of(os.environ)
+    ranks = dist_env(os.environ)
     device = ranks.device(config.device)
     built = _build(rewards, _options(config, device))
     dataset = Manifest.read(source) if (source / "manifest.json").is_file() else None
@@ -135,7 +142,7 @@ def annotate(
     decoder = build_decoder(config.decoder, device, config.batch_size, config.workers)
     with (
         closing(decoder),
-        alone_in(dest, ranks.rank),
+        exclusive_lock(dest, ranks.rank),
         RejectedLog(dest / "rejected.jsonl") as rejected,
     ):
         scoring = ScoringConfig(config.batch_size, decoder, device, config.turns, config.window)
@@ -180,7 +187,7 @@ class _Work:
         rewards: list[Reward],
         config: AnnotateConfig,
         scoring: ScoringConfig,
-        ranks: Ranks,
+        ranks: DistEnv,
         rejected: RejectedLog,
         progress: Progress | None,
     ):
@@ -219,14 +226,14 @@ class _Work:
     def _next(self, group: int) -> int | None:
         """The first unit of a group that is not done, or None."""
         for unit in itertools.count():
-            done = read_done(self._dest, group, unit)
+            done = read_completed_unit(self._dest, group, unit)
             if done is None:
                 return unit
             if done.last:
                 return None
 
     def _make(
-        self, group: int, number: int, items: Iterator[Candidate | Rejection], last: bool
+        self, group: int, number: int, items: Iterator[RawSample | RejectedSample], last: bool
     ) -> None:
         """A unit's shard, its scores and its record."""
         names = tuple(reward.name for reward in self._rewards)
@@ -243,18 +250,21 @@ class _Work:
                 self._rejected.add(*rejection.line)
             raise
         kinds = tuple(dict.fromkeys(rows.captions))
-        done = Done(shard, kinds, tuple(rejections), last)
-        write_done(self._dest, group, number, done)
+        done = CompletedUnit(shard, kinds, tuple(rejections), last)
+        write_completed_unit(self._dest, group, number, done)
 
     def _good(
-        self, items: Iterator[Candidate | Rejection], rows: ScoreRows, rejections: list[Rejection]
+        self,
+        items: Iterator[RawSample | RejectedSample],
+        rows: ScoreRows,
+        rejections: list[RejectedSample],
     ) -> Iterator[tuple[str, dict[str, bytes]]]:
         """A unit's good samples as `write_shard` takes them; the rest is added to the lists."""
         for batch in scored(items, self._rewards, self._scoring):
             for outcome in batch:
                 item, scores, rejection = outcome.sample, outcome.scores, outcome.rejection
                 if item and scores is not None and scores.size and np.isnan(scores).all():
-                    rejection = Rejection(item.origin, "scores", "every reward gave NaN")
+                    rejection = RejectedSample(item.origin, "scores", "every reward gave NaN")
                 if rejection is not None:
                     rejections.append(rejection)
                     self._set_aside += rejection.whole
@@ -269,7 +279,7 @@ class _Work:
         self._check_models(dataset)
         if source.resolve() == self._dest.resolve():
             return
-        with waiting_in(self._dest):
+        with blocking_lock(self._dest):
             if (self._dest / "manifest.json").is_file():
                 if Manifest.read(self._dest).shards != dataset.shards:
                     raise ValueError(
@@ -310,7 +320,7 @@ class _Work:
             check_shard(self._dest, shard)
         for shard, missing in lacking:
             self._add_scores(shard, missing)
-        with waiting_in(self._dest):
+        with blocking_lock(self._dest):
             manifest = Manifest.read(self._dest)
             columns = [set(_columns(self._dest, shard) or ()) for shard in manifest.shards]
             everywhere = set.intersection(*columns) if columns else set()
@@ -346,7 +356,7 @@ class _Work:
             self._looked_at(batch, next((o.rejection for o in batch[::-1] if o.rejection), None))
         rows.add_to(scores_path(self._dest, shard))
 
-    def _looked_at(self, batch: list[Outcome], last: Rejection | None) -> None:
+    def _looked_at(self, batch: list[Outcome], last: RejectedSample | None) -> None:
         """Report progress; ValueError where the share of what was set aside is too large."""
         self.looked_at += sum(outcome.whole for outcome in batch)
         if self._progress is not None:

@@ -35,13 +35,18 @@ from miro.data.shards import Manifest, ShardIndex, ShardInfo, check_shard, shard
 from miro.images.decoder import DecodeError, Decoder, decode_ahead
 from miro.images.open_decoder import DecoderName, build_decoder
 from miro.prepare.caption_table import CaptionTable
-from miro.prepare.completed_shards import Made, gather_made, read_made, write_made
+from miro.prepare.completed_shards import (
+    CompletedShard,
+    commit_completed,
+    read_completed,
+    write_completed,
+)
 from miro.prepare.rejected_log import RejectedLog
 from miro.rewards.vlm import VisionLanguage, load_vision_language
-from miro.sources.sample import Candidate, Rejection, read_caption, read_sample
+from miro.sources.sample import RawSample, RejectedSample, read_caption, read_sample
 from miro.sources.tar import iterate_shard
-from miro.utils.distributed import ranks_of
-from miro.utils.locks import alone_in, waiting_in
+from miro.utils.distributed import dist_env
+from miro.utils.locks import blocking_lock, exclusive_lock
 from miro.utils.serialize import differences
 
 log = logging.getLogger(__name__)
@@ -106,7 +111,7 @@ class _Writer(Protocol):
     kinds: tuple[str, ...]
 
     def captions(
-        self, items: Sequence[Candidate], images: Sequence[Tensor | None]
+        self, items: Sequence[RawSample], images: Sequence[Tensor | None]
     ) -> list[dict[str, Any]]:
         """For each sample {kind: caption as found}, without those there are none of."""
         ...
@@ -148,18 +153,18 @@ def caption(
     for shard in pictures.shards:
         check_shard(source, shard)
     settings = _settings(config, kinds)
-    ranks = ranks_of(os.environ)
-    with alone_in(dest, ranks.rank), RejectedLog(dest / "rejected.jsonl") as rejected:
-        with waiting_in(dest):
+    ranks = dist_env(os.environ)
+    with exclusive_lock(dest, ranks.rank), RejectedLog(dest / "rejected.jsonl") as rejected:
+        with blocking_lock(dest):
             if not (dest / "manifest.json").is_file():
                 _first_manifest(pictures, kinds, settings).write(dest)
-            manifest = _made_alike(source, dest, pictures, settings)
+            manifest = _check_same_encoding(source, dest, pictures, settings)
         todo = [
             shard
             for position, shard in enumerate(pictures.shards)
             if position % ranks.world == ranks.rank
             and position >= len(manifest.shards)
-            and read_made(dest, shard) is None
+            and read_completed(dest, shard) is None
         ]
         if todo:
             config = replace(config, device=str(ranks.device(config.device)))
@@ -170,7 +175,7 @@ def caption(
             with closing(decoder):
                 work = _Work(source, dest, writer, config, decoder, rejected, progress)
                 work.run(pictures.shards, todo)
-        manifest = gather_made(dest, pictures.shards, _extended)
+        manifest = commit_completed(dest, pictures.shards, _extended)
         return CaptionSummary(
             samples=manifest.samples,
             rejected=len(rejected),
@@ -197,7 +202,9 @@ def _first_manifest(pictures: Manifest, kinds: Sequence[str], settings: dict[str
     return Manifest("images", captions, (), source={"caption": state})
 
 
-def _made_alike(source: Path, dest: Path, pictures: Manifest, settings: dict[str, Any]) -> Manifest:
+def _check_same_encoding(
+    source: Path, dest: Path, pictures: Manifest, settings: dict[str, Any]
+) -> Manifest:
     """The manifest of an existing DEST; ValueError where it is not what this call would make."""
     manifest = Manifest.read(dest)
     there = manifest.source.get("caption")
@@ -219,7 +226,7 @@ def _made_alike(source: Path, dest: Path, pictures: Manifest, settings: dict[str
     return manifest
 
 
-def _extended(manifest: Manifest, shard: ShardInfo, made: Made) -> Manifest:
+def _extended(manifest: Manifest, shard: ShardInfo, made: CompletedShard) -> Manifest:
     state = manifest.source["caption"]
     shards = {**state["shards"], shard.name: shard.sha256}
     return replace(
@@ -245,7 +252,7 @@ class _Model:
         )
 
     def captions(
-        self, items: Sequence[Candidate], images: Sequence[Tensor | None]
+        self, items: Sequence[RawSample], images: Sequence[Tensor | None]
     ) -> list[dict[str, Any]]:
         made: list[dict[str, Any]] = [{} for _ in items]
         seen = [(row, image) for row, image in enumerate(images) if image is not None]
@@ -264,7 +271,7 @@ class _Model:
                 made[row][kind] = " ".join(text.split())  # a caption is one line
         return made
 
-    def _prompt(self, kind: str, item: Candidate) -> str:
+    def _prompt(self, kind: str, item: RawSample) -> str:
         said = self._model.plain(item.captions.get(ORIGINAL, "")).strip()
         return PROMPTS[kind].format(alt=ALT.format(text=said) if said else "")
 
@@ -292,8 +299,8 @@ class _Work:
         self._total = sum(shard.samples for shard in todo)
         for shard in todo:
             made = write_shard(shard_path(self._dest, shard), self._captioned(shard))
-            write_made(self._dest, shard, Made(made))
-            manifest = gather_made(self._dest, shards, _extended)
+            write_completed(self._dest, shard, CompletedShard(made))
+            manifest = commit_completed(self._dest, shards, _extended)
             log.info("%s: %d samples captioned", self._dest, manifest.samples)
 
     def _captioned(self, shard: ShardInfo) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -305,31 +312,33 @@ class _Work:
         )
         size = self._config.batch_size
         for batch in decode_ahead(unit, self._image_of, size, self._decoder):
-            items: list[tuple[Candidate, dict[str, bytes]]] = []
+            items: list[tuple[RawSample, dict[str, bytes]]] = []
             images: list[Tensor | None] = []
             for (item, members), image in batch:
-                if isinstance(item, Rejection):
+                if isinstance(item, RejectedSample):
                     self._reject(item)
                     continue
                 if isinstance(image, DecodeError):
-                    self._reject(Rejection(item.origin, "image", str(image)))
+                    self._reject(RejectedSample(item.origin, "image", str(image)))
                 items.append((item, members))
                 images.append(image if isinstance(image, Tensor) else None)
             new = self._writer.captions([item for item, _ in items], images)
             for (item, members), captions in zip(items, new, strict=True):
                 yield from self._joined(item, members, captions)
-            self._looked_at += sum(not isinstance(i, Rejection) or i.whole for (i, _), _ in batch)
+            self._looked_at += sum(
+                not isinstance(i, RejectedSample) or i.whole for (i, _), _ in batch
+            )
             if self._progress is not None:
                 self._progress(self._looked_at, self._total)
 
-    def _image_of(self, sample: tuple[Candidate | Rejection, Any]) -> bytes | None:
+    def _image_of(self, sample: tuple[RawSample | RejectedSample, Any]) -> bytes | None:
         item, _ = sample
-        if isinstance(item, Rejection) or not self._writer.reads_pictures:
+        if isinstance(item, RejectedSample) or not self._writer.reads_pictures:
             return None
         return item.image
 
     def _joined(
-        self, item: Candidate, members: dict[str, bytes], new: dict[str, Any]
+        self, item: RawSample, members: dict[str, bytes], new: dict[str, Any]
     ) -> Iterator[tuple[str, dict[str, bytes]]]:
         """The sample with its captions, old and new; nothing where it has none at all."""
         captions = dict(item.captions)
@@ -339,10 +348,10 @@ class _Work:
                 captions[kind] = found.text
             else:
                 reason = found.problem if new.get(kind) else self._writer.silence
-                self._reject(Rejection(item.origin, f"captions.{kind}", reason, whole=False))
+                self._reject(RejectedSample(item.origin, f"captions.{kind}", reason, whole=False))
         if captions:
             content = json.dumps({"captions": captions, **item.extra}).encode()
             yield item.key, {**members, "json": content}
 
-    def _reject(self, rejection: Rejection) -> None:
+    def _reject(self, rejection: RejectedSample) -> None:
         self._rejected.add(rejection.source, rejection.field, rejection.reason)

@@ -13,7 +13,7 @@ import pyarrow.json
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from miro.sources.sample import Candidate
+from miro.sources.sample import RawSample
 
 COLUMNS = ("key", "kind", "caption")
 
@@ -66,7 +66,7 @@ class CaptionTable:
             )
 
     def captions(
-        self, items: Sequence[Candidate], images: Sequence[Tensor | None]
+        self, items: Sequence[RawSample], images: Sequence[Tensor | None]
     ) -> list[dict[str, Any]]:
         """For each sample {kind: caption}; the pictures are not looked at."""
         return [

@@ -15,24 +15,24 @@ from pathlib import Path
 
 from miro.data.shards import Manifest, ShardInfo
 from miro.utils.atomic_io import atomic_write
-from miro.utils.locks import waiting_in
+from miro.utils.locks import blocking_lock
 
 
 @dataclass(frozen=True)
-class Made:
+class CompletedShard:
     """A shard that was made. `cut`: captions of it whose ends were not read."""
 
     shard: ShardInfo
     cut: int = 0
 
 
-def write_made(dest: Path, source: ShardInfo, made: Made) -> None:
+def write_completed(dest: Path, source: ShardInfo, made: CompletedShard) -> None:
     """Say that the shard made of `source` is there, with all that belongs to it."""
     content = {"of": source.sha256, **asdict(made)}
     atomic_write(_path(dest, source), json.dumps(content).encode())
 
 
-def read_made(dest: Path, source: ShardInfo) -> Made | None:
+def read_completed(dest: Path, source: ShardInfo) -> CompletedShard | None:
     """The shard made of `source`, or None if it is not made, or was made of another one.
 
     Raises:
@@ -43,23 +43,23 @@ def read_made(dest: Path, source: ShardInfo) -> Made | None:
         record = json.loads(path.read_text("utf-8"))
         if record["of"] != source.sha256:
             return None
-        return Made(ShardInfo(**record["shard"]), record["cut"])
+        return CompletedShard(ShardInfo(**record["shard"]), record["cut"])
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a record ({error}); delete it and run again") from None
 
 
-def gather_made(
+def commit_completed(
     dest: Path,
     sources: Sequence[ShardInfo],
-    extend: Callable[[Manifest, ShardInfo, Made], Manifest],
+    extend: Callable[[Manifest, ShardInfo, CompletedShard], Manifest],
 ) -> Manifest:
     """Extend DEST's manifest by the shards that are made, up to the first that is not."""
-    with waiting_in(dest):
+    with blocking_lock(dest):
         manifest = grown = Manifest.read(dest)
         for source in sources[len(manifest.shards) :]:
-            made = read_made(dest, source)
+            made = read_completed(dest, source)
             if made is None:
                 break
             grown = extend(grown, source, made)

@@ -33,14 +33,14 @@ from torch import Tensor
 from miro.data.npy import npy_bytes, npy_view
 from miro.data.reader import LATENT, RECORD, text_extension
 from miro.data.shards import Manifest, ShardIndex, ShardInfo, ShardWriter, open_shard, shard_path
-from miro.encoders.encoder import Encoders, Encoding
+from miro.encoders.encoder import EncodingConfig, FrozenEncoders
 from miro.images.decoder import DecodeError, Decoder, decode_ahead
 from miro.images.open_decoder import DecoderName, build_decoder
 from miro.images.pillow import decode
 from miro.prepare.encoded_writer import EncodedFolder
-from miro.sources.sample import Candidate, Rejection, read_sample
+from miro.sources.sample import RawSample, RejectedSample, read_sample
 from miro.sources.tar import iterate_shard
-from miro.utils.distributed import ranks_of
+from miro.utils.distributed import dist_env
 
 Progress = Callable[[int, int | None], None]  # samples looked at by this call, of how many
 
@@ -49,7 +49,7 @@ WINDOW = 1024
 
 
 @dataclass(frozen=True)
-class EncodeConfig(Encoding):
+class EncodeConfig(EncodingConfig):
     """How pictures and captions are encoded, and with how much of the machine."""
 
     sizes: tuple[int, ...] = ()  # several at once, each in a folder of its own: DEST/256, DEST/512
@@ -74,12 +74,14 @@ class EncodeConfig(Encoding):
         if len(set(self.sizes)) < len(self.sizes):
             raise ValueError(f"sizes {self.sizes} names one twice")
         for encoding in self.encodings():
-            encoding.sides()
+            encoding.bucket_sizes()
 
-    def encodings(self) -> list[Encoding]:
+    def encodings(self) -> list[EncodingConfig]:
         """The encoding of each size."""
-        own: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(Encoding)}
-        return [Encoding(**{**own, "size": size}) for size in self.sizes or (self.size,)]
+        own: dict[str, Any] = {
+            each.name: getattr(self, each.name) for each in fields(EncodingConfig)
+        }
+        return [EncodingConfig(**{**own, "size": size}) for size in self.sizes or (self.size,)]
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def encode(
         raise ValueError(f"{source}: is encoded already; encode the images it was made from")
     if not pictures.samples:
         raise ValueError(f"{source}: holds no samples; let `miro annotate` complete a shard first")
-    ranks = ranks_of(os.environ)
+    ranks = dist_env(os.environ)
     config = replace(config, device=str(ranks.device(config.device)))
     with ExitStack() as stack:
         places = [dest / str(size) for size in config.sizes] or [dest]
@@ -141,7 +143,7 @@ def encode(
             )
             _Work(source, pictures, config, decoder, folders, progress).run(mine)
         for folder in folders:
-            folder.take_rewards()
+            folder.sync_reward_columns()
         return EncodeSummary(
             samples=folders[0].samples,
             rejected=len(folders[0].rejected),
@@ -165,7 +167,7 @@ class _Work:
     ):
         self._source, self._pictures, self._folders = source, pictures, folders
         self._config, self._decoder, self._progress = config, decoder, progress
-        self._encoders = Encoders(
+        self._encoders = FrozenEncoders(
             config, config.device, batch_size=config.batch_size, cache_bytes=config.cache_bytes
         )
         self._looked_at = self._total = 0
@@ -199,7 +201,7 @@ class _Work:
         for shard in self._pictures.shards:
             for item, _ in self._read(shard):
                 try:
-                    if isinstance(item, Candidate):
+                    if isinstance(item, RawSample):
                         return decode(item.image)
                 except DecodeError:
                     continue  # it is set aside in its turn
@@ -216,35 +218,35 @@ class _Work:
             # Read as it was then, but for the picture, which only has to be named.
             members = {"png": b"", RECORD: bytes(index.member(i, RECORD))}
             for item in read_sample("", index.keys[i], members):
-                captions = item.captions if isinstance(item, Candidate) else {}
+                captions = item.captions if isinstance(item, RawSample) else {}
                 for kind, caption in captions.items():
                     states = npy_view(index.member(i, text_extension(kind)))
                     self._encoders.cache.put(caption, states)
 
-    def _read(self, shard: ShardInfo) -> Iterator[tuple[Candidate | Rejection, bytes]]:
+    def _read(self, shard: ShardInfo) -> Iterator[tuple[RawSample | RejectedSample, bytes]]:
         """The samples of a shard of SOURCE, each with its .json as it is."""
         for key, members in iterate_shard(shard_path(self._source, shard)):
             for item in read_sample(f"{shard.name}:{key}", key, members):
                 yield item, members.get(RECORD, b"")
 
     def _fitted(
-        self, items: Iterable[Candidate | Rejection], folders: list[EncodedFolder]
-    ) -> Iterator[list[Tensor] | Rejection]:
+        self, items: Iterable[RawSample | RejectedSample], folders: list[EncodedFolder]
+    ) -> Iterator[list[Tensor] | RejectedSample]:
         """Each item's picture as each folder has it, or why there is none."""
 
-        def image_of(item: Candidate | Rejection) -> bytes | None:
-            return item.image if isinstance(item, Candidate) else None
+        def image_of(item: RawSample | RejectedSample) -> bytes | None:
+            return item.image if isinstance(item, RawSample) else None
 
         for batch in decode_ahead(items, image_of, self._config.batch_size, self._decoder):
             pictures = [image for _, image in batch if isinstance(image, Tensor)]
             fitted = zip(*(folder.encoding.fit_all(pictures) for folder in folders), strict=True)
             for item, image in batch:
-                if isinstance(item, Rejection):
+                if isinstance(item, RejectedSample):
                     yield item
                 elif isinstance(image, Tensor):
                     yield list(next(fitted))
                 else:
-                    yield Rejection(item.origin, "image", str(image))
+                    yield RejectedSample(item.origin, "image", str(image))
 
     def _encode(
         self, shard: ShardInfo, folders: list[EncodedFolder], tars: list[ShardWriter]
@@ -257,18 +259,18 @@ class _Work:
 
     def _encode_window(
         self,
-        window: list[tuple[Candidate | Rejection, bytes]],
-        images: list[list[Tensor] | Rejection],
+        window: list[tuple[RawSample | RejectedSample, bytes]],
+        images: list[list[Tensor] | RejectedSample],
         folders: list[EncodedFolder],
         tars: list[ShardWriter],
     ) -> None:
-        good: list[tuple[Candidate, bytes, list[Tensor]]] = []
+        good: list[tuple[RawSample, bytes, list[Tensor]]] = []
         for (item, record), fitted in zip(window, images, strict=True):
-            if isinstance(fitted, Rejection):
+            if isinstance(fitted, RejectedSample):
                 for folder in folders:
                     folder.rejected.add(fitted.source, fitted.field, fitted.reason)
                 continue
-            assert isinstance(item, Candidate)
+            assert isinstance(item, RawSample)
             for folder, image in zip(folders, fitted, strict=True):
                 shape = self._encoders.codec.latent_shape(*image.shape[1:])
                 folder.check_shape(item.origin, image, shape)
@@ -285,7 +287,7 @@ class _Work:
             for (item, record, _), latent in zip(good, latents, strict=True):
                 own = {text_extension(kind): members[t] for kind, t in item.captions.items()}
                 tar.add(item.key, {LATENT: npy_bytes(latent), **own, RECORD: record})
-        self._looked_at += sum(isinstance(item, Candidate) or item.whole for item, _ in window)
+        self._looked_at += sum(isinstance(item, RawSample) or item.whole for item, _ in window)
         if self._progress is not None:
             self._progress(self._looked_at, self._total)
 

@@ -13,11 +13,16 @@ from torch import Tensor
 
 from miro.data.reader import copy_scores
 from miro.data.shards import MODELS, Manifest, ShardInfo, score_columns, scores_path
-from miro.encoders.encoder import Encoding
-from miro.prepare.completed_shards import Made, gather_made, read_made, write_made
+from miro.encoders.encoder import EncodingConfig
+from miro.prepare.completed_shards import (
+    CompletedShard,
+    commit_completed,
+    read_completed,
+    write_completed,
+)
 from miro.prepare.rejected_log import RejectedLog
-from miro.utils.distributed import Ranks
-from miro.utils.locks import alone_in, waiting_in
+from miro.utils.distributed import DistEnv
+from miro.utils.locks import blocking_lock, exclusive_lock
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +35,12 @@ class EncodedFolder:
     """
 
     def __init__(
-        self, source: Path, dest: Path, pictures: Manifest, encoding: Encoding, ranks: Ranks
+        self, source: Path, dest: Path, pictures: Manifest, encoding: EncodingConfig, ranks: DistEnv
     ) -> None:
         self.source, self.dest, self.pictures, self.encoding = source, dest, pictures, encoding
         self.ranks = ranks
         found = (dest / "manifest.json").is_file()
-        self.manifest = self._made_alike() if found else None
+        self.manifest = self._check_same_encoding() if found else None
         self.cut = 0  # captions of the shard under way whose ends were not read
 
     @property
@@ -51,7 +56,7 @@ class EncodedFolder:
 
     def open(self, stack: ExitStack) -> None:
         """Keep other processes of this rank out, and bring the scores that are there up to date."""
-        stack.enter_context(alone_in(self.dest, self.ranks.rank))
+        stack.enter_context(exclusive_lock(self.dest, self.ranks.rank))
         self.rejected = stack.enter_context(RejectedLog(self.dest / "rejected.jsonl"))
         if self.manifest:
             self._gather()
@@ -61,9 +66,9 @@ class EncodedFolder:
 
     def begin(self, record: dict[str, Any]) -> None:
         """The manifest of a folder without shards, unless another process was first."""
-        with waiting_in(self.dest):
+        with blocking_lock(self.dest):
             if (self.dest / "manifest.json").is_file():
-                self.manifest = self._made_alike()
+                self.manifest = self._check_same_encoding()
                 return
             origin = {**self.pictures.source, "encoded_from": {}}
             self.manifest = replace(
@@ -75,21 +80,21 @@ class EncodedFolder:
         """The shard made of the source's shard at `position`, if it is."""
         if self.manifest and position < len(self.manifest.shards):
             return self.manifest.shards[position]
-        record = read_made(self.dest, self.pictures.shards[position])
+        record = read_completed(self.dest, self.pictures.shards[position])
         return record and record.shard
 
     def complete(self, shard: ShardInfo, made: ShardInfo) -> None:
         """A shard of the source was encoded."""
         copy_scores(self.source, self.dest, made)
-        write_made(self.dest, shard, Made(made, self.cut))
+        write_completed(self.dest, shard, CompletedShard(made, self.cut))
         self.cut = 0
         self._gather()
         log.info("%s: %d samples encoded", self.dest, self.samples)
 
     def _gather(self) -> None:
-        self.manifest = gather_made(self.dest, self.pictures.shards, self._extended)
+        self.manifest = commit_completed(self.dest, self.pictures.shards, self._extended)
 
-    def _extended(self, manifest: Manifest, shard: ShardInfo, made: Made) -> Manifest:
+    def _extended(self, manifest: Manifest, shard: ShardInfo, made: CompletedShard) -> Manifest:
         assert manifest.encoding is not None
         made_from = {**manifest.source["encoded_from"], shard.name: shard.sha256}
         return replace(
@@ -100,9 +105,9 @@ class EncodedFolder:
             source={**self.pictures.source, "encoded_from": made_from},
         )
 
-    def take_rewards(self) -> None:
+    def sync_reward_columns(self) -> None:
         """Let the manifest list the source's rewards of which every shard has the scores by now."""
-        with waiting_in(self.dest):
+        with blocking_lock(self.dest):
             manifest = Manifest.read(self.dest)
             rewards = set(self.pictures.rewards)
             for shard in manifest.shards if manifest.rewards != self.pictures.rewards else ():
@@ -135,12 +140,12 @@ class EncodedFolder:
                 f"{self.rejected.path} says why, last: {self.rejected.last}"
             )
 
-    def _made_alike(self) -> Manifest:
+    def _check_same_encoding(self) -> Manifest:
         """The manifest that is there; ValueError where it is not what this call would make."""
         dest, manifest = self.dest, Manifest.read(self.dest)
         if manifest.kind != "encoded" or manifest.encoding is None:
             raise ValueError(f"{dest}: holds images, not latents; choose a new folder")
-        if differ := self.encoding.otherwise(manifest.encoding):
+        if differ := self.encoding.diff(manifest.encoding):
             raise ValueError(
                 f"{dest}: was encoded otherwise ({'; '.join(differ)}); ask for the same, or choose "
                 "a new folder"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from miro.data.shards import read_shard_scores, write_scores
-from miro.sources.sample import Candidate
+from miro.sources.sample import RawSample
 from miro.utils.reward_names import reward_position
 
 
@@ -21,7 +21,7 @@ class ScoreRows:
         self._keys: list[str] = []
         self._scores = [np.empty((0, len(self._rewards)), np.float32)]
 
-    def add(self, sample: Candidate, scores: np.ndarray) -> None:
+    def add(self, sample: RawSample, scores: np.ndarray) -> None:
         """scores: float32 (captions, rewards), NaN where not known."""
         self._keys += [sample.key] * len(sample.captions)
         self.captions += sample.captions

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from miro.images.decoder import DecodeError, Decoder, decode_ahead
 from miro.rewards.base import Reward
-from miro.rewards.scorer import Pairs, Scorer, Turns
-from miro.sources.sample import Candidate, Rejection
+from miro.rewards.scorer import Offload, ScoreBatch, Scorer
+from miro.sources.sample import RawSample, RejectedSample
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class ScoringConfig:
     batch_size: int
     decoder: Decoder
     device: torch.device
-    turns: Turns
+    turns: Offload
     window: int
 
 
@@ -34,9 +34,9 @@ class Outcome:
     what is no sample at all, and why.
     """
 
-    sample: Candidate | None
+    sample: RawSample | None
     scores: np.ndarray | None
-    rejection: Rejection | None
+    rejection: RejectedSample | None
 
     @property
     def whole(self) -> bool:
@@ -45,7 +45,7 @@ class Outcome:
 
 
 def scored(
-    unit: Iterable[Candidate | Rejection], rewards: Sequence[Reward], config: ScoringConfig
+    unit: Iterable[RawSample | RejectedSample], rewards: Sequence[Reward], config: ScoringConfig
 ) -> Iterator[list[Outcome]]:
     """The outcomes of a unit, batch by batch, in its order.
 
@@ -77,12 +77,12 @@ class _Batch:
     """A decoded batch: what of it can be scored, and what of it cannot."""
 
     def __init__(
-        self, decoded: list[tuple[Candidate | Rejection, Tensor | DecodeError | None]]
+        self, decoded: list[tuple[RawSample | RejectedSample, Tensor | DecodeError | None]]
     ) -> None:
         self._judged = [_judge(item, image) for item, image in decoded]
         images = [image for _, image in decoded if isinstance(image, Tensor)]
         captions = [s.captions for s, rejection in self._judged if s and not rejection]
-        self.pairs = Pairs(images, captions)
+        self.pairs = ScoreBatch(images, captions)
 
     def outcomes(self) -> list[Outcome]:
         scores = iter(self.pairs.by_image())
@@ -93,14 +93,14 @@ class _Batch:
 
 
 def _judge(
-    item: Candidate | Rejection, image: Tensor | DecodeError | None
-) -> tuple[Candidate | None, Rejection | None]:
-    if isinstance(item, Rejection):
+    item: RawSample | RejectedSample, image: Tensor | DecodeError | None
+) -> tuple[RawSample | None, RejectedSample | None]:
+    if isinstance(item, RejectedSample):
         return None, item
     if isinstance(image, Tensor):
         return item, None
-    return item, Rejection(item.origin, "image", str(image))
+    return item, RejectedSample(item.origin, "image", str(image))
 
 
-def _image_of(item: Candidate | Rejection) -> bytes | None:
-    return item.image if isinstance(item, Candidate) else None
+def _image_of(item: RawSample | RejectedSample) -> bytes | None:
+    return item.image if isinstance(item, RawSample) else None

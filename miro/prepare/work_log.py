@@ -19,22 +19,22 @@ from typing import Any
 
 from miro.data.shards import Manifest, ShardInfo, score_columns, scores_path
 from miro.prepare.rejected_log import RejectedLog
-from miro.sources.sample import Rejection
+from miro.sources.sample import RejectedSample
 from miro.sources.source import shard_name
 from miro.utils.atomic_io import atomic_write
-from miro.utils.locks import waiting_in
+from miro.utils.locks import blocking_lock
 
 STATE = "annotate"
 """Where in a manifest's source it says from what, and how far, it was made."""
 
 
 @dataclass(frozen=True)
-class Done:
+class CompletedUnit:
     """The record of a unit. `shard` is None where not one sample of it can be used."""
 
     shard: ShardInfo | None
     captions: tuple[str, ...]
-    rejections: tuple[Rejection, ...]
+    rejections: tuple[RejectedSample, ...]
     last: bool
 
 
@@ -43,12 +43,12 @@ def record_path(dest: Path, group: int, unit: int) -> Path:
     return dest / "units" / Path(shard_name(group, unit)).with_suffix(".json")
 
 
-def write_done(dest: Path, group: int, unit: int, done: Done) -> None:
+def write_completed_unit(dest: Path, group: int, unit: int, done: CompletedUnit) -> None:
     """Say that a unit is done: its shard and its scores are there."""
     atomic_write(record_path(dest, group, unit), json.dumps(asdict(done)).encode())
 
 
-def read_done(dest: Path, group: int, unit: int) -> Done | None:
+def read_completed_unit(dest: Path, group: int, unit: int) -> CompletedUnit | None:
     """The record of a unit, or None if it is not done.
 
     Raises:
@@ -63,10 +63,10 @@ def read_done(dest: Path, group: int, unit: int) -> Done | None:
         raise ValueError(f"{path}: not a record ({error}); delete it and run again") from None
     try:
         shard = record["shard"]
-        return Done(
+        return CompletedUnit(
             None if shard is None else ShardInfo(**shard),
             tuple(record["captions"]),
-            tuple(Rejection(**rejection) for rejection in record["rejections"]),
+            tuple(RejectedSample(**rejection) for rejection in record["rejections"]),
             bool(record["last"]),
         )
     except (KeyError, TypeError) as error:
@@ -81,7 +81,7 @@ def begin(dest: Path, name: str, fingerprint: str) -> Manifest:
     Raises:
         ValueError: DEST was made from something else, or holds shards of nobody knows what.
     """
-    with waiting_in(dest):
+    with blocking_lock(dest):
         if (dest / "manifest.json").is_file():
             manifest = Manifest.read(dest)
             if manifest.source.get(STATE, {}).get("fingerprint") != fingerprint:
@@ -100,11 +100,11 @@ def begin(dest: Path, name: str, fingerprint: str) -> Manifest:
 
 def gather(dest: Path, log: RejectedLog) -> Manifest:
     """Extend the manifest by the units that are done, up to the first that is not."""
-    with waiting_in(dest):
+    with blocking_lock(dest):
         manifest = Manifest.read(dest)
         state: dict[str, Any] = dict(manifest.source[STATE])
         at = state["group"], state["unit"]
-        while (done := read_done(dest, *at)) is not None:
+        while (done := read_completed_unit(dest, *at)) is not None:
             for rejection in done.rejections:
                 log.add(*rejection.line)
             manifest = _extended(dest, manifest, done)
@@ -116,7 +116,7 @@ def gather(dest: Path, log: RejectedLog) -> Manifest:
         return manifest
 
 
-def _extended(dest: Path, manifest: Manifest, done: Done) -> Manifest:
+def _extended(dest: Path, manifest: Manifest, done: CompletedUnit) -> Manifest:
     if done.shard is None:
         return manifest
     first = not manifest.shards

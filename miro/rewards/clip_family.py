@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miro.images.transforms import View, normalised
+from miro.images.transforms import ImageTransform, normalised
 from miro.rewards.base import Reward, RewardOptions
 from miro.rewards.clip_models import (
     CLIP_TOKENIZER,
@@ -33,7 +33,7 @@ from miro.rewards.clip_models import (
     open_towers,
     transformers_towers,
 )
-from miro.rewards.network import TwoTowers
+from miro.rewards.network import DualEncoderReward
 from miro.rewards.weights import find_file, load_tensors, parts
 
 OPENAI_L14 = f"{OPEN_CLIP}ViT-L-14-quickgelu/openai"
@@ -51,7 +51,7 @@ AESTHETIC_LAYERS = (0, 2, 4, 6, 7)
 """The linear layers' places in the published head; dropout stood at the others."""
 
 
-class PretrainedTowers(TwoTowers):
+class PretrainedTowers(DualEncoderReward):
     """Embeddings by towers of any library, brought to length 1 in fp32."""
 
     def __init__(self, towers: Towers, options: RewardOptions) -> None:
@@ -190,7 +190,7 @@ def hpsv2(weights: str | None, options: RewardOptions) -> Reward:
     towers = replace(
         towers,
         model=f"open_clip {HPS_ARCHITECTURE}, {file.name}",
-        view=View(towers.view.size, "letterbox"),
+        view=ImageTransform(towers.view.size, "letterbox"),
     )
     return Similarity("hpsv2", towers, options, scale=1.0, cosines=(0.15, 0.4))
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from miro.images.transforms import CLIP_MEAN, CLIP_STD, View
+from miro.images.transforms import CLIP_MEAN, CLIP_STD, ImageTransform
 from miro.rewards.weights import find_folder, named, tensors_alone
 
 OPEN_CLIP = "open_clip:"
@@ -38,7 +38,7 @@ class Towers:
     model: str
     """Architecture and weights."""
     network: nn.Module
-    view: View
+    view: ImageTransform
     mean: tuple[float, ...]
     std: tuple[float, ...]
     see: Callable[[Tensor], Tensor]
@@ -166,7 +166,7 @@ def transformers_towers(
     return Towers(
         model=model,
         network=network,
-        view=View(network.config.vision_config.image_size, rounds="down"),
+        view=ImageTransform(network.config.vision_config.image_size, crop_rounding="down"),
         mean=CLIP_MEAN,
         std=CLIP_STD,
         see=lambda pixels: network.get_image_features(pixel_values=pixels).pooler_output,
@@ -261,7 +261,9 @@ def _check_words(weights: str, tokens: Callable[[list[str]], Sequence[Tensor]]) 
         )
 
 
-def _view(weights: str, size: int | Sequence[int], resize_mode: str, interpolation: str) -> View:
+def _view(
+    weights: str, size: int | Sequence[int], resize_mode: str, interpolation: str
+) -> ImageTransform:
     """The view that open_clip's words for preparing a picture describe."""
     sides = {size} if isinstance(size, int) else set(size)
     fits = {"shortest": "crop", "squash": "stretch"}
@@ -270,7 +272,7 @@ def _view(weights: str, size: int | Sequence[int], resize_mode: str, interpolati
             f"{weights!r} looks at pictures of {size} by {resize_mode!r} and {interpolation!r}; "
             "known are squares, 'shortest' and 'squash', 'bicubic'"
         )
-    return View(sides.pop(), "stretch" if fits[resize_mode] == "stretch" else "crop")
+    return ImageTransform(sides.pop(), "stretch" if fits[resize_mode] == "stretch" else "crop")
 
 
 def _scale(network: Any) -> float:

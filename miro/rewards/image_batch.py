@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from miro.images.transforms import (
-    View,
+    ImageTransform,
     check_picture,
     for_each,
 )
 
 
-class Pictures(Sequence[Tensor]):
+class ImageBatch(Sequence[Tensor]):
     """A batch of decoded pictures, uint8 (3, H, W) each, whose squares are made once.
 
     A picture that occurs several times, for its several captions, is one picture: `distinct` are
@@ -31,25 +31,25 @@ class Pictures(Sequence[Tensor]):
                 numbers[id(image)] = len(self.distinct)
                 self.distinct.append(image)
             self.rows.append(numbers[id(image)])
-        self._squares: dict[View, Tensor] = {}
+        self._squares: dict[ImageTransform, Tensor] = {}
 
-    def take(self, rows: Iterable[int]) -> Pictures:
+    def take(self, rows: Iterable[int]) -> ImageBatch:
         """The pictures at `rows`, an index may repeat; what is made of either is made for both."""
-        taken = Pictures(())
+        taken = ImageBatch(())
         taken.distinct, taken._squares = self.distinct, self._squares
         taken.rows = [self.rows[row] for row in rows]
         return taken
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Keep the squares that were made, and let go of the pictures."""
         self.distinct = [torch.empty(3, 0, 0, dtype=torch.uint8) for _ in self.distinct]
 
     @classmethod
-    def of(cls, images: Sequence[Tensor]) -> Pictures:
+    def of(cls, images: Sequence[Tensor]) -> ImageBatch:
         """The images as Pictures; those that are Pictures keep what was made of them."""
-        return images if isinstance(images, Pictures) else cls(images)
+        return images if isinstance(images, ImageBatch) else cls(images)
 
-    def squares(self, view: View) -> Tensor:
+    def preprocessed(self, view: ImageTransform) -> Tensor:
         """uint8 (distinct, 3, size, size), on the device of the pictures; on a CPU by all cores.
 
         Raises:

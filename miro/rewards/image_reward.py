@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from miro.images.transforms import View, normalised
+from miro.images.transforms import ImageTransform, normalised
 from miro.rewards.base import RewardOptions
-from miro.rewards.image_batch import Pictures
+from miro.rewards.image_batch import ImageBatch
 from miro.rewards.network import NetworkReward
 from miro.rewards.weights import named
 
@@ -84,7 +84,7 @@ class ImageReward(NetworkReward):
     name = "image_reward"
     reads_caption = True
     range = (-2.0, 2.0)
-    view: View = View(224)
+    view: ImageTransform = ImageTransform(224)
 
     def __init__(self, weights: str | None, options: RewardOptions) -> None:
         """weights: ImageReward.pt or its folder, a hub id, None for the published one's.
@@ -108,8 +108,8 @@ class ImageReward(NetworkReward):
             raise ValueError(f"got {len(images)} images but {len(captions)} captions")
         if not len(images):
             return torch.empty(0, device=self.device)
-        pictures = Pictures.of(images)
-        squares = pictures.squares(self.view)
+        pictures = ImageBatch.of(images)
+        squares = pictures.preprocessed(self.view)
         seen = self.in_batches(
             lambda start, stop: self._see(
                 normalised(squares[start:stop].to(self.device), self.options.dtype)

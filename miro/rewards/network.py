@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from miro.images.transforms import View
+from miro.images.transforms import ImageTransform
 from miro.rewards.base import RewardOptions
-from miro.rewards.image_batch import Pictures
+from miro.rewards.image_batch import ImageBatch
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class NetworkReward:
     model: str
     reads_caption: bool
     range: tuple[float, float]
-    view: View | None = None
+    view: ImageTransform | None = None
     """The squares of the pictures it looks at; None where it looks at the pictures themselves."""
 
     def score(self, images: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
@@ -45,7 +45,7 @@ class NetworkReward:
         tensors = (*self.network.parameters(), *self.network.buffers())
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    def leave(self) -> None:
+    def offload_to_cpu(self) -> None:
         """Move the network to the host's memory; it comes back when it is used."""
         self.network.to("cpu")
 
@@ -74,13 +74,13 @@ class NetworkReward:
         return torch.cat(parts)
 
 
-class TwoTowers(NetworkReward):
+class DualEncoderReward(NetworkReward):
     """A reward that compares an embedding of the picture with one of the caption.
 
     Each distinct picture of a batch and each distinct caption is embedded once.
     """
 
-    view: View
+    view: ImageTransform
 
     def __init__(self, network: nn.Module, options: RewardOptions) -> None:
         super().__init__(network, options)
@@ -97,8 +97,8 @@ class TwoTowers(NetworkReward):
     @torch.inference_mode()
     def pictures(self, images: Sequence[Tensor]) -> Tensor:
         """float32 (B, width): the embedding of each image."""
-        pictures = Pictures.of(images)
-        squares = pictures.squares(self.view)
+        pictures = ImageBatch.of(images)
+        squares = pictures.preprocessed(self.view)
         embedded = self.in_batches(
             lambda start, stop: self.embed_pictures(squares[start:stop].to(self.device)),
             len(squares),

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 from miro.rewards.base import Reward
-from miro.rewards.image_batch import Pictures
+from miro.rewards.image_batch import ImageBatch
 from miro.rewards.network import NetworkReward
 
 log = logging.getLogger(__name__)
 
-Turns = Literal["auto", "always", "never"]
+Offload = Literal["auto", "always", "never"]
 SHARE = 0.7
 """Of the device's free memory that weights may take; batches need the rest."""
 
 
-class Pairs:
+class ScoreBatch:
     """A batch of decoded images, each with its captions by kind, and the scores they get.
 
     scores: float32 (pairs, rewards), a row per image and caption; NaN where not known.
@@ -38,7 +38,7 @@ class Pairs:
         self.rows = np.repeat(np.arange(len(images)), self.counts)
         self.texts = [text for kinds in captions for text in kinds.values()]
         self.firsts = [next(iter(kinds.values())) for kinds in captions]
-        self.pictures = Pictures(images)
+        self.pictures = ImageBatch(images)
         self.scores = np.empty((len(self.rows), 0), np.float32)
 
     def by_image(self) -> list[np.ndarray]:
@@ -75,7 +75,7 @@ class Scorer:
         self,
         rewards: Sequence[Reward],
         device: torch.device,
-        turns: Turns = "auto",
+        turns: Offload = "auto",
     ) -> None:
         """turns: whether networks take turns on the device; auto where they do not fit it."""
         self.rewards = list(rewards)
@@ -89,7 +89,7 @@ class Scorer:
         if self._waiting:
             log.info("%d networks take turns on %s", len(networks), device)
 
-    def begin(self, pairs: Pairs) -> None:
+    def begin(self, pairs: ScoreBatch) -> None:
         """Score what needs no turn; for the rest keep the squares alone and let the pictures go."""
         pairs.scores = np.full((len(pairs.texts), len(self.rewards)), np.nan, np.float32)
         for column, reward in enumerate(self.rewards):
@@ -98,16 +98,16 @@ class Scorer:
         views = {network.view for network in self._waiting.values()}
         for view in views:
             if view is not None:
-                pairs.pictures.squares(view)
+                pairs.pictures.preprocessed(view)
         if views and None not in views:
-            pairs.pictures.let_go()
+            pairs.pictures.release()
 
-    def finish(self, batches: Sequence[Pairs]) -> None:
+    def finish(self, batches: Sequence[ScoreBatch]) -> None:
         """Score what waits for its turn: each network comes once, for all of these batches."""
         for column, network in self._waiting.items():
             for pairs in batches:
                 pairs.scores[:, column] = pairs.column(network)
-            network.leave()
+            network.offload_to_cpu()
 
 
 def _fit(networks: Collection[NetworkReward], device: torch.device) -> bool:

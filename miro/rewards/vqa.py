@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miro.images.transforms import View, normalised
+from miro.images.transforms import ImageTransform, normalised
 from miro.rewards.base import Reward, RewardOptions
 from miro.rewards.clip_t5 import SYSTEM, ClipT5, load_clip_t5, open_clip_t5
-from miro.rewards.image_batch import Pictures
+from miro.rewards.image_batch import ImageBatch
 from miro.rewards.network import NetworkReward
 from miro.rewards.vlm import VisionLanguage, cut, load_vision_language
 from miro.rewards.weights import named
@@ -56,14 +56,14 @@ class ClipT5Score(NetworkReward):
     name = "vqa"
     reads_caption = True
     range = (0.0, 1.0)
-    view: View
+    view: ImageTransform
 
     def __init__(
         self, weights: str, network: ClipT5, tokenizer: Any, options: RewardOptions
     ) -> None:
         super().__init__(network, options)
         self.model = f"VQAScore, {named(weights)}"
-        self.view = View(network.image_size, "pad")
+        self.view = ImageTransform(network.image_size, "pad")
         self._see = self.compiled(network.see)
         self._tokenizer = tokenizer
         # Both parts of a question are texts to T5, so the first ends, too, with its end token.
@@ -76,7 +76,7 @@ class ClipT5Score(NetworkReward):
         pictures = _pictures(images, captions)
         if not captions:
             return torch.empty(0, device=self.device)
-        squares = pictures.squares(self.view)
+        squares = pictures.preprocessed(self.view)
 
         def see(start: int, stop: int) -> Tensor:
             batch = squares[start:stop].to(self.device)
@@ -137,10 +137,10 @@ class VisionLanguageScore(NetworkReward):
         return _by_length(self, answered, [len(text) for text in asked])
 
 
-def _pictures(images: Sequence[Tensor], captions: Sequence[str]) -> Pictures:
+def _pictures(images: Sequence[Tensor], captions: Sequence[str]) -> ImageBatch:
     if len(images) != len(captions):
         raise ValueError(f"got {len(images)} images but {len(captions)} captions")
-    return Pictures.of(images)
+    return ImageBatch.of(images)
 
 
 def _by_length(

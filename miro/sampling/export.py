@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from miro.training import checkpoint
-from miro.training.checkpoint import CheckpointError, Reader, RunFolder
+from miro.training.checkpoint import CheckpointError, CheckpointReader, RunFolder
 
 
 def export(run: Path, dest: Path, images: int | None = None) -> Path:
@@ -53,7 +53,7 @@ def export(run: Path, dest: Path, images: int | None = None) -> Path:
 
 def _averaged(run: RunFolder, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The average in a checkpoint, put together from the parts of all ranks."""
-    reader = Reader(folder)
+    reader = CheckpointReader(folder)
     reader.check()
     tensors = {
         name: reader.read("ema", name, 0, math.prod(shape)).view(shape)

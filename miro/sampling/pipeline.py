@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from miro.conditioning import Bins, Target, trained_rewards
+from miro.conditioning import Bins, RewardTarget, conditioned_rewards
 from miro.encoders.text import TransformersEncoder, build_text_encoder
 from miro.encoders.vae import LatentCodec, build_codec
 from miro.images.buckets import nearest
@@ -113,17 +113,17 @@ class Pipeline:
 
     def target(
         self, wanted: Mapping[str, float | None] | None = None, default: float | None = 1.0
-    ) -> Target:
+    ) -> RewardTarget:
         """What to ask for: `default` for each reward the run was trained on, but for `wanted`.
 
         Raises:
             ValueError: an unknown reward, one the run was not told, or a level outside 0 to 1.
         """
-        trained = trained_rewards(self.config.conditioning, self.rewards).tolist()
+        trained = conditioned_rewards(self.config.conditioning, self.rewards).tolist()
         known = [name for name, told in zip(self.rewards, trained, strict=True) if told]
-        levels = Target.of(known, wanted or {}, default).levels
+        levels = RewardTarget.of(known, wanted or {}, default).levels
         asked = dict(zip(known, levels, strict=True))
-        return Target(tuple(asked.get(name) for name in self.rewards))
+        return RewardTarget(tuple(asked.get(name) for name in self.rewards))
 
     def read(self, prompts: Sequence[str]) -> PackedText:
         """The prompts' states; each distinct prompt is encoded once. Says which are cut."""

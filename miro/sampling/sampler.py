@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from miro.conditioning import Target
+from miro.conditioning import RewardTarget
 from miro.flow import FlowConfig, euler_step, euler_times, velocity
 from miro.model.packed_text import PackedText
-from miro.model.transformer import FlowTransformer, Rewards, TextKeys
+from miro.model.transformer import ContextKV, FlowTransformer, RewardCond
 from miro.utils.rng import generator_from
 
 log = logging.getLogger(__name__)
@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 class Guidance:
     """What to ask for, what to move away from, and how hard."""
 
-    positive: Target
-    negative: Target | None = None
+    positive: RewardTarget
+    negative: RewardTarget | None = None
     """s⁻; needed where reward_scale is not zero."""
     reward_scale: float = 0.0
     """ω of equation 3. The paper's best range at full size is 5 to 7."""
@@ -49,7 +49,7 @@ class Guidance:
 class _Branch:
     """One evaluation of the network a step: which rewards, whether the caption, and its weight."""
 
-    target: Target
+    target: RewardTarget
     captioned: bool
     weight: float
 
@@ -65,7 +65,7 @@ def _branches(guidance: Guidance) -> list[_Branch]:
     return branches
 
 
-def _reward_input(branches: Sequence[_Branch], batch: int, device: torch.device) -> Rewards:
+def _reward_input(branches: Sequence[_Branch], batch: int, device: torch.device) -> RewardCond:
     """Each branch's levels as an index into the distinct levels that occur."""
     asked = [[level for level in branch.target.levels] for branch in branches]
     levels = sorted({level for row in asked for level in row if level is not None} or {0.0})
@@ -78,10 +78,10 @@ def _reward_input(branches: Sequence[_Branch], batch: int, device: torch.device)
     def repeated(rows: Tensor) -> Tensor:
         return rows.reshape(len(branches), -1).repeat_interleave(batch, 0).to(device)
 
-    return Rewards(torch.tensor(levels, device=device), repeated(index), repeated(keep))
+    return RewardCond(torch.tensor(levels, device=device), repeated(index), repeated(keep))
 
 
-def _stack_text(keys: TextKeys, branches: Sequence[_Branch], batch: int, tokens: int) -> TextKeys:
+def _stack_text(keys: ContextKV, branches: Sequence[_Branch], batch: int, tokens: int) -> ContextKV:
     """The prompts' keys once for each branch that reads them, and no text for the others."""
     copies = sum(branch.captioned for branch in branches)
     ends, start = [keys.offsets[:1]], 0
@@ -94,7 +94,7 @@ def _stack_text(keys: TextKeys, branches: Sequence[_Branch], batch: int, tokens:
         [keys.summary if b.captioned else keys.absent.expand(batch, -1) for b in branches]
     )
     blocks = [(k.repeat(copies, 1, 1), v.repeat(copies, 1, 1)) for k, v in keys.blocks]
-    return TextKeys(summary, keys.absent, blocks, torch.cat(ends), keys.longest)
+    return ContextKV(summary, keys.absent, blocks, torch.cat(ends), keys.longest)
 
 
 @torch.no_grad()
@@ -133,7 +133,7 @@ def sample(
     if len(text) != batch:
         raise ValueError(f"sampling: {len(text)} texts for {batch} noises")
     branches = _branches(guidance)
-    keys = _stack_text(model.read_text(text), branches, batch, len(text.states))
+    keys = _stack_text(model.encode_context(text), branches, batch, len(text.states))
     rewards = _reward_input(branches, batch, noise.device)
     weights = torch.tensor([branch.weight for branch in branches], device=noise.device)
     # A compiled module is asked for its length where it is taken for a truth.

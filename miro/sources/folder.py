@@ -13,8 +13,8 @@ from miro.sources.sample import (
     MAX_CAPTION_BYTES,
     MAX_IMAGE_BYTES,
     MAX_JSON_BYTES,
-    Candidate,
-    Rejection,
+    RawSample,
+    RejectedSample,
     fingerprint,
     read_file,
     read_sample,
@@ -33,7 +33,7 @@ class FolderSource:
         self._images = images
         self._size = samples_per_shard
 
-    def units(self, group: int, done: int = 0) -> Iterator[Iterator[Candidate | Rejection]]:
+    def units(self, group: int, done: int = 0) -> Iterator[Iterator[RawSample | RejectedSample]]:
         """The one unit of a group, which is a slice of the images in the order of their names."""
         part = slice(group * self._size, (group + 1) * self._size)
         if done == 0:
@@ -43,15 +43,15 @@ class FolderSource:
     def _keys(self) -> list[str]:
         return list(unique_keys(os.path.splitext(name)[0] for name in self._images))
 
-    def _read(self, images: list[str], keys: list[str]) -> Iterator[Candidate | Rejection]:
+    def _read(self, images: list[str], keys: list[str]) -> Iterator[RawSample | RejectedSample]:
         for name, key in zip(images, keys, strict=True):
             yield from self._read_one(name, key)
 
-    def _read_one(self, name: str, key: str) -> Iterator[Candidate | Rejection]:
+    def _read_one(self, name: str, key: str) -> Iterator[RawSample | RejectedSample]:
         stem, extension = os.path.splitext(name)
         image = read_file(os.path.join(self._root, name), MAX_IMAGE_BYTES)
         if isinstance(image, str):
-            yield Rejection(name, "image", image)
+            yield RejectedSample(name, "image", image)
             return
         members = {extension[1:].lower(): image}
         base = os.path.basename(stem)
@@ -60,10 +60,12 @@ class FolderSource:
             if isinstance(content, bytes):
                 members[kind] = content
             elif content != ABSENT:
-                yield Rejection(name, "caption", f"{base}.{kind} {content}")
+                yield RejectedSample(name, "caption", f"{base}.{kind} {content}")
                 return
         if len(members) == 1:
-            yield Rejection(name, "caption", f"{base}.txt {ABSENT}, and there is no {base}.json")
+            yield RejectedSample(
+                name, "caption", f"{base}.txt {ABSENT}, and there is no {base}.json"
+            )
             return
         yield from read_sample(name, key, members)
 

@@ -24,7 +24,7 @@ ABSENT = "is missing"
 
 
 @dataclass(frozen=True)
-class Candidate:
+class RawSample:
     """An image (not decoded yet) with at least one caption. `extra`: what else its JSON says."""
 
     origin: str
@@ -36,7 +36,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Rejection:
+class RejectedSample:
     """A line of rejected.jsonl. `whole`: a sample was lost, not just one caption of several."""
 
     source: str
@@ -52,7 +52,7 @@ class Rejection:
 
 def read_sample(
     origin: str, key: str, members: dict[str, bytes]
-) -> Iterator[Candidate | Rejection]:
+) -> Iterator[RawSample | RejectedSample]:
     """A sample by its members {extension: bytes}, or why not: an image and .txt, .json or both.
 
     Of two original captions that of the .json counts. Besides "caption" and "captions", which is
@@ -60,7 +60,7 @@ def read_sample(
     """
     extension = next((name for name in IMAGE_EXTENSIONS if name in members), None)
     if extension is None:
-        yield Rejection(origin, "image", f"no image among the members {sorted(members)}")
+        yield RejectedSample(origin, "image", f"no image among the members {sorted(members)}")
         return
     found: dict[str, Any] = {}
     extra: dict[str, Any] = {}
@@ -68,7 +68,7 @@ def read_sample(
         try:
             extra = read_json(members["json"])
         except ValueError as error:
-            yield Rejection(origin, "caption", f"the .json {error}")
+            yield RejectedSample(origin, "caption", f"the .json {error}")
             return
         found = _take_captions(extra)
     if "txt" in members and "original" not in found:
@@ -76,12 +76,12 @@ def read_sample(
     captions, problems = check_captions(origin, found, "no .txt, and no caption in a .json")
     yield from problems
     if captions:
-        yield Candidate(origin, key, extension, members[extension], captions, extra)
+        yield RawSample(origin, key, extension, members[extension], captions, extra)
 
 
 def check_captions(
     origin: str, found: dict[str, Any], none: str
-) -> tuple[dict[str, str], list[Rejection]]:
+) -> tuple[dict[str, str], list[RejectedSample]]:
     """The captions of one sample that can be used, and what is wrong with the others.
 
     A bad caption among good ones is set aside alone. Without a good one the sample is lost: the
@@ -96,9 +96,9 @@ def check_captions(
         else:
             captions[kind] = caption.text
     if not captions:
-        return {}, [Rejection(origin, "caption", next(iter(problems.values()), none))]
+        return {}, [RejectedSample(origin, "caption", next(iter(problems.values()), none))]
     rejections = [
-        Rejection(origin, f"captions.{kind}", reason, whole=False)
+        RejectedSample(origin, f"captions.{kind}", reason, whole=False)
         for kind, reason in problems.items()
     ]
     return captions, rejections

@@ -16,8 +16,8 @@ from miro.sources.braces import expand_braces
 from miro.sources.folder import FolderSource, list_images
 from miro.sources.sample import (
     MAX_JSON_BYTES,
-    Candidate,
-    Rejection,
+    RawSample,
+    RejectedSample,
     read_file,
     read_json,
     read_sample,
@@ -26,9 +26,9 @@ from miro.sources.tables import TABLES, Columns, TableSource
 from miro.sources.webdataset import TarSource
 
 __all__ = [
-    "Candidate",
+    "RawSample",
     "Columns",
-    "Rejection",
+    "RejectedSample",
     "Source",
     "open_source",
     "read_sample",
@@ -50,7 +50,7 @@ class Source(Protocol):
     total: int | None
     fingerprint: str
 
-    def units(self, group: int, done: int = 0) -> Iterator[Iterator[Candidate | Rejection]]:
+    def units(self, group: int, done: int = 0) -> Iterator[Iterator[RawSample | RejectedSample]]:
         """What each unit of a group holds, in a fixed order, without the first `done` units."""
         ...
 

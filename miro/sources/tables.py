@@ -23,8 +23,8 @@ from miro.sources.csv_jsonl import DelimitedFile, JsonLinesFile, Row
 from miro.sources.sample import (
     MAX_CAPTION_BYTES,
     MAX_IMAGE_BYTES,
-    Candidate,
-    Rejection,
+    RawSample,
+    RejectedSample,
     captions_of,
     check_captions,
     fingerprint,
@@ -96,13 +96,13 @@ class TableSource:
         self.fingerprint = fingerprint(parts)
         log.info("%s: %s rows, %s", paths[0], f"{rows:,}", self._layout)
 
-    def units(self, group: int, done: int = 0) -> Iterator[Iterator[Candidate | Rejection]]:
+    def units(self, group: int, done: int = 0) -> Iterator[Iterator[RawSample | RejectedSample]]:
         """The one unit of a group, which is a slice of the rows."""
         if done == 0:
             first = group * self._size
             yield self._read(first, min(first + self._size, self._starts[-1]))
 
-    def _read(self, first: int, stop: int) -> Iterator[Candidate | Rejection]:
+    def _read(self, first: int, stop: int) -> Iterator[RawSample | RejectedSample]:
         for index in range(bisect_right(self._starts, first) - 1, len(self._files)):
             file, before = self._files[index], self._starts[index]
             if before >= stop:
@@ -154,15 +154,15 @@ class _Layout:
                 )
         return cls(image, _kinds(captions))
 
-    def candidate(self, table: Path, key: str, row: Row) -> Iterator[Candidate | Rejection]:
+    def candidate(self, table: Path, key: str, row: Row) -> Iterator[RawSample | RejectedSample]:
         """The sample of one row, or why there is none."""
         origin = f"{table.name}:{key}"
         if isinstance(row, str):
-            yield Rejection(origin, "row", row)
+            yield RejectedSample(origin, "row", row)
             return
         image = _image(row.get(self.image), table.parent)
         if isinstance(image, str):
-            yield Rejection(origin, "image", image)
+            yield RejectedSample(origin, "image", image)
             return
         found: dict[str, Any] = {}
         for column, kind in self.captions.items():
@@ -179,7 +179,7 @@ class _Layout:
             # A caption that was not asked for must not be read as one from the shard's JSON.
             left = {n: v for n, v in row.items() if n not in used and not is_caption(n, v)}
             extra = {name: value for name, value in left.items() if _is_json(value)}
-            yield Candidate(origin, key, *image, captions, extra)
+            yield RawSample(origin, key, *image, captions, extra)
 
 
 def _first(names: Sequence[str], known: Sequence[str]) -> str | None:

@@ -10,8 +10,8 @@ from pathlib import Path
 from miro.images.pillow import IMAGE_EXTENSIONS
 from miro.sources.sample import (
     MAX_IMAGE_BYTES,
-    Candidate,
-    Rejection,
+    RawSample,
+    RejectedSample,
     fingerprint,
     read_sample,
     unique_keys,
@@ -37,19 +37,19 @@ class TarSource:
         sizes = [f"{n} {t.stat().st_size}" for n, t in zip(self._names, tars, strict=True)]
         self.fingerprint = fingerprint(["tars in groups", str(samples_per_shard), *sizes])
 
-    def units(self, group: int, done: int = 0) -> Iterator[Iterator[Candidate | Rejection]]:
+    def units(self, group: int, done: int = 0) -> Iterator[Iterator[RawSample | RejectedSample]]:
         """A unit for each samples_per_shard of a tar, and one for a tar without samples."""
         tar, name = self._tars[group], self._names[group]
         prefix = f"{group:05d}_" if self.groups > 1 else ""
         samples: list[Sample] = []
-        refused: list[Rejection] = []
-        cut: list[Rejection] = []
+        refused: list[RejectedSample] = []
+        cut: list[RejectedSample] = []
         try:
             with closing(map_file(tar)) as buffer:
                 for sample in scan(buffer, tar, _refuse_into(refused, name)):
                     samples.append(sample)
         except ShardError as error:
-            cut = [Rejection(name, "shard", str(error).removeprefix(f"{tar}: "))]
+            cut = [RejectedSample(name, "shard", str(error).removeprefix(f"{tar}: "))]
         keys = list(unique_keys((s.key for s in samples), prefix))
         for first in range(done * self._size, max(len(samples), 1), self._size):
             part = slice(first, first + self._size)
@@ -62,9 +62,9 @@ class TarSource:
         group: int,
         samples: list[Sample],
         keys: list[str],
-        before: list[Rejection],
-        after: list[Rejection],
-    ) -> Iterator[Candidate | Rejection]:
+        before: list[RejectedSample],
+        after: list[RejectedSample],
+    ) -> Iterator[RawSample | RejectedSample]:
         yield from before
         if samples:
             with closing(map_file(self._tars[group])) as buffer:
@@ -77,15 +77,15 @@ class TarSource:
                             members[extension] = buffer[start:stop]
                         else:
                             reason = f"the .{extension} is too large: {stop - start:,} bytes"
-                            yield Rejection(origin, "member", reason)
+                            yield RejectedSample(origin, "member", reason)
                             break
                     else:
                         yield from read_sample(origin, key, members)
         yield from after
 
 
-def _refuse_into(rejections: list[Rejection], tar: str) -> Callable[[str, str], None]:
+def _refuse_into(rejections: list[RejectedSample], tar: str) -> Callable[[str, str], None]:
     def refuse(name: str, reason: str) -> None:
-        rejections.append(Rejection(f"{tar}:{name}", "member", f"the member {reason}"))
+        rejections.append(RejectedSample(f"{tar}:{name}", "member", f"the member {reason}"))
 
     return refuse

@@ -17,16 +17,16 @@ from torch import Tensor
 
 from miro.training import checkpoint
 from miro.training.checkpoint import PART, RunFolder
-from miro.training.zero_shards import Piece
+from miro.training.zero_shards import ShardSlice
 from miro.utils.atomic_io import write_text
-from miro.utils.distributed import Ranks, group_on_hosts
+from miro.utils.distributed import DistEnv, cpu_process_group
 
 log = logging.getLogger(__name__)
 
 OnFailure = Literal["stop", "continue"]
 
 
-class Saver:
+class AsyncCheckpointer:
     """Writes the checkpoints and the weights of a run, one at a time and in order.
 
     Every rank makes the same calls. An error of any rank is raised, or logged where `on_failure`
@@ -36,7 +36,7 @@ class Saver:
     def __init__(
         self,
         run: RunFolder,
-        ranks: Ranks,
+        ranks: DistEnv,
         *,
         keep_last: int,
         keep_every: int | None,
@@ -44,11 +44,11 @@ class Saver:
     ) -> None:
         self.run, self.ranks, self.on_failure = run, ranks, on_failure
         self.keep_last, self.keep_every = keep_last, keep_every
-        self._group = group_on_hosts(ranks)
+        self._group = cpu_process_group(ranks)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="miro-saver")
         self._pending: list[Future[None]] = []
 
-    def __enter__(self) -> Saver:
+    def __enter__(self) -> AsyncCheckpointer:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -66,7 +66,9 @@ class Saver:
                     raise
                 log.error("%s; the run goes on, as on_failed_save=continue says", error)
 
-    def checkpoint(self, images: int, pieces: Iterable[Piece], numbers: Mapping[str, Any]) -> None:
+    def checkpoint(
+        self, images: int, pieces: Iterable[ShardSlice], numbers: Mapping[str, Any]
+    ) -> None:
         """Save what a resumed run needs: this rank's pieces, and numbers that all ranks share."""
         self.wait()
         copies = {
@@ -91,8 +93,8 @@ class Saver:
 
     def _write(self, images: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         folder, name = self.run.checkpoint(images), PART.format(self.ranks.rank)
-        self._together(folder, lambda: checkpoint.begin(folder) if self.ranks.first else None)
-        written = self._together(
+        self._collective(folder, lambda: checkpoint.begin(folder) if self.ranks.first else None)
+        written = self._collective(
             folder, lambda: (name, checkpoint.write_tensors(folder, name, tensors))
         )
 
@@ -104,9 +106,9 @@ class Saver:
                     self.run.checkpoints, images, last=self.keep_last, every=self.keep_every
                 )
 
-        self._together(folder, complete)
+        self._collective(folder, complete)
 
-    def _together(self, folder: Any, action: Callable[[], Any]) -> list[Any]:
+    def _collective(self, folder: Any, action: Callable[[], Any]) -> list[Any]:
         """Do it on every rank; what each returned, or the first error of any on all of them."""
         result: Any = None
         error: str | None = None
@@ -121,5 +123,5 @@ class Saver:
         errors = [error for _, error in told if error is not None]
         if errors:
             failed = OSError(f"could not write {folder}: {errors[0]}")
-            raise checkpoint.abandoned(folder, errors[0]) if self.ranks.first else failed
+            raise checkpoint.cleanup_error(folder, errors[0]) if self.ranks.first else failed
         return [result for result, _ in told]

@@ -28,7 +28,7 @@ class ShardingConfig:
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """What is kept in the host's memory: the optimizer's state (stages 1 to 3), or that and the
     weights (stage 3)."""
-    recompute: bool = False
+    activation_checkpointing: bool = False
     """Keep only the input of each block, and compute the rest again in backward."""
 
     def __post_init__(self) -> None:
@@ -43,7 +43,7 @@ class ShardingConfig:
 
 
 @dataclass(frozen=True)
-class Layout:
+class BatchPlan:
     """A resolved ShardingConfig: how one step of the run is computed."""
 
     stage: Stage
@@ -51,7 +51,7 @@ class Layout:
     micro_batch: int
     accumulation: int
     offload: Literal["none", "optimizer", "parameters"] = "none"
-    recompute: bool = False
+    activation_checkpointing: bool = False
 
     @property
     def batch(self) -> int:
@@ -72,7 +72,7 @@ class Layout:
         ]
 
 
-def lay_out(config: ShardingConfig, *, batch: int, world: int, stage: Stage) -> Layout:
+def plan_batch(config: ShardingConfig, *, batch: int, world: int, stage: Stage) -> BatchPlan:
     """The micro-batches of a step of `batch` images on `world` ranks.
 
     Raises:
@@ -85,10 +85,17 @@ def lay_out(config: ShardingConfig, *, batch: int, world: int, stage: Stage) -> 
         raise ValueError(
             f"batch={batch} is no multiple of sharding.micro_batch={micro} times {world} processes"
         )
-    return Layout(stage, world, micro, batch // (world * micro), config.offload, config.recompute)
+    return BatchPlan(
+        stage,
+        world,
+        micro,
+        batch // (world * micro),
+        config.offload,
+        config.activation_checkpointing,
+    )
 
 
-def deepspeed_config(layout: Layout, precision: Precision, device: str) -> dict[str, Any]:
+def deepspeed_config(layout: BatchPlan, precision: Precision, device: str) -> dict[str, Any]:
     """DeepSpeed's dictionary; clipping is not in it, it happens inside our optimizer's kernel."""
     on_host = {"device": "cpu", "pin_memory": device == "cuda"}
     zero: dict[str, Any] = {"stage": layout.stage}

@@ -17,34 +17,34 @@ from torch import Tensor
 
 from miro import flow
 from miro.conditioning import Bins, keep_rewards, keep_text
-from miro.data.loader import Loader, made_ahead
+from miro.data.loader import Loader, prefetch
 from miro.data.mixture import TrainingData
 from miro.model.packed_text import PackedText
-from miro.model.transformer import Rewards
-from miro.training.batch_plan import Layout
+from miro.model.transformer import RewardCond
+from miro.training.batch_plan import BatchPlan
 from miro.training.config import TrainConfig
 from miro.utils.rng import generator_from
 
 
 @dataclass(frozen=True)
-class Visit:
+class TrainBatch:
     """B visits at once: x and noise (B, C, H, W), t (B,) in [0, 1], all fp32."""
 
     x: Tensor
     noise: Tensor
     t: Tensor
-    rewards: Rewards
+    rewards: RewardCond
     text: PackedText
 
-    def to(self, device: torch.device) -> Visit:
+    def to(self, device: torch.device) -> TrainBatch:
         """The same on `device`."""
         x, noise, t, *rewards = (
             z.to(device, non_blocking=True) for z in (self.x, self.noise, self.t, *self.rewards)
         )
-        return Visit(x, noise, t, Rewards(*rewards), self.text.to(device))
+        return TrainBatch(x, noise, t, RewardCond(*rewards), self.text.to(device))
 
 
-class Visits:
+class BatchBuilder:
     """The visits of a run by their position.
 
     Args:
@@ -65,7 +65,7 @@ class Visits:
         self.binned, self.known = (t.view(dataset.scores.shape) for t in bins.assign(scores))
         self.levels = bins.levels()
 
-    def at(self, position: int, size: int) -> Visit:
+    def at(self, position: int, size: int) -> TrainBatch:
         """The `size` visits from `position` on, in the host's memory."""
         config, batch = self.config, self.loader.batch_at(position, size)
         chosen = batch.scores_index, batch.caption_index
@@ -83,22 +83,22 @@ class Visits:
         x = batch.latents if batch.std is None else batch.latents + batch.std * shake
         keep = keep_rewards(config.conditioning, known, self.trained, uniform[:, 2:])
         text = batch.text.keep(keep_text(config.conditioning, uniform[:, 1]))
-        t = flow.times_from(config.flow, uniform[:, 0])
-        return Visit(x, noise, t, Rewards(self.levels, self.binned[chosen], keep), text)
+        t = flow.sample_timesteps(config.flow, uniform[:, 0])
+        return TrainBatch(x, noise, t, RewardCond(self.levels, self.binned[chosen], keep), text)
 
-    def ahead(self, layout: Layout, rank: int, images: int) -> Generator[Visit, None, None]:
+    def ahead(self, layout: BatchPlan, rank: int, images: int) -> Generator[TrainBatch, None, None]:
         """The micro-batches of a rank from the step on that begins after `images` images."""
         starts = (
             position
             for step in itertools.count(images, layout.batch)
             for position in layout.positions(rank, step)
         )
-        return made_ahead(lambda at: self.at(at, layout.micro_batch), starts)
+        return prefetch(lambda at: self.at(at, layout.micro_batch), starts)
 
-    def keys(self, layout: Layout, rank: int, images: int) -> list[str]:
+    def keys(self, layout: BatchPlan, rank: int, images: int) -> list[str]:
         """The names of the samples that a rank reads in that step, in order."""
         return [
             self.dataset.keys[sample]
             for position in layout.positions(rank, images)
-            for sample in self.loader.visits_at(position, layout.micro_batch)[0]
+            for sample in self.loader.sample_draws(position, layout.micro_batch)[0]
         ]

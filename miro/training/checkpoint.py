@@ -86,18 +86,18 @@ def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) 
     try:
         commit(folder, {TENSORS: write_tensors(folder, TENSORS, tensors)}, state)
     except OSError as error:
-        raise abandoned(folder, str(error)) from error
+        raise cleanup_error(folder, str(error)) from error
 
 
-def aside_of(folder: Path) -> Path:
+def staging_path(folder: Path) -> Path:
     """Where a checkpoint is before it is complete."""
     return folder.with_name(f".{folder.name}.writing")
 
 
 def begin(folder: Path) -> None:
     """Make room for the files of a checkpoint; what an earlier attempt left goes."""
-    shutil.rmtree(aside_of(folder), ignore_errors=True)
-    aside_of(folder).mkdir(parents=True)
+    shutil.rmtree(staging_path(folder), ignore_errors=True)
+    staging_path(folder).mkdir(parents=True)
 
 
 def write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> str:
@@ -106,7 +106,7 @@ def write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> str
     Raises:
         OSError: the disk is full or refuses.
     """
-    path = aside_of(folder) / name
+    path = staging_path(folder) / name
     try:
         save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path)
     except SafetensorError as error:
@@ -118,7 +118,7 @@ def write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> str
 
 def commit(folder: Path, sums: Mapping[str, str], state: Mapping[str, Any]) -> None:
     """Complete a checkpoint whose files of tensors, with these checksums, are all written."""
-    aside = aside_of(folder)
+    aside = staging_path(folder)
     (aside / STATE).write_text(json.dumps(state))
     sync_file(aside / STATE)
     sums = {**sums, STATE: _checksum(aside / STATE)}
@@ -130,9 +130,9 @@ def commit(folder: Path, sums: Mapping[str, str], state: Mapping[str, Any]) -> N
     sync_folder(folder.parent)
 
 
-def abandoned(folder: Path, reason: str) -> OSError:
+def cleanup_error(folder: Path, reason: str) -> OSError:
     """Remove what is written of a checkpoint; the error that says so."""
-    shutil.rmtree(aside_of(folder), ignore_errors=True)
+    shutil.rmtree(staging_path(folder), ignore_errors=True)
     free = shutil.disk_usage(_existing(folder)).free
     return OSError(
         f"could not write {folder}: {reason} ({free / 2**20:.0f} MiB free); earlier checkpoints "
@@ -140,7 +140,7 @@ def abandoned(folder: Path, reason: str) -> OSError:
     )
 
 
-class Reader:
+class CheckpointReader:
     """An open checkpoint; tensors are read when they are asked for.
 
     state: the plain numbers saved with it. files: of tensors, with their checksums.
@@ -220,7 +220,7 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         CheckpointError: a file is absent, damaged or not ours.
     """
-    reader = Reader(folder)
+    reader = CheckpointReader(folder)
     reader.check()
     tensors: dict[str, Tensor] = {}
     for name in reader.files:
@@ -239,7 +239,7 @@ def open_newest(
     shares: int = 1,
     agree: Callable[[bool], bool] = bool,
     fits: Callable[[Mapping[str, Any]], None] = lambda state: None,
-) -> Reader | None:
+) -> CheckpointReader | None:
     """The newest checkpoint in `folder` that is whole and fits, or None; the others are named.
 
     Each of `shares` ranks reads its share of the files, and `agree` says whether all found theirs
@@ -249,7 +249,7 @@ def open_newest(
     for _, path in reversed(_numbered(folder)):
         reader = error = None
         try:
-            reader = Reader(path)
+            reader = CheckpointReader(path)
             reader.check(share, shares)
             fits(reader.state)
         except CheckpointError as damaged:

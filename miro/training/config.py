@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from miro.conditioning import ConditioningConfig
-from miro.encoders.encoder import Encoding
+from miro.encoders.encoder import EncodingConfig
 from miro.flow import FlowConfig
 from miro.model.transformer import ModelConfig
 from miro.training.async_checkpoint import OnFailure
@@ -23,9 +23,9 @@ class TrainConfig:
     data: Path | None = None
     """The encoded dataset folder (`miro encode` makes it), or a .json that mixes several by weight:
     {"sources": [{"folder": "a", "weight": 2.0}, {"folder": "b", "weight": 1.0}]}."""
-    live: bool = False
+    on_the_fly: bool = False
     """`data` are images, which `miro annotate` made, and encoded as `encode` says at each visit."""
-    encode: Encoding = field(default_factory=Encoding)
+    encode: EncodingConfig = field(default_factory=EncodingConfig)
     mirror: bool = False
     """Half of the visits see the picture in a mirror; of live data only. Not where words say which
     side is left."""
@@ -74,8 +74,10 @@ class TrainConfig:
                 raise ValueError(
                     f"{name}={getattr(self, name)} must be a multiple of batch={self.batch}"
                 )
-        if self.mirror and not self.live:
-            raise ValueError("mirror=True needs live=True: a stored latent cannot be mirrored")
+        if self.mirror and not self.on_the_fly:
+            raise ValueError(
+                "mirror=True needs on_the_fly=True: a stored latent cannot be mirrored"
+            )
         if self.peak_flops is not None and not self.peak_flops > 0:
             raise ValueError(f"peak_flops must be above 0, got {self.peak_flops}")
         for mark in self.weights_at:

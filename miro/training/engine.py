@@ -16,18 +16,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from miro.model.compiled import Predictor
+from miro.model.compiled import CompiledModel
 from miro.model.packed_text import PackedText
-from miro.model.transformer import FlowTransformer, Rewards
+from miro.model.transformer import FlowTransformer, RewardCond
 from miro.training.batch_plan import (
     DTYPES,
-    Layout,
+    BatchPlan,
     Precision,
     deepspeed_config,
 )
-from miro.training.optimizer import Guard, OptimizerConfig, ema_decay, make_optimizer, rate_factor
-from miro.training.zero_shards import EachParameter, FlatGroups, Partition, Piece, Replicated
-from miro.utils.distributed import Ranks, join
+from miro.training.optimizer import (
+    GradientClipper,
+    OptimizerConfig,
+    ema_decay,
+    lr_multiplier,
+    make_optimizer,
+)
+from miro.training.zero_shards import NoShards, Partition, ShardSlice, Zero3Shards, Zero12Shards
+from miro.utils.distributed import DistEnv, join
 
 
 def cast_parameters(model: FlowTransformer, precision: Precision) -> FlowTransformer:
@@ -37,11 +43,13 @@ def cast_parameters(model: FlowTransformer, precision: Precision) -> FlowTransfo
     return model
 
 
-def _check(config: OptimizerConfig, layout: Layout, precision: Precision, compiled: bool) -> None:
+def _check(
+    config: OptimizerConfig, layout: BatchPlan, precision: Precision, compiled: bool
+) -> None:
     """ValueError for what does not go together, with what does."""
-    if layout.stage and config.matrices == "muon":
+    if layout.stage and config.name == "muon":
         raise ValueError(
-            f"optimizer.matrices=muon needs whole matrices, and sharding.stage={layout.stage} "
+            f"optimizer.name=muon needs whole matrices, and sharding.stage={layout.stage} "
             "cuts them: choose adamw, or sharding.stage=0"
         )
     if compiled and layout.stage == 3:
@@ -67,21 +75,21 @@ class Engine:
         self,
         model: FlowTransformer,
         config: OptimizerConfig,
-        layout: Layout,
+        layout: BatchPlan,
         *,
         total_images: int,
         precision: Precision = "fp32",
         compiled: bool = False,
         device: str | torch.device = "cpu",
-        ranks: Ranks = Ranks(),  # noqa: B008 frozen
+        ranks: DistEnv = DistEnv(),  # noqa: B008 frozen
     ) -> None:
         _check(config, layout, precision, compiled)
         self.config, self.layout, self.total_images = config, layout, total_images
         self.ranks, self.device = ranks, torch.device(device)
-        self.guard = Guard(config, self.device)
+        self.guard = GradientClipper(config, self.device)
         # The fp32 weights exist before the rounding to bf16, and become the masters.
         initial = {name: p.detach().clone() for name, p in model.named_parameters()}
-        model.recompute = layout.recompute
+        model.activation_checkpointing = layout.activation_checkpointing
         if not layout.stage:
             cast_parameters(model, precision)
             for param in model.parameters():
@@ -90,33 +98,33 @@ class Engine:
         self.parameters = dict(self.model.named_parameters())
         self.optimizer = make_optimizer(config, self.parameters.items())
         self.deepspeed = _start(
-            Predictor(self.model, compiled),
+            CompiledModel(self.model, compiled),
             self.optimizer,
             deepspeed_config(layout, precision, self.device.type),
             self.device.type,
         )
         self.partition = self._partition()
-        self._begin(initial)
+        self._init_master_and_ema(initial)
 
     def _partition(self) -> Partition:
         ranks, zero = self.ranks, self.deepspeed.optimizer
         if self.layout.stage == 0:
-            return Replicated(self.parameters, self.optimizer, ranks.rank, ranks.world)
+            return NoShards(self.parameters, self.optimizer, ranks.rank, ranks.world)
         if self.layout.stage == 3:
-            return EachParameter(self.parameters, self.optimizer, zero, ranks.rank)
-        return FlatGroups(self.parameters, self.optimizer, zero)
+            return Zero3Shards(self.parameters, self.optimizer, zero, ranks.rank)
+        return Zero12Shards(self.parameters, self.optimizer, zero)
 
     @torch.no_grad()
-    def _begin(self, initial: Mapping[str, Tensor]) -> None:
+    def _init_master_and_ema(self, initial: Mapping[str, Tensor]) -> None:
         """Masters and averages are the given weights."""
         flat = {name: weights.view(-1) for name, weights in initial.items()}
         for piece in self.partition.pieces():
             for key in ("master", "ema"):
                 own = flat[piece.name][piece.start : piece.start + piece.size]
                 piece.tensors[key].copy_(own)
-        self.partition.publish()
+        self.partition.sync_params_from_master()
 
-    def predict(self, x_t: Tensor, t: Tensor, rewards: Rewards, text: PackedText) -> Tensor:
+    def predict(self, x_t: Tensor, t: Tensor, rewards: RewardCond, text: PackedText) -> Tensor:
         """The network's output for this rank's micro-batch."""
         return self.deepspeed(x_t, t, rewards, text)
 
@@ -136,7 +144,7 @@ class Engine:
         scale = self.guard.scale(norm)
         self.optimizer.grad_scale = scale.cpu() if self.layout.offload != "none" else scale
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * rate_factor(
+            group["lr"] = self.config.learning_rate * lr_multiplier(
                 self.config, images, self.total_images
             )
             group["ema_decay"] = ema_decay(self.config, images, self.layout.batch)
@@ -154,7 +162,7 @@ class Engine:
         return norm
 
     @torch.no_grad()
-    def averaged(self) -> dict[str, Tensor]:
+    def ema_state_dict(self) -> dict[str, Tensor]:
         """The fp32 averaged weights by parameter name: what sampling and evaluation use.
 
         All ranks call it together; only the first gets them.
@@ -182,7 +190,7 @@ class Engine:
         """The shape of each parameter; stage 3 leaves an empty tensor in its place."""
         return {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in self.parameters.items()}
 
-    def state(self) -> tuple[Iterator[Piece], dict[str, Any]]:
+    def state(self) -> tuple[Iterator[ShardSlice], dict[str, Any]]:
         """All that a resumed run needs: this rank's pieces, live, and plain numbers."""
         steps = {state["step"] for state in self.optimizer.state.values()}
         shapes = {name: list(shape) for name, shape in self.shapes.items()}
@@ -190,7 +198,9 @@ class Engine:
         return self.partition.saved(), numbers
 
     @torch.no_grad()
-    def load_state(self, read: Callable[[str, Piece], Tensor], numbers: Mapping[str, Any]) -> None:
+    def load_state(
+        self, read: Callable[[str, ShardSlice], Tensor], numbers: Mapping[str, Any]
+    ) -> None:
         """Take up what `state` gave, at whatever stage and world size it was saved.
 
         Args:
@@ -204,7 +214,7 @@ class Engine:
         for piece in self.partition.pieces():
             for key, tensor in piece.tensors.items():
                 tensor.copy_(read(key, piece))
-        self.partition.publish()
+        self.partition.sync_params_from_master()
         for state in self.optimizer.state.values():
             state["step"] = int(numbers["step"])
         self.guard.load(numbers["guard"])

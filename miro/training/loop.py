@@ -18,26 +18,26 @@ import numpy as np
 import torch
 
 from miro import flow
-from miro.conditioning import Bins, trained_rewards
+from miro.conditioning import Bins, conditioned_rewards
 from miro.data.mixture import TrainingData, open_data
-from miro.data.on_the_fly import LiveEncoders
-from miro.encoders.encoder import Encoding
+from miro.data.on_the_fly import OnTheFlyEncoders
+from miro.encoders.encoder import EncodingConfig
 from miro.model.transformer import FlowTransformer
 from miro.training import checkpoint
-from miro.training.async_checkpoint import Saver
-from miro.training.batch_plan import DTYPES, Layout, deepspeed_config, lay_out
-from miro.training.batches import Visit, Visits
+from miro.training.async_checkpoint import AsyncCheckpointer
+from miro.training.batch_plan import DTYPES, BatchPlan, deepspeed_config, plan_batch
+from miro.training.batches import BatchBuilder, TrainBatch
 from miro.training.checkpoint import RunFolder
 from miro.training.config import TrainConfig
 from miro.training.engine import Engine
 from miro.training.flops import training_flops
 from miro.training.memory import choose_stage
-from miro.training.metrics import Meter, Progress, Seen
+from miro.training.metrics import MetricsTracker, Progress, StepRecord
 from miro.training.metrics_log import MetricsWriter
 from miro.training.peaks import peak_flops
 from miro.utils.atomic_io import write_text
-from miro.utils.distributed import Ranks, Stopped, StopSignal, join, ranks_of
-from miro.utils.locks import alone_in, one_at_a_time
+from miro.utils.distributed import DistEnv, Stopped, StopSignal, dist_env, join
+from miro.utils.locks import exclusive_lock, machine_lock
 from miro.utils.rng import seed_from
 from miro.utils.serialize import differences, to_dict
 from miro_kernels import backend, prewarm, use_backend
@@ -86,15 +86,15 @@ def train(
         raise ValueError("train: data is not set; give the folder `miro encode` wrote: --data DIR")
     if config.threads:
         torch.set_num_threads(config.threads)
-    ranks = ranks_of(os.environ)
+    ranks = dist_env(os.environ)
     device = ranks.device(config.device)
-    live = LiveEncoders(config.encode, device) if config.live else None
-    dataset = open_data(config.data, config.conditioning.places, live)
-    asked = config.encode != Encoding()
-    if asked and (otherwise := config.encode.otherwise(dataset.encoding)):
+    live = OnTheFlyEncoders(config.encode, device) if config.on_the_fly else None
+    dataset = open_data(config.data, config.conditioning.reward_slots, live)
+    asked = config.encode != EncodingConfig()
+    if asked and (otherwise := config.encode.diff(dataset.encoding)):
         raise ValueError(f"{config.data} was encoded otherwise ({'; '.join(otherwise)})")
     pairs = dataset.scores.size // max(1, len(dataset.rewards))
-    trained = trained_rewards(config.conditioning, dataset.rewards)
+    trained = conditioned_rewards(config.conditioning, dataset.rewards)
     # What the network is not told is not known, so a score that comes later changes nothing.
     known = np.where(trained.numpy(), dataset.scores, np.float32(np.nan))
     scores = known.reshape(pairs, len(dataset.rewards))
@@ -105,11 +105,11 @@ def train(
         config.conditioning.bin_law,
         optional=[n for n, told in zip(dataset.rewards, trained.tolist(), strict=True) if not told],
     )
-    visits = Visits(config, dataset, trained, scores, bins)
+    visits = BatchBuilder(config, dataset, trained, scores, bins)
     for _, height, width in dataset.shapes:
         config.model.grid(height, width)
     run = RunFolder(folder)
-    layout = lay_out(
+    layout = plan_batch(
         config.sharding,
         batch=config.batch,
         world=ranks.world,
@@ -128,7 +128,7 @@ def train(
         join(config.device)
 
         def open_run() -> None:
-            stack.enter_context(alone_in(folder))
+            stack.enter_context(exclusive_lock(folder))
             _open_run(run, config, bins, dataset, resume)
             told = deepspeed_config(layout, config.precision, device.type)
             write_text(run.deepspeed, json.dumps(told, indent=2))
@@ -145,7 +145,7 @@ def _train(
     dataset: TrainingData,
     bins: Bins,
     engine: Engine,
-    visits: Visits,
+    visits: BatchBuilder,
     report: Callable[[Progress], None],
 ) -> Path:
     """The loop, on checked arguments."""
@@ -158,7 +158,7 @@ def _train(
                 closing(MetricsWriter(run.metrics, run.tensorboard, images))
             )
         saver = stack.enter_context(
-            Saver(
+            AsyncCheckpointer(
                 run,
                 ranks,
                 keep_last=config.keep_checkpoints,
@@ -168,7 +168,7 @@ def _train(
         )
         stop = stack.enter_context(StopSignal(ranks))
         ahead = stack.enter_context(closing(visits.ahead(layout, ranks.rank, images)))
-        meter = Meter(
+        meter = MetricsTracker(
             engine,
             metrics,
             report,
@@ -184,13 +184,13 @@ def _train(
             ]
             meter.add(images, seen, engine.step(images))
             images += config.batch
-            done, stopped = images == config.images, stop.after_step()
+            done, stopped = images == config.images, stop.should_stop()
             if done or images % config.report_every == 0:
                 meter.tell(images, config.images)
             if done or images in config.weights_at:
                 meter.check(images)
                 saver.weights(
-                    images, engine.averaged(), _inference_state(config, dataset, bins, images)
+                    images, engine.ema_state_dict(), _inference_state(config, dataset, bins, images)
                 )
             if (done or stopped or images % config.checkpoint_every == 0) and meter.check(images):
                 if metrics is not None:
@@ -209,26 +209,26 @@ def _train(
     return run.weights_at(images)
 
 
-def _learn(config: TrainConfig, engine: Engine, visit: Visit) -> Seen:
+def _learn(config: TrainConfig, engine: Engine, visit: TrainBatch) -> StepRecord:
     """Add the gradients of a micro-batch; what the meter keeps of it, on the device."""
     visit = visit.to(engine.device)
     x, noise, t, rewards = visit.x, visit.noise, visit.t, visit.rewards
-    prediction = engine.predict(flow.noised(x, noise, t), t, rewards, visit.text)
+    prediction = engine.predict(flow.add_noise(x, noise, t), t, rewards, visit.text)
     losses = flow.velocity_errors(config.flow, prediction, x, noise, t)
     engine.backward(losses.mean())
     told = rewards.bins.shape[1], rewards.levels.numel()
     flops = training_flops(config.model, x.shape, visit.text.states.shape, told)
-    return Seen(losses.detach(), t, rewards, flops)
+    return StepRecord(losses.detach(), t, rewards, flops)
 
 
 def _prewarm(
-    config: TrainConfig, dataset: TrainingData, layout: Layout, levels: int, device: torch.device
+    config: TrainConfig, dataset: TrainingData, layout: BatchPlan, levels: int, device: torch.device
 ) -> None:
     """Compile the kernels before the ranks meet, so that none keeps the others waiting.
 
     One process of a machine compiles, and the others find the kernels in Triton's cache.
     """
-    with one_at_a_time("miro-prewarm"):
+    with machine_lock("miro-prewarm"):
         for tokens in sorted({math.prod(config.model.grid(*s[1:])) for s in dataset.shapes}):
             prewarm(
                 config.model,
@@ -245,9 +245,9 @@ def _prewarm(
 def _engine(
     config: TrainConfig,
     dataset: TrainingData,
-    layout: Layout,
+    layout: BatchPlan,
     device: torch.device,
-    ranks: Ranks,
+    ranks: DistEnv,
 ) -> Engine:
     """The engine of a new run; every rank begins with the same weights."""
     torch.manual_seed(seed_from(config.seed, "weights"))

@@ -13,9 +13,9 @@ from dataclasses import dataclass, fields
 import torch
 
 from miro.model.transformer import FlowTransformer, ModelConfig
-from miro.training.batch_plan import BUCKET, Layout, Precision, ShardingConfig, Stage, lay_out
+from miro.training.batch_plan import BUCKET, BatchPlan, Precision, ShardingConfig, Stage, plan_batch
 from miro.training.config import TrainConfig
-from miro.utils.distributed import Ranks
+from miro.utils.distributed import DistEnv
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def parameter_count(
 
 
 def activation_bytes(
-    config: ModelConfig, latent: tuple[int, int, int], layout: Layout, precision: Precision
+    config: ModelConfig, latent: tuple[int, int, int], layout: BatchPlan, precision: Precision
 ) -> float:
     """What forward keeps for backward, of one micro-batch, with the fused kernels.
 
@@ -63,13 +63,13 @@ def activation_bytes(
     tokens = layout.micro_batch * (height // config.patch) * (width // config.patch)
     size = 2 if precision == "bf16" else 4
     block = size * tokens * (12 * config.channels + 3 * config.hidden)
-    if layout.recompute:
+    if layout.activation_checkpointing:
         return block + config.depth * size * tokens * 2 * config.channels
     return config.depth * block
 
 
 def estimate(
-    parameters: int, layout: Layout, precision: Precision, *, activations: float = 0.0
+    parameters: int, layout: BatchPlan, precision: Precision, *, activations: float = 0.0
 ) -> Memory:
     """The memory of one rank of a layout, on its device."""
     stage, world = layout.stage, layout.world
@@ -121,14 +121,14 @@ def choose_stage(
     latent: tuple[int, int, int],
     text: int,
     rewards: int,
-    ranks: Ranks,
+    ranks: DistEnv,
     device: torch.device,
 ) -> Stage:
     """The configured stage of ZeRO or, where it says auto, the lowest that fits; says which."""
     sharding: ShardingConfig = config.sharding
     if sharding.stage != "auto":
         return int(sharding.stage)  # pyright: ignore[reportReturnType]
-    if config.optimizer.matrices == "muon" or (ranks.world == 1 and sharding.offload == "none"):
+    if config.optimizer.name == "muon" or (ranks.world == 1 and sharding.offload == "none"):
         return 0
     parameters = parameter_count(config.model, latent, text, rewards)
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 1)
@@ -137,7 +137,7 @@ def choose_stage(
     stages: list[Stage] = [0, 1, 2, 3]
     lines = []
     for stage in stages[least:]:
-        layout = lay_out(sharding, batch=config.batch, world=ranks.world, stage=stage)
+        layout = plan_batch(sharding, batch=config.batch, world=ranks.world, stage=stage)
         if stage == 1 and config.precision == "bf16" and layout.accumulation > 1:
             continue  # The engine refuses it: it would add up in bf16.
         kept = activation_bytes(config.model, latent, layout, config.precision)

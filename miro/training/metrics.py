@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from miro.model.transformer import Rewards
+from miro.model.transformer import RewardCond
 from miro.training.engine import Engine
 from miro.training.metrics_log import MetricsWriter
 from miro.training.telemetry import Nvml, memory
@@ -42,12 +42,12 @@ class Progress:
     """Share of the devices' peak that useful FLOPs came to; None where the peak is not known."""
 
 
-class Seen(NamedTuple):
+class StepRecord(NamedTuple):
     """What is kept of a micro-batch of B visits until the report: what there is, nothing new."""
 
     losses: Tensor  # (B,)
     t: Tensor  # (B,)
-    rewards: Rewards
+    rewards: RewardCond
     flops: float  # useful ones of its forward and backward pass, by miro.training.flops
 
 
@@ -59,7 +59,7 @@ def loss_groups(rewards: Sequence[str]) -> list[str]:
     return ["loss", *ranges, *(f"loss_by/{name}/{third}" for name in rewards for third in THIRDS)]
 
 
-def loss_sums(seen: Sequence[Seen]) -> Tensor:
+def loss_sums(seen: Sequence[StepRecord]) -> Tensor:
     """(2, groups) fp64: sum and number of the finite losses in each of the `loss_groups`.
 
     By a product with the groups' members, which unlike adding up by index is the same twice on a
@@ -118,7 +118,7 @@ class DataWait:
         return seconds
 
 
-class Meter:
+class MetricsTracker:
     """Collects the losses of a rank on its device, so that only a report waits for it."""
 
     def __init__(
@@ -147,10 +147,10 @@ class Meter:
     def _begin(self, images: int, clock: float) -> None:
         self.start, self.clock = images, clock
         self.marks: list[int] = []
-        self.seen: list[Seen] = []
+        self.seen: list[StepRecord] = []
         self.norms: list[Tensor] = []
 
-    def add(self, images: int, seen: Sequence[Seen], norm: Tensor) -> None:
+    def add(self, images: int, seen: Sequence[StepRecord], norm: Tensor) -> None:
         """The step after `images` images: its micro-batches."""
         self.marks.append(images)
         self.seen.extend(seen)

@@ -17,7 +17,7 @@ from miro_kernels import AdamWEMA
 class OptimizerConfig:
     """The optimizer with the average of the weights inside, its learning-rate law, and clipping."""
 
-    matrices: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "muon"] = "adamw"
     """What updates the matrices of the blocks; everything else is AdamW's. Muon needs whole
     matrices, so it cannot be sharded."""
     learning_rate: float = 1e-3
@@ -58,7 +58,7 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.skip_above must be above 1, got {self.skip_above}")
 
 
-def rate_factor(config: OptimizerConfig, images: int, total: int) -> float:
+def lr_multiplier(config: OptimizerConfig, images: int, total: int) -> float:
     """What the learning rate is multiplied by for the step that begins after `images` images."""
     factor = 1.0
     if config.warmup_images:
@@ -86,7 +86,7 @@ def make_optimizer(
             vectors.append(param)
         else:
             (of_blocks if "blocks." in name else matrices).append(param)
-    muon = config.matrices == "muon"
+    muon = config.name == "muon"
     return (MuonEMA if muon else AdamWEMA)(
         [
             {"params": of_blocks, "weight_decay": config.weight_decay, "orthogonal": muon},
@@ -99,7 +99,7 @@ def make_optimizer(
     )
 
 
-class Guard:
+class GradientClipper:
     """Clips gradients, and skips the steps that would hurt. Decided on the device: nothing waits.
 
     A step is skipped where the norm of its gradients is not a number, or above `skip_above` times

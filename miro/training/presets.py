@@ -17,9 +17,14 @@ def demo() -> TrainConfig:
         model=ModelConfig(channels=192, depth=6, heads=3, hidden=512, patch=8),
         images=131_200,
         batch=64,
-        flow=FlowConfig(predicts="sample", times="logit_normal", times_mean=1.0, weight_cap=0.3),
+        flow=FlowConfig(
+            prediction_type="sample",
+            timestep_distribution="logit_normal",
+            timestep_mean=1.0,
+            loss_weight_clip=0.3,
+        ),
         optimizer=OptimizerConfig(
-            matrices="muon",
+            name="muon",
             learning_rate=2e-3,
             beta2=0.95,
             warmup_images=6_400,

@@ -20,7 +20,7 @@ from miro_kernels import AdamWEMA
 
 
 @dataclass(frozen=True)
-class Piece:
+class ShardSlice:
     """Elements start : start + size of a flattened parameter, as views of what a step updates.
 
     tensors: `master`, `ema` and the moments, each fp32 (size,).
@@ -38,11 +38,11 @@ class Piece:
 class Partition(Protocol):
     """What of the parameters this rank holds."""
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[ShardSlice]:
         """All that this rank updates."""
         ...
 
-    def saved(self) -> Iterator[Piece]:
+    def saved(self) -> Iterator[ShardSlice]:
         """This rank's share of a checkpoint: those of all ranks are the parameters, once."""
         ...
 
@@ -50,7 +50,7 @@ class Partition(Protocol):
         """Of the step that is due, reduced; together those of all ranks, or the same on each."""
         ...
 
-    def publish(self) -> None:
+    def sync_params_from_master(self) -> None:
         """Make the weights that are computed with those of the fp32 masters."""
         ...
 
@@ -63,7 +63,7 @@ def _state(optimizer: AdamWEMA, weights: Tensor) -> dict[str, Tensor]:
 
 
 @dataclass
-class Replicated:
+class NoShards:
     """Stage 0: every rank holds everything, and saves an even share."""
 
     parameters: Mapping[str, nn.Parameter]
@@ -73,23 +73,23 @@ class Replicated:
 
     sharded = False
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[ShardSlice]:
         for name, param in self.parameters.items():
             flat = {k: v.view(-1) for k, v in _state(self.optimizer, param).items()}
-            yield Piece(name, 0, flat)
+            yield ShardSlice(name, 0, flat)
 
-    def saved(self) -> Iterator[Piece]:
+    def saved(self) -> Iterator[ShardSlice]:
         for piece in self.pieces():
             share = -(-piece.size // self.world)
             start = min(self.rank * share, piece.size)
             part = slice(start, start + share)
-            yield Piece(piece.name, start, {k: v[part] for k, v in piece.tensors.items()})
+            yield ShardSlice(piece.name, start, {k: v[part] for k, v in piece.tensors.items()})
 
     def gradients(self) -> list[Tensor]:
         return [param.grad for param in self.parameters.values() if param.grad is not None]
 
     @torch.no_grad()
-    def publish(self) -> None:
+    def sync_params_from_master(self) -> None:
         for param in self.parameters.values():
             master = self.optimizer.master(param)
             if master is not param:
@@ -97,7 +97,7 @@ class Replicated:
 
 
 @dataclass
-class FlatGroups:
+class Zero12Shards:
     """Stages 1 and 2: a group's parameters end to end, cut into one range a rank."""
 
     parameters: Mapping[str, nn.Parameter]
@@ -106,7 +106,7 @@ class FlatGroups:
 
     sharded = True
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[ShardSlice]:
         for name, param in self.parameters.items():
             place = getattr(param, "_hp_mapping", None)
             if place is None:
@@ -117,7 +117,7 @@ class FlatGroups:
                 key: tensor.narrow(0, inside.start, inside.numel)
                 for key, tensor in _state(self.optimizer, flat).items()
             }
-            yield Piece(name, own.start, tensors)
+            yield ShardSlice(name, own.start, tensors)
 
     saved = pieces
 
@@ -127,12 +127,12 @@ class FlatGroups:
             return [flat.grad for flat in flats if flat.grad is not None]
         return list(itertools.chain.from_iterable(self.zero.averaged_gradients.values()))
 
-    def publish(self) -> None:
+    def sync_params_from_master(self) -> None:
         self.zero.update_lp_params()
 
 
 @dataclass
-class EachParameter:
+class Zero3Shards:
     """Stage 3: each parameter cut into one range a rank, the last one padded."""
 
     parameters: Mapping[str, nn.Parameter]
@@ -142,7 +142,7 @@ class EachParameter:
 
     sharded = True
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[ShardSlice]:
         for name, param in self.parameters.items():
             group, inside, size = self.zero.grad_position[self.zero.get_param_id(param)]
             start = self.rank * size
@@ -151,7 +151,9 @@ class EachParameter:
                 continue  # Only padding.
             flat = self.zero.fp32_partitioned_groups_flat[group]
             tensors = _state(self.optimizer, flat)
-            yield Piece(name, start, {k: v.narrow(0, inside, size) for k, v in tensors.items()})
+            yield ShardSlice(
+                name, start, {k: v.narrow(0, inside, size) for k, v in tensors.items()}
+            )
 
     saved = pieces
 
@@ -162,7 +164,7 @@ class EachParameter:
         return list(itertools.chain.from_iterable(self.zero.averaged_gradients.values()))
 
     @torch.no_grad()
-    def publish(self) -> None:
+    def sync_params_from_master(self) -> None:
         zero = self.zero
         for low, high in zip(
             zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True

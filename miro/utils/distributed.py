@@ -37,7 +37,7 @@ class Stopped(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Ranks:
+class DistEnv:
     """This process among those of the run."""
 
     rank: int = 0
@@ -86,7 +86,7 @@ class Ranks:
         return bool(flag)
 
 
-def ranks_of(environment: Mapping[str, str]) -> Ranks:
+def dist_env(environment: Mapping[str, str]) -> DistEnv:
     """What the launcher said.
 
     Raises:
@@ -101,7 +101,7 @@ def ranks_of(environment: Mapping[str, str]) -> Ranks:
         if given[0] is None:
             continue
         try:
-            found = Ranks(*(int(value or "") for value in given))
+            found = DistEnv(*(int(value or "") for value in given))
         except ValueError:
             raise ValueError(
                 f"{rank}, {world} and {local} must all be numbers, got {given}: start the run "
@@ -110,12 +110,12 @@ def ranks_of(environment: Mapping[str, str]) -> Ranks:
         if not (0 <= found.rank < found.world and 0 <= found.local <= found.rank):
             raise ValueError(f"{rank}={found.rank} and {local}={found.local} of {found.world}")
         return found
-    return Ranks()
+    return DistEnv()
 
 
-def join(kind: str) -> Ranks:
+def join(kind: str) -> DistEnv:
     """Meet the other processes of the run, once a process; `kind` is of the device they use."""
-    ranks = ranks_of(os.environ)
+    ranks = dist_env(os.environ)
     if dist.is_initialized():
         return ranks
     # What is on the host travels by gloo, so that no agreement waits for a GPU.
@@ -134,7 +134,7 @@ def join(kind: str) -> Ranks:
     return ranks
 
 
-def group_on_hosts(ranks: Ranks) -> dist.ProcessGroup | None:
+def cpu_process_group(ranks: DistEnv) -> dist.ProcessGroup | None:
     """A group of all ranks beside the one of the training, for what may overlap with it."""
     if ranks.world == 1:
         return None
@@ -150,11 +150,11 @@ class StopSignal:
     a device and little for the network; all ranks stop one step after the first one was told.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: DistEnv) -> None:
         self.ranks, self.told = ranks, False
         self._flag = torch.zeros((), dtype=torch.int32)
         self._work: dist.Work | None = None
-        self._group = group_on_hosts(ranks)
+        self._group = cpu_process_group(ranks)
 
     def __enter__(self) -> StopSignal:
         self._before = {}
@@ -174,7 +174,7 @@ class StopSignal:
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self.told = True
 
-    def after_step(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether to stop now; every rank calls it once a step and gets the same answer."""
         if self.ranks.world == 1:
             return self.told

@@ -58,7 +58,7 @@ def _flock(file: IO[bytes], folder: Path, operation: int) -> None:
 
 
 @contextmanager
-def alone_in(folder: Path, rank: int = 0) -> Iterator[None]:
+def exclusive_lock(folder: Path, rank: int = 0) -> Iterator[None]:
     """Make the folder if it is absent, and be the only process of this rank that writes it."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / (f".lock-{rank}" if rank else ".lock"), "ab") as file:
@@ -67,7 +67,7 @@ def alone_in(folder: Path, rank: int = 0) -> Iterator[None]:
 
 
 @contextmanager
-def waiting_in(folder: Path) -> Iterator[None]:
+def blocking_lock(folder: Path) -> Iterator[None]:
     """Wait for the processes that share the folder, for the moment it takes to write for all."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".turn", "ab") as file, held(file, folder):
@@ -75,7 +75,7 @@ def waiting_in(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def one_at_a_time(name: str) -> Iterator[None]:
+def machine_lock(name: str) -> Iterator[None]:
     """Wait until no other process of this user and machine is inside a block of this name."""
     path = Path(tempfile.gettempdir()) / f"{name}.{os.getuid()}.lock"
     with open(path, "ab") as file:

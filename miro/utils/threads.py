@@ -22,7 +22,7 @@ def threads() -> int:
     return min(len(os.sched_getaffinity(0)), MOST)
 
 
-def in_threads(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+def parallel_map(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
     """What `function` gives for each item, in their order; an error of one of them is raised.
 
     It should let go of Python's lock while it works, as torch's operations do.

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from miro.model.packed_text import PackedText, pack
-from miro.model.transformer import FlowTransformer, ModelConfig, Rewards
-from miro.training.batch_plan import Layout
+from miro.model.transformer import FlowTransformer, ModelConfig, RewardCond
+from miro.training.batch_plan import BatchPlan
 from miro.training.engine import Engine
 from miro.training.optimizer import OptimizerConfig
 
@@ -25,7 +25,7 @@ def build(width: int = 16, rewards: int = REWARDS) -> FlowTransformer:
     return model
 
 
-LAYOUT = Layout(stage=0, world=1, micro_batch=4, accumulation=1)
+LAYOUT = BatchPlan(stage=0, world=1, micro_batch=4, accumulation=1)
 
 
 def engine(
@@ -40,9 +40,9 @@ def learn(engine: Engine, loss: Tensor, images: int) -> Tensor:
     return engine.step(images)
 
 
-def inputs(seed: int, batch: int = 4) -> tuple[Tensor, Tensor, Rewards, PackedText]:
+def inputs(seed: int, batch: int = 4) -> tuple[Tensor, Tensor, RewardCond, PackedText]:
     generator = torch.Generator().manual_seed(seed)
-    rewards = Rewards(
+    rewards = RewardCond(
         torch.linspace(0, 1, 5),
         torch.randint(5, (batch, REWARDS), generator=generator),
         torch.rand(batch, REWARDS, generator=generator) < 0.7,

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from helpers.corrupt import encoded
 from PIL import Image
 
-from miro.sources.sample import Candidate, Rejection
+from miro.sources.sample import RawSample, RejectedSample
 from miro.sources.source import Source
 
 
@@ -73,14 +73,14 @@ def save_to_disk(folder: Path, rows: list[Any] | pa.Table) -> Path:
     return folder
 
 
-def drain(source: Source) -> list[Candidate | Rejection]:
+def drain(source: Source) -> list[RawSample | RejectedSample]:
     """All that is in a source, in its order."""
     return [item for group in range(source.groups) for unit in source.units(group) for item in unit]
 
 
-def good(source: Source) -> dict[str, Candidate]:
+def good(source: Source) -> dict[str, RawSample]:
     """The candidates by key; fails where two have one key."""
-    candidates = [item for item in drain(source) if isinstance(item, Candidate)]
+    candidates = [item for item in drain(source) if isinstance(item, RawSample)]
     by_key = {candidate.key: candidate for candidate in candidates}
     assert len(by_key) == len(candidates)
     return by_key
@@ -88,7 +88,7 @@ def good(source: Source) -> dict[str, Candidate]:
 
 def refused(source: Source) -> dict[tuple[str, str], str]:
     """{(what, field): why} of what is set aside; fails where one of these comes twice."""
-    rejections = [item for item in drain(source) if isinstance(item, Rejection)]
+    rejections = [item for item in drain(source) if isinstance(item, RejectedSample)]
     reasons = {(item.source, item.field): item.reason for item in rejections}
     assert len(reasons) == len(rejections)
     return reasons

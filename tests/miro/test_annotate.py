@@ -24,7 +24,7 @@ from miro.images.pillow import decode
 from miro.prepare.annotate import AnnotateConfig, annotate
 from miro.rewards.pixels import Colourfulness, Sharpness
 from miro.sources.tar import iterate_shard
-from miro.utils.locks import alone_in
+from miro.utils.locks import exclusive_lock
 
 SMALL = AnnotateConfig(batch_size=4, samples_per_shard=5, workers=1)
 
@@ -297,7 +297,7 @@ def test_a_folder_made_from_something_else_is_left_alone(tmp_path: Path) -> None
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     source, dest = make_folder(tmp_path / "in"), tmp_path / "out"
-    with alone_in(dest), pytest.raises(ValueError, match="another process"):
+    with exclusive_lock(dest), pytest.raises(ValueError, match="another process"):
         annotate(source, dest, rewards=["sharpness"], config=SMALL)
     assert annotate(source, dest, rewards=["sharpness"], config=SMALL).samples == 10
 

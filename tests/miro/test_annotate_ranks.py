@@ -16,7 +16,7 @@ from test_annotate import contents, make_folder, make_tar, picture
 from miro.conditioning import Bins
 from miro.data.shards import Manifest, read_scores, scores_path
 from miro.prepare.annotate import AnnotateConfig, annotate
-from miro.prepare.work_log import read_done
+from miro.prepare.work_log import read_completed_unit
 
 CONFIG = AnnotateConfig(batch_size=4, samples_per_shard=5, workers=1, max_rejected_after=1_000)
 BOTH = ("colourfulness", "sharpness")
@@ -138,7 +138,7 @@ def test_a_record_that_is_none_is_named_with_the_remedy(
     path.write_text(break_it(path.read_text()))
 
     with pytest.raises(ValueError, match=r"00001\.json: not a record .*delete it and run again"):
-        read_done(tmp_path / "out", 1, 0)
+        read_completed_unit(tmp_path / "out", 1, 0)
 
 
 def test_bins_are_the_same_from_one_shard_or_from_many_in_any_order(tmp_path: Path) -> None:

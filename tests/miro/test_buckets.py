@@ -15,13 +15,13 @@ import miro.images.pillow
 import miro.prepare.encode
 from miro.data.reader import EncodedDataset
 from miro.data.shards import Manifest, ShardIndex
-from miro.encoders.encoder import Encoding
+from miro.encoders.encoder import EncodingConfig
 from miro.images.buckets import nearest
 from miro.images.pillow import decode
-from miro.images.transforms import cover
-from miro.model.embeddings import grid_positions, rope_angles
+from miro.images.transforms import center_crop_resize
+from miro.model.embeddings import pos_embed_2d_sincos, rope_angles
 from miro.model.packed_text import pack
-from miro.model.transformer import FlowTransformer, ModelConfig, Rewards
+from miro.model.transformer import FlowTransformer, ModelConfig, RewardCond
 from miro.prepare.encode import EncodeConfig, encode
 from miro.sampling.command import draw
 from miro.training import checkpoint
@@ -61,7 +61,7 @@ def bucketed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_bucket_has_about_the_area_of_the_size(
     buckets: tuple[str, ...], multiple: int, expected: list[tuple[int, int]]
 ) -> None:
-    assert Encoding(size=256, buckets=buckets, multiple=multiple).sides() == expected
+    assert EncodingConfig(size=256, buckets=buckets, multiple=multiple).bucket_sizes() == expected
 
 
 @pytest.mark.parametrize(
@@ -92,10 +92,12 @@ def test_a_picture_covers_its_bucket_and_is_cropped_at_its_centre() -> None:
     image = torch.zeros(3, 30, 120, dtype=torch.uint8)
     image[:, :, 35:85] = 200  # The middle 50 columns are those that 24 x 40 keeps.
 
-    assert torch.equal(cover(image, 24, 40), torch.full((3, 24, 40), 200, dtype=torch.uint8))
+    assert torch.equal(
+        center_crop_resize(image, 24, 40), torch.full((3, 24, 40), 200, dtype=torch.uint8)
+    )
     noise = torch.randint(256, (3, 37, 53), dtype=torch.uint8)
-    assert torch.equal(cover(noise, 37, 37), noise[:, :, 8:45])
-    assert cover(noise, 64, 64).shape == (3, 64, 64)
+    assert torch.equal(center_crop_resize(noise, 37, 37), noise[:, :, 8:45])
+    assert center_crop_resize(noise, 64, 64).shape == (3, 64, 64)
 
 
 def test_each_picture_is_encoded_in_its_bucket(images: Path, bucketed: Path) -> None:
@@ -105,7 +107,7 @@ def test_each_picture_is_encoded_in_its_bucket(images: Path, bucketed: Path) -> 
     assert data.shape_of.tolist() == [0, 1, 2, 0, 1, 1] * 4
     for i in (1, 2, 3, 4):
         pixels = decode(bytes(ShardIndex(images).member(i, "png")))
-        fitted = cover(pixels, *data.shapes[data.shape_of[i]][1:])
+        fitted = center_crop_resize(pixels, *data.shapes[data.shape_of[i]][1:])
         restored = np.rint((data.latent(i).astype(np.float32) + 1) * 127.5)
         assert np.array_equal(restored, fitted.numpy())
     record = Manifest.read(bucketed).encoding
@@ -166,13 +168,13 @@ def test_a_size_whose_shard_is_missing_is_brought_level(images: Path, tmp_path: 
 
 
 def test_another_grid_lies_round_the_same_centre_at_the_same_scale() -> None:
-    for make in (grid_positions, lambda *grid: rope_angles(*grid)[0]):
+    for make in (pos_embed_2d_sincos, lambda *grid: rope_angles(*grid)[0]):
         base = make(6, 6, 16).view(6, 6, -1)
         wide, small = make(6, 10, 16, (6, 6)).view(6, 10, -1), make(2, 4, 16, (6, 6)).view(2, 4, -1)
         torch.testing.assert_close(wide[:, 2:8], base)
         torch.testing.assert_close(small, base[2:4, 1:5])
 
-    places = grid_positions(6, 10, 16, (6, 6))
+    places = pos_embed_2d_sincos(6, 10, 16, (6, 6))
     assert torch.cdist(places, places).fill_diagonal_(9).min() > 1
 
 
@@ -193,10 +195,10 @@ def network() -> FlowTransformer:
 def predict(model: Any, network: FlowTransformer, shape: tuple[int, int]) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     bins = torch.ones(3, 2, dtype=torch.long)
-    rewards = Rewards(torch.linspace(0, 1, 3), bins, bins > 0)
+    rewards = RewardCond(torch.linspace(0, 1, 3), bins, bins > 0)
     text = pack([torch.randn(n, 6, generator=generator) for n in (2, 1, 3)])
     x, t = torch.randn(3, 2, *shape, generator=generator), torch.rand(3, generator=generator)
-    return model(x, t, rewards, network.read_text(text))
+    return model(x, t, rewards, network.encode_context(text))
 
 
 def test_the_network_takes_any_grid_and_learns_from_it() -> None:

@@ -28,10 +28,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from miro.images.transforms import CLIP_MEAN, CLIP_STD, View
+from miro.images.transforms import CLIP_MEAN, CLIP_STD, ImageTransform
 from miro.rewards import clip_family
 from miro.rewards.base import RewardOptions
-from miro.rewards.network import TwoTowers
+from miro.rewards.network import DualEncoderReward
 from miro.rewards.registry import build_reward
 
 SIZES = ((32, 32), (48, 80), (101, 33), (32, 35), (225, 452))
@@ -57,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def hpsv2(folder: Path, monkeypatch: pytest.MonkeyPatch) -> TwoTowers:
+def hpsv2(folder: Path, monkeypatch: pytest.MonkeyPatch) -> DualEncoderReward:
     return toy_hpsv2(folder / "hps", monkeypatch)
 
 
@@ -79,7 +79,7 @@ def expanded(shapes: dict[str, list[int]], layers: dict[str, int]) -> dict[str, 
     return full
 
 
-def test_hpsv2_scores_as_its_package(hpsv2: TwoTowers) -> None:
+def test_hpsv2_scores_as_its_package(hpsv2: DualEncoderReward) -> None:
     record = fixture("hpsv2_scores.json")
     expected = torch.tensor(record["scores"])
 
@@ -160,7 +160,7 @@ def test_a_clip_of_open_clip_is_its_own_logits(folder: Path) -> None:
         text = network.encode_text(open_clip.get_tokenizer(TOY)(CAPTIONS))
         scale = network.logit_scale.exp() / 100
         expected = scale * cosines(network.eval().encode_image(pixels), text)
-        squares = torch.stack([View(32).of(image) for image in images])
+        squares = torch.stack([ImageTransform(32).of(image) for image in images])
         pixels = torch.stack([process(as_pil(square)) for square in squares])
         exactly = scale * cosines(network.encode_image(pixels), text)
 
@@ -199,7 +199,7 @@ def test_the_aesthetic_score_is_the_published_head_s(folder: Path, tmp_path: Pat
     path, head = aesthetic_head(tmp_path)
     network = CLIPModel.from_pretrained(folder / "pick").eval()
     images = pictures((32, 32), (40, 32))
-    squares = torch.stack([View(32, rounds="down").of(image) for image in images])
+    squares = torch.stack([ImageTransform(32, crop_rounding="down").of(image) for image in images])
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
     with torch.inference_mode():
         pixels = (squares / 255 - mean) / std
@@ -235,7 +235,7 @@ def test_a_network_s_own_code_runs_where_it_is_allowed(folder: Path) -> None:
     state = load_file(folder / "coded" / "model.safetensors")
     said = [[0, 4, 5, 2], [0, 4, 9, 10, 4, 7, 8, 2]]
     text = torch.stack([state["words.weight"][ids].mean(0) for ids in said])
-    pixels = torch.stack([View(20).of(image) for image in images]) / 127.5 - 1
+    pixels = torch.stack([ImageTransform(20).of(image) for image in images]) / 127.5 - 1
     seen = F.conv2d(pixels, state["patches.weight"], state["patches.bias"], 4)
     image = seen.relu().mean((2, 3))
     expected = torch.tensor(2.5).exp() / 100 * cosines(image, text)
@@ -254,7 +254,7 @@ def test_code_of_a_network_s_own_is_refused_unless_it_is_allowed(
 
 
 def test_each_picture_and_each_caption_goes_through_its_tower_once(
-    hpsv2: TwoTowers, monkeypatch: pytest.MonkeyPatch
+    hpsv2: DualEncoderReward, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
     read: list[int] = []
@@ -271,7 +271,9 @@ def test_each_picture_and_each_caption_goes_through_its_tower_once(
 
 
 @pytest.mark.parametrize("name", ["hpsv2", "pick_score"])
-def test_a_score_does_not_depend_on_the_batch(folder: Path, hpsv2: TwoTowers, name: str) -> None:
+def test_a_score_does_not_depend_on_the_batch(
+    folder: Path, hpsv2: DualEncoderReward, name: str
+) -> None:
     reward = hpsv2 if name == "hpsv2" else build_reward(f"pick_score={folder / 'pick'}")
     images = pictures(*SIZES)
 

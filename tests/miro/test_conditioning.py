@@ -11,10 +11,10 @@ import torch
 from miro.conditioning import (
     Bins,
     ConditioningConfig,
-    Target,
+    RewardTarget,
+    conditioned_rewards,
     keep_rewards,
     keep_text,
-    trained_rewards,
 )
 
 NAN = float("nan")
@@ -167,7 +167,7 @@ def test_the_rewards_trained_on_are_those_configured() -> None:
     data = ("clip", "vqa", "hpsv2")
 
     def told(rewards: tuple[str, ...] | None) -> list[bool]:
-        return trained_rewards(ConditioningConfig(rewards=rewards), data).tolist()
+        return conditioned_rewards(ConditioningConfig(rewards=rewards), data).tolist()
 
     assert told(None) == [True] * 3 and told(()) == [False] * 3
     assert told(("hpsv2", "clip")) == [True, False, True]
@@ -252,37 +252,37 @@ def test_impossible_values_are_named(bad: dict, words: str) -> None:
 def test_a_target_asks_for_the_default_but_where_told_otherwise() -> None:
     rewards = ("clip", "vqa", "hpsv2")
 
-    assert Target.of(rewards, {}, 1.0).levels == (1.0, 1.0, 1.0)
-    assert Target.of(rewards, {"vqa": 0.25, "hpsv2": None}, 1.0).levels == (1.0, 0.25, None)
-    assert Target.of(rewards, {"clip": 0.0}, None).levels == (0.0, None, None)
+    assert RewardTarget.of(rewards, {}, 1.0).levels == (1.0, 1.0, 1.0)
+    assert RewardTarget.of(rewards, {"vqa": 0.25, "hpsv2": None}, 1.0).levels == (1.0, 0.25, None)
+    assert RewardTarget.of(rewards, {"clip": 0.0}, None).levels == (0.0, None, None)
 
 
 def test_a_target_of_an_unknown_reward_offers_the_nearest() -> None:
     with pytest.raises(ValueError, match="unknown reward.*'hpsv'.*did you mean 'hpsv2'"):
-        Target.of(("clip", "hpsv2"), {"hpsv": 1.0}, 1.0)
+        RewardTarget.of(("clip", "hpsv2"), {"hpsv": 1.0}, 1.0)
 
 
 @pytest.mark.parametrize("level", [-0.01, 1.01, NAN, float("inf")])
 def test_a_target_outside_zero_to_one_is_refused(level: float) -> None:
     with pytest.raises(ValueError, match=f"target of clip.*0.*1.*got {level}"):
-        Target.of(("clip",), {"clip": level}, 1.0)
+        RewardTarget.of(("clip",), {"clip": level}, 1.0)
     with pytest.raises(ValueError, match=f"0.*1.*got {level}"):
-        Target.of(("clip",), {}, level)
+        RewardTarget.of(("clip",), {}, level)
 
 
 def test_mixing_goes_from_one_target_to_the_other() -> None:
-    start, end = Target((0.0, 1.0, None)), Target((1.0, 0.5, None))
+    start, end = RewardTarget((0.0, 1.0, None)), RewardTarget((1.0, 0.5, None))
 
     assert start.mix(end, 0.0) == start and start.mix(end, 1.0) == end
-    assert start.mix(end, 0.25) == Target((0.25, 0.875, None))
+    assert start.mix(end, 0.25) == RewardTarget((0.25, 0.875, None))
 
 
 def test_targets_that_ask_for_different_rewards_are_not_mixed() -> None:
     with pytest.raises(ValueError, match="same rewards"):
-        Target((0.0, None)).mix(Target((0.0, 1.0)), 0.5)
+        RewardTarget((0.0, None)).mix(RewardTarget((0.0, 1.0)), 0.5)
 
 
 @pytest.mark.parametrize("share", [-0.5, 1.5])
 def test_a_mix_beyond_its_ends_is_refused(share: float) -> None:
     with pytest.raises(ValueError, match=f"share.*got {share}"):
-        Target((0.5,)).mix(Target((1.0,)), share)
+        RewardTarget((0.5,)).mix(RewardTarget((1.0,)), share)

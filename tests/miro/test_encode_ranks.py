@@ -14,7 +14,7 @@ from test_annotate import contents, make_folder
 from miro.data.reader import EncodedDataset
 from miro.data.shards import Manifest
 from miro.prepare.annotate import AnnotateConfig, annotate
-from miro.prepare.completed_shards import read_made
+from miro.prepare.completed_shards import read_completed
 from miro.prepare.encode import EncodeConfig, encode
 
 CONFIG = EncodeConfig(size=8, batch_size=4, workers=1, max_rejected=0.5)
@@ -100,5 +100,5 @@ def test_a_record_of_a_shard_of_other_pictures_does_not_count(scored: Path, tmp_
         (tmp_path / "one" / "units" / "00001.json").read_bytes()
     )
 
-    assert read_made(tmp_path / "one", first) is None
-    assert read_made(tmp_path / "one", second) is not None
+    assert read_completed(tmp_path / "one", first) is None
+    assert read_completed(tmp_path / "one", second) is not None

@@ -13,8 +13,8 @@ from torch import Tensor
 from miro.model.packed_text import absent
 from miro.model.transformer import FlowTransformer, ModelConfig
 from miro.training.engine import Engine
-from miro.training.optimizer import OptimizerConfig, ema_decay, rate_factor
-from miro.training.zero_shards import Piece
+from miro.training.optimizer import OptimizerConfig, ema_decay, lr_multiplier
+from miro.training.zero_shards import ShardSlice
 
 
 def loss(engine: Engine, seed: int, captioned: bool = True) -> Tensor:
@@ -26,12 +26,12 @@ def loss(engine: Engine, seed: int, captioned: bool = True) -> Tensor:
 def gradients(engine: Engine, seed: int) -> list[Tensor]:
     """Those of `loss`, from the network itself."""
     x, t, rewards, text = inputs(seed)
-    out = engine.model(x, t, rewards, engine.model.read_text(text))
+    out = engine.model(x, t, rewards, engine.model.encode_context(text))
     error = (out - x.flip(0)).square().mean()
     return list(torch.autograd.grad(error, list(engine.parameters.values())))
 
 
-Read = Callable[[str, Piece], Tensor]
+Read = Callable[[str, ShardSlice], Tensor]
 
 
 def saved(engine: Engine) -> tuple[Read, dict[str, Any]]:
@@ -55,7 +55,7 @@ def weights(engine: Engine) -> dict[str, Tensor]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("matrices", ["adamw", "muon"])
 def test_training_lowers_the_loss_of_what_it_sees(precision: Any, matrices: Any) -> None:
-    trained = engine(replace(CONFIG, matrices=matrices), precision=precision)
+    trained = engine(replace(CONFIG, name=matrices), precision=precision)
     before = loss(trained, 1).item()
 
     for images in range(0, 120, 4):
@@ -71,7 +71,7 @@ def test_bf16_keeps_the_weights_that_were_never_rounded() -> None:
 
     for name, master in weights(made).items():
         assert master.dtype == torch.float32 and torch.equal(master, initial[name])
-        assert torch.equal(made.averaged()[name], initial[name])
+        assert torch.equal(made.ema_state_dict()[name], initial[name])
     assert all(param.dtype == torch.bfloat16 for param in made.parameters.values())
     assert made.model.cos.dtype == torch.float32
 
@@ -79,7 +79,7 @@ def test_bf16_keeps_the_weights_that_were_never_rounded() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("matrices", ["adamw", "muon"])
 def test_matrices_decay_and_gains_offsets_and_biases_do_not(precision: Any, matrices: Any) -> None:
-    made = engine(replace(CONFIG, matrices=matrices), precision=precision)
+    made = engine(replace(CONFIG, name=matrices), precision=precision)
     before = weights(made)
 
     learn(made, 0 * loss(made, 1), images=0)
@@ -129,14 +129,14 @@ def test_the_average_follows_the_weights() -> None:
         decay = ema_decay(CONFIG, images, 4)
         average = {n: decay * average[n] + (1 - decay) * w for n, w in weights(made).items()}
 
-    for name, tensor in made.averaged().items():
+    for name, tensor in made.ema_state_dict().items():
         torch.testing.assert_close(tensor, average[name])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("matrices", ["adamw", "muon"])
 def test_a_saved_state_goes_on_bit_for_bit(precision: Any, matrices: Any) -> None:
-    config = replace(CONFIG, matrices=matrices)
+    config = replace(CONFIG, name=matrices)
     first = engine(config, precision=precision)
     for images in range(0, 20, 4):
         # At some steps all texts are withheld, and their weights have no gradient.
@@ -151,7 +151,7 @@ def test_a_saved_state_goes_on_bit_for_bit(precision: Any, matrices: Any) -> Non
             learn(made, loss(made, images), images)
     for name, tensor in weights(first).items():
         assert torch.equal(weights(again)[name], tensor)
-        assert torch.equal(again.averaged()[name], first.averaged()[name])
+        assert torch.equal(again.ema_state_dict()[name], first.ema_state_dict()[name])
     assert all(
         torch.equal(a, b)
         for a, b in zip(first.parameters.values(), again.parameters.values(), strict=True)
@@ -175,7 +175,7 @@ def test_the_state_of_another_network_is_refused(other: FlowTransformer) -> None
 def test_the_rate_rises_linearly_stays_and_falls_to_zero() -> None:
     config = OptimizerConfig(warmup_images=100, decay_from=0.8)
 
-    factors = [rate_factor(config, images, 1000) for images in range(1000)]
+    factors = [lr_multiplier(config, images, 1000) for images in range(1000)]
 
     assert 0 < factors[0] <= 0.01 and abs(factors[49] - 0.5) < 1e-9
     assert factors[99:800] == [1.0] * 701
@@ -185,7 +185,7 @@ def test_the_rate_rises_linearly_stays_and_falls_to_zero() -> None:
 
 
 def test_without_warmup_and_decay_the_rate_is_constant() -> None:
-    assert {rate_factor(OptimizerConfig(), images, 100) for images in range(100)} == {1.0}
+    assert {lr_multiplier(OptimizerConfig(), images, 100) for images in range(100)} == {1.0}
 
 
 def test_the_rate_reaches_the_optimizer() -> None:

@@ -10,16 +10,16 @@ from torch import Tensor
 from miro.flow import (
     SMALLEST_TIME,
     FlowConfig,
+    add_noise,
     euler_step,
     euler_times,
-    noised,
-    times_from,
+    sample_timesteps,
     velocity,
     velocity_errors,
 )
 
 Draw = Callable[..., Tensor]
-VELOCITY, SAMPLE = FlowConfig(predicts="velocity"), FlowConfig(predicts="sample")
+VELOCITY, SAMPLE = FlowConfig(prediction_type="velocity"), FlowConfig(prediction_type="sample")
 
 
 def uniform(count: int, seed: int) -> Tensor:
@@ -27,24 +27,24 @@ def uniform(count: int, seed: int) -> Tensor:
 
 
 def perfect(config: FlowConfig, x: Tensor, noise: Tensor) -> Tensor:
-    return x if config.predicts == "sample" else noise - x
+    return x if config.prediction_type == "sample" else noise - x
 
 
 def test_the_path_begins_at_the_data_and_ends_at_the_noise(draw: Draw) -> None:
     x, noise = draw(3, 2, 4, 4), draw(3, 2, 4, 4)
 
-    x_t = noised(x, noise, torch.tensor([0.0, 1.0, 0.25], dtype=torch.float64))
+    x_t = add_noise(x, noise, torch.tensor([0.0, 1.0, 0.25], dtype=torch.float64))
 
     assert torch.equal(x_t[0], x[0]) and torch.equal(x_t[1], noise[1])
     torch.testing.assert_close(x_t[2], 0.75 * x[2] + 0.25 * noise[2])
 
 
-@pytest.mark.parametrize("config", [VELOCITY, SAMPLE], ids=lambda c: c.predicts)
+@pytest.mark.parametrize("config", [VELOCITY, SAMPLE], ids=lambda c: c.prediction_type)
 def test_a_perfect_prediction_is_the_velocity_of_the_path(draw: Draw, config: FlowConfig) -> None:
     x, noise = draw(5, 2, 4, 4), draw(5, 2, 4, 4)
     t = torch.tensor([SMALLEST_TIME, 0.2, 0.5, 0.9, 1.0], dtype=torch.float64)
 
-    v = velocity(config, perfect(config, x, noise), noised(x, noise, t), t)
+    v = velocity(config, perfect(config, x, noise), add_noise(x, noise, t), t)
 
     torch.testing.assert_close(v, noise - x, rtol=1e-9, atol=1e-9)
     errors = velocity_errors(config, perfect(config, x, noise), x, noise, t)
@@ -55,12 +55,12 @@ def test_a_predicted_samples_velocity_does_not_explode_near_the_data(draw: Draw)
     x, noise = draw(2, 1, 4, 4), draw(2, 1, 4, 4)
     t = torch.tensor([0.0, 1e-6], dtype=torch.float64)
 
-    v = velocity(SAMPLE, x + 0.01, noised(x, noise, t), t)
+    v = velocity(SAMPLE, x + 0.01, add_noise(x, noise, t), t)
 
     assert v.abs().max() < 0.011 / SMALLEST_TIME
 
 
-@pytest.mark.parametrize("config", [VELOCITY, SAMPLE], ids=lambda c: c.predicts)
+@pytest.mark.parametrize("config", [VELOCITY, SAMPLE], ids=lambda c: c.prediction_type)
 @pytest.mark.parametrize("steps", [1, 2, 7, 20])
 @pytest.mark.parametrize("limit", [None, 4.0])
 def test_euler_with_the_exact_velocity_lands_on_the_data(
@@ -73,7 +73,7 @@ def test_euler_with_the_exact_velocity_lands_on_the_data(
     for t, t_next in zip(times[:-1], times[1:], strict=True):
         v = velocity(config, perfect(config, x, noise), x_t, t.expand(2))
         x_t = euler_step(x_t, v, t, t_next, limit)
-        torch.testing.assert_close(x_t, noised(x, noise, t_next.expand(2)))
+        torch.testing.assert_close(x_t, add_noise(x, noise, t_next.expand(2)))
 
     torch.testing.assert_close(x_t, x, rtol=1e-6, atol=1e-6)
 
@@ -106,9 +106,12 @@ def test_the_loss_is_the_mean_squared_velocity_error_of_each_sample(draw: Draw) 
 @pytest.mark.parametrize("t", [0.01, 0.1, 0.3, 0.6])
 def test_below_the_cap_errors_of_a_predicted_sample_weigh_alike(draw: Draw, t: float) -> None:
     x, noise, wrong = draw(1, 3, 4, 4), draw(1, 3, 4, 4), draw(1, 3, 4, 4)
-    config, times = FlowConfig(predicts="sample", weight_cap=0.3), torch.tensor([t]).double()
+    config, times = (
+        FlowConfig(prediction_type="sample", loss_weight_clip=0.3),
+        torch.tensor([t]).double(),
+    )
     # The prediction whose velocity is exact, and one that is off by `wrong`.
-    exact = noised(x, noise, times) - max(t, SMALLEST_TIME) * (noise - x)
+    exact = add_noise(x, noise, times) - max(t, SMALLEST_TIME) * (noise - x)
 
     errors = velocity_errors(config, exact + wrong, x, noise, times)
 
@@ -117,7 +120,7 @@ def test_below_the_cap_errors_of_a_predicted_sample_weigh_alike(draw: Draw, t: f
 
 
 def test_uniform_times_have_the_mean_and_spread_of_their_law() -> None:
-    t = times_from(FlowConfig(), uniform(20_000, 1))
+    t = sample_timesteps(FlowConfig(), uniform(20_000, 1))
 
     assert t.dtype == torch.float32 and 0 <= t.min() and t.max() < 1
     assert abs(t.mean() - 0.5) < 0.01 and abs(t.std() - 12**-0.5) < 0.01
@@ -125,26 +128,26 @@ def test_uniform_times_have_the_mean_and_spread_of_their_law() -> None:
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (1.0, 1.0), (-0.5, 0.3)])
 def test_the_logit_of_logit_normal_times_is_normal(mean: float, std: float) -> None:
-    config = FlowConfig(times="logit_normal", times_mean=mean, times_std=std)
+    config = FlowConfig(timestep_distribution="logit_normal", timestep_mean=mean, timestep_std=std)
 
-    logits = times_from(config, uniform(20_000, 1)).double().logit()
+    logits = sample_timesteps(config, uniform(20_000, 1)).double().logit()
 
     assert abs(logits.mean() - mean) < 0.03 * std and abs(logits.std() - std) < 0.02 * std
 
 
 def test_times_are_a_function_of_the_uniform_numbers() -> None:
-    for config in (FlowConfig(), FlowConfig(times="logit_normal")):
-        first, again, other = (times_from(config, uniform(8, seed)) for seed in (1, 1, 2))
+    for config in (FlowConfig(), FlowConfig(timestep_distribution="logit_normal")):
+        first, again, other = (sample_timesteps(config, uniform(8, seed)) for seed in (1, 1, 2))
         assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
-        ({"times_std": 0.0}, "flow.times_std.*got 0.0"),
-        ({"times_std": float("nan")}, "flow.times_std.*got nan"),
-        ({"weight_cap": 1.0}, "flow.weight_cap.*got 1.0"),
-        ({"weight_cap": -0.1}, "flow.weight_cap.*got -0.1"),
+        ({"timestep_std": 0.0}, "flow.timestep_std.*got 0.0"),
+        ({"timestep_std": float("nan")}, "flow.timestep_std.*got nan"),
+        ({"loss_weight_clip": 1.0}, "flow.loss_weight_clip.*got 1.0"),
+        ({"loss_weight_clip": -0.1}, "flow.loss_weight_clip.*got -0.1"),
     ],
 )
 def test_impossible_values_are_named(bad: dict[str, Any], words: str) -> None:

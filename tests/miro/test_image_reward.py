@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.transforms import functional as TF
 
 from miro.rewards.base import RewardOptions
-from miro.rewards.image_batch import Pictures
+from miro.rewards.image_batch import ImageBatch
 from miro.rewards.image_reward import ImageReward
 from miro.rewards.registry import build_reward
 
@@ -122,7 +122,7 @@ def test_each_distinct_picture_is_encoded_once(
     seen: list[int] = []
     see = reward._see
     monkeypatch.setattr(reward, "_see", lambda pixels: seen.append(len(pixels)) or see(pixels))
-    pairs = Pictures([PICTURES["square"], PICTURES["wide"]]).take([0, 1, 0, 0, 1])
+    pairs = ImageBatch([PICTURES["square"], PICTURES["wide"]]).take([0, 1, 0, 0, 1])
 
     scores = reward.score(pairs, ["a", "b", "c", "a", "b"])
 

@@ -25,7 +25,7 @@ LAUNCH = Path(__file__).parents[2] / "launch"
 WORDS = (
     "demo images=96 batch=8 threads=1 precision=fp32 compile=False report_every=8 "
     "checkpoint_every=96 model.channels=32 model.depth=1 model.heads=2 model.hidden=32 "
-    "optimizer.matrices=adamw flow.times_mean=0 optimizer.learning_rate=3e-3 "
+    "optimizer.name=adamw flow.timestep_mean=0 optimizer.learning_rate=3e-3 "
     "optimizer.warmup_images=16 optimizer.beta2=0.99 optimizer.ema_images=10000"
 )
 

@@ -11,15 +11,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from miro.model.packed_text import pack
-from miro.model.transformer import Rewards
-from miro.training.batch_plan import Layout, ShardingConfig, deepspeed_config, lay_out
+from miro.model.transformer import RewardCond
+from miro.training.batch_plan import BatchPlan, ShardingConfig, deepspeed_config, plan_batch
 from miro.training.engine import Engine
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_deepspeed_is_told_what_the_layout_says(stage: Any, precision: Any) -> None:
-    layout = Layout(stage, world=8, micro_batch=4, accumulation=2)
+    layout = BatchPlan(stage, world=8, micro_batch=4, accumulation=2)
 
     told = deepspeed_config(layout, precision, "cuda")
 
@@ -37,7 +37,7 @@ def test_deepspeed_is_told_what_the_layout_says(stage: Any, precision: Any) -> N
 def test_a_batch_is_micro_batch_times_accumulation_times_world(
     batch: int, world: int, micro: int | None, accumulation: int
 ) -> None:
-    layout = lay_out(ShardingConfig(micro_batch=micro), batch=batch, world=world, stage=1)
+    layout = plan_batch(ShardingConfig(micro_batch=micro), batch=batch, world=world, stage=1)
 
     assert layout.batch == batch and layout.accumulation == accumulation
     row = [
@@ -60,21 +60,24 @@ def test_a_batch_that_does_not_divide_is_refused(
     sharding: ShardingConfig, batch: int, world: int, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        lay_out(sharding, batch=batch, world=world, stage=0)
+        plan_batch(sharding, batch=batch, world=world, stage=0)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layout": Layout(1, 1, 4, 1), "matrices": "muon"}, "choose adamw, or sharding.stage=0"),
-        ({"layout": Layout(3, 1, 4, 1), "compiled": True}, "compile=True does not go with"),
-        ({"layout": Layout(1, 1, 2, 2), "precision": "bf16"}, "choose sharding.stage=2"),
+        (
+            {"layout": BatchPlan(1, 1, 4, 1), "name": "muon"},
+            "choose adamw, or sharding.stage=0",
+        ),
+        ({"layout": BatchPlan(3, 1, 4, 1), "compiled": True}, "compile=True does not go with"),
+        ({"layout": BatchPlan(1, 1, 2, 2), "precision": "bf16"}, "choose sharding.stage=2"),
     ],
 )
 def test_what_does_not_go_together_is_refused_with_what_does(
     change: dict[str, Any], message: str
 ) -> None:
-    config = replace(CONFIG, matrices=change.pop("matrices", "adamw"))
+    config = replace(CONFIG, name=change.pop("name", "adamw"))
 
     with pytest.raises(ValueError, match=message):
         engine(config, **change)
@@ -95,18 +98,18 @@ def test_impossible_shardings_are_refused(options: dict[str, Any], message: str)
 
 # Each cut, and its precision. Loss and average must be those of stage 0 to the precision.
 ALONE = [
-    *((Layout(stage, 1, 4, 1), "fp32") for stage in (1, 2, 3)),
-    (Layout(0, 1, 1, 4), "fp32"),
-    (Layout(2, 1, 1, 4), "fp32"),
-    (Layout(0, 1, 4, 1, recompute=True), "fp32"),
-    (Layout(3, 1, 4, 1, recompute=True), "fp32"),
-    (Layout(1, 1, 4, 1, offload="optimizer"), "fp32"),
-    (Layout(2, 1, 2, 2, offload="optimizer"), "fp32"),
-    (Layout(3, 1, 4, 1, offload="parameters"), "fp32"),
-    (Layout(1, 1, 4, 1), "bf16"),
-    (Layout(0, 1, 1, 4), "bf16"),
-    (Layout(2, 1, 1, 4), "bf16"),
-    (Layout(3, 1, 2, 2), "bf16"),
+    *((BatchPlan(stage, 1, 4, 1), "fp32") for stage in (1, 2, 3)),
+    (BatchPlan(0, 1, 1, 4), "fp32"),
+    (BatchPlan(2, 1, 1, 4), "fp32"),
+    (BatchPlan(0, 1, 4, 1, activation_checkpointing=True), "fp32"),
+    (BatchPlan(3, 1, 4, 1, activation_checkpointing=True), "fp32"),
+    (BatchPlan(1, 1, 4, 1, offload="optimizer"), "fp32"),
+    (BatchPlan(2, 1, 2, 2, offload="optimizer"), "fp32"),
+    (BatchPlan(3, 1, 4, 1, offload="parameters"), "fp32"),
+    (BatchPlan(1, 1, 4, 1), "bf16"),
+    (BatchPlan(0, 1, 1, 4), "bf16"),
+    (BatchPlan(2, 1, 1, 4), "bf16"),
+    (BatchPlan(3, 1, 2, 2), "bf16"),
 ]
 
 
@@ -131,7 +134,7 @@ def test_a_step_waits_for_nothing(
 
     Stage 3 waits once a step, for DeepSpeed's own norm.
     """
-    made = engine(layout=Layout(stage, 1, 4, 1), precision=precision)
+    made = engine(layout=BatchPlan(stage, 1, 4, 1), precision=precision)
     whole = inputs(1)
     learn(made, part_of_loss(made, whole, slice(0, 4)), images=0)
     monkeypatch.setattr(made.optimizer, "step", lambda closure=None: None)
@@ -147,7 +150,7 @@ def test_a_step_waits_for_nothing(
 
 
 @pytest.mark.parametrize(("layout", "precision"), ALONE)
-def test_every_layout_learns_what_the_plain_one_does(layout: Layout, precision: Any) -> None:
+def test_every_layout_learns_what_the_plain_one_does(layout: BatchPlan, precision: Any) -> None:
     plain, cut = (engine(layout=which, precision=precision) for which in (LAYOUT, layout))
     for images in range(0, 20, 4):
         whole = inputs(images)
@@ -157,13 +160,13 @@ def test_every_layout_learns_what_the_plain_one_does(layout: Layout, precision: 
         cut.step(images)
 
     close = {"rtol": 1e-4, "atol": 1e-5} if precision == "fp32" else {"rtol": 0.05, "atol": 0.02}
-    for name, average in plain.averaged().items():
-        torch.testing.assert_close(cut.averaged()[name], average, **close, msg=name)
+    for name, average in plain.ema_state_dict().items():
+        torch.testing.assert_close(cut.ema_state_dict()[name], average, **close, msg=name)
 
 
 def part_of_loss(engine: Engine, whole: Any, part: slice) -> Tensor:
     x, t, rewards, text = whole
-    some = Rewards(rewards.levels, rewards.bins[part], rewards.keep[part])
+    some = RewardCond(rewards.levels, rewards.bins[part], rewards.keep[part])
     texts = pack([text.text(n) for n in range(len(text))][part])
     predicted = engine.predict(x[part], t[part], some, texts)
     return (predicted - x.flip(0)[part]).square().mean()

@@ -14,10 +14,10 @@ from test_latents import save_autoencoder
 
 from miro.data.loader import Loader
 from miro.data.mixture import open_data
-from miro.data.on_the_fly import LiveDataset, LiveEncoders
+from miro.data.on_the_fly import OnTheFlyDataset, OnTheFlyEncoders
 from miro.data.reader import EncodedDataset
 from miro.data.shards import Manifest, shard_path
-from miro.encoders.encoder import Encoding
+from miro.encoders.encoder import EncodingConfig
 from miro.model.transformer import ModelConfig
 from miro.prepare.annotate import AnnotateConfig, annotate
 from miro.prepare.encode import EncodeConfig, encode
@@ -27,7 +27,7 @@ from miro.training.config import TrainConfig
 from miro.training.loop import train
 from miro.training.presets import preset
 
-SQUARE = Encoding(size=16)
+SQUARE = EncodingConfig(size=16)
 SMALL = ModelConfig(channels=16, depth=2, heads=2, hidden=32, patch=4)
 
 
@@ -39,12 +39,14 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "scored"
 
 
-def config_of(data: Path, encoding: Encoding = SQUARE, live: bool = True) -> TrainConfig:
+def config_of(
+    data: Path, encoding: EncodingConfig = SQUARE, on_the_fly: bool = True
+) -> TrainConfig:
     return replace(
         preset("demo"),
         model=SMALL,
         data=data,
-        live=live,
+        on_the_fly=on_the_fly,
         encode=encoding,
         images=64,
         batch=8,
@@ -65,8 +67,8 @@ def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) 
         assert torch.equal(tensor, theirs[name]), name
 
 
-def encoded(source: Path, dest: Path, encoding: Encoding) -> Path:
-    fields = {name: getattr(encoding, name) for name in Encoding.__dataclass_fields__}
+def encoded(source: Path, dest: Path, encoding: EncodingConfig) -> Path:
+    fields = {name: getattr(encoding, name) for name in EncodingConfig.__dataclass_fields__}
     encode(source, dest, config=EncodeConfig(**fields))
     return dest
 
@@ -78,7 +80,7 @@ def test_a_run_learns_the_same_from_pictures_as_from_their_encoded_folder(
     encoding = replace(SQUARE, buckets=buckets, multiple=8)
     stored = encoded(scored, tmp_path / "encoded", encoding)
 
-    train(config_of(stored, encoding, live=False), tmp_path / "stored")
+    train(config_of(stored, encoding, on_the_fly=False), tmp_path / "stored")
     train(config_of(scored, encoding), tmp_path / "live")
 
     assert_same(weights_of(tmp_path / "live"), weights_of(tmp_path / "stored"))
@@ -88,10 +90,10 @@ def test_an_autoencoder_and_every_caption_give_what_would_be_stored(
     scored: Path, tmp_path: Path
 ) -> None:
     save_autoencoder(tmp_path / "vae")
-    encoding = Encoding(latents=str(tmp_path / "vae"), size=16)
+    encoding = EncodingConfig(latents=str(tmp_path / "vae"), size=16)
     stored = EncodedDataset(encoded(scored, tmp_path / "encoded", encoding))
 
-    live = LiveDataset(scored, None, LiveEncoders(encoding, "cpu"))
+    live = OnTheFlyDataset(scored, None, OnTheFlyEncoders(encoding, "cpu"))
 
     assert live.has_std and live.latent_shape == stored.latent_shape
     assert live.keys == stored.keys and live.rewards == stored.rewards
@@ -108,7 +110,7 @@ def test_an_autoencoder_and_every_caption_give_what_would_be_stored(
 
 
 def test_half_of_the_visits_are_mirrored_by_their_position(scored: Path) -> None:
-    live = LiveDataset(scored, None, LiveEncoders(SQUARE, "cpu"))
+    live = OnTheFlyDataset(scored, None, OnTheFlyEncoders(SQUARE, "cpu"))
     plain, mirror = Loader(live, 0), Loader(live, 0, mirror=True)
 
     straight, turned = plain.batch_at(0, 200).latents, mirror.batch_at(0, 200).latents
@@ -148,7 +150,7 @@ def test_a_killed_run_goes_on_bit_for_bit_with_all_of_it_at_once(tmp_path: Path)
         config_of(tmp_path / "mixture.json", encoding),
         mirror=True, precision="bf16", compile=True,
     )  # fmt: skip
-    assert len(open_data(config.data, None, LiveEncoders(encoding, "cpu")).shapes) == 3
+    assert len(open_data(config.data, None, OnTheFlyEncoders(encoding, "cpu")).shapes) == 3
     train(config, tmp_path / "whole")
 
     killed = tmp_path / "killed"
@@ -163,9 +165,9 @@ def test_images_and_their_weights_may_be_mixed(scored: Path, tmp_path: Path) -> 
     mixture = tmp_path / "mixture.json"
     mixture.write_text(f'{{"sources": [{{"folder": "{scored}", "weight": 2}}]}}')
 
-    data = open_data(mixture, None, LiveEncoders(SQUARE, "cpu"))
+    data = open_data(mixture, None, OnTheFlyEncoders(SQUARE, "cpu"))
 
-    assert len(data) == len(LiveDataset(scored, None, LiveEncoders(SQUARE, "cpu")))
+    assert len(data) == len(OnTheFlyDataset(scored, None, OnTheFlyEncoders(SQUARE, "cpu")))
     assert data.latents(np.array([3, 1])).shape == (2, 3, 16, 16)
 
 
@@ -193,9 +195,9 @@ def test_what_does_not_go_together_is_refused(scored: Path, tmp_path: Path) -> N
     with pytest.raises(ValueError, match="is encoded already; train on it without live"):
         train(config_of(stored), tmp_path / "run")
     with pytest.raises(ValueError, match=r"was encoded otherwise \(size: 32 here, 16 there"):
-        train(config_of(stored, Encoding(size=32), live=False), tmp_path / "run")
+        train(config_of(stored, EncodingConfig(size=32), live=False), tmp_path / "run")
     with pytest.raises(ValueError, match="set encode.size"):
-        as_they_are = replace(config_of(scored, Encoding()), model=replace(SMALL, patch=2))
+        as_they_are = replace(config_of(scored, EncodingConfig()), model=replace(SMALL, patch=2))
         train(as_they_are, tmp_path / "run")
-    with pytest.raises(ValueError, match="mirror=True needs live=True"):
+    with pytest.raises(ValueError, match="mirror=True needs on_the_fly=True"):
         replace(config_of(stored, live=False), mirror=True)

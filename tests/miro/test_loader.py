@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from miro.data.loader import Batch, EncodedDataset, Loader, made_ahead
+from miro.data.loader import Batch, EncodedDataset, Loader, prefetch
 from miro.data.npy import npy_bytes
 from miro.data.shards import Manifest, scores_path, write_scores, write_shard
 from miro.utils.rng import seed_from
@@ -221,7 +221,7 @@ def test_the_json_of_a_sample_can_be_read(dataset):
 
 def test_prefetching_gives_the_same_batches_and_ends_its_thread(dataset):
     loader = Loader(dataset, seed=12)
-    batches = made_ahead(lambda at: loader.batch_at(at, 4), itertools.count(8, 4))
+    batches = prefetch(lambda at: loader.batch_at(at, 4), itertools.count(8, 4))
     for images in range(8, 60, 4):
         assert_equal(next(batches), loader.batch_at(images, 4))
     batches.close()
@@ -238,7 +238,7 @@ def test_an_error_in_the_prefetching_thread_reaches_the_reader(tmp_path):
     with open(tar, "r+b") as file:
         file.write(data)
     loader = Loader(dataset, seed=13)
-    batches = made_ahead(lambda at: loader.batch_at(at, SAMPLES), [0])
+    batches = prefetch(lambda at: loader.batch_at(at, SAMPLES), [0])
     with pytest.raises(ValueError, match=r"not a \.npy file"):
         next(batches)
     assert not [t for t in threading.enumerate() if t.name.startswith("miro-loader")]

@@ -16,14 +16,14 @@ from helpers.multirank import Together
 
 import miro.training.batch_plan
 from miro.model.packed_text import absent
-from miro.model.transformer import FlowTransformer, ModelConfig, Rewards
-from miro.training.batch_plan import Layout, ShardingConfig
+from miro.model.transformer import FlowTransformer, ModelConfig, RewardCond
+from miro.training.batch_plan import BatchPlan, ShardingConfig
 from miro.training.config import TrainConfig
 from miro.training.engine import Engine
 from miro.training.memory import activation_bytes, choose_stage, estimate, parameter_count
 from miro.training.optimizer import OptimizerConfig
 from miro.training.presets import preset
-from miro.utils.distributed import Ranks, join
+from miro.utils.distributed import DistEnv, join
 
 # 21 million parameters, few tokens: what is measured is the state.
 MODEL, LATENT, TEXT, REWARDS = ModelConfig(512, 5, 4, 1024, 4), (1, 8, 8), 16, 2
@@ -43,7 +43,7 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def measure(config: ModelConfig, layout: Layout, precision: Any, bucket: int, out: Path) -> None:
+def measure(config: ModelConfig, layout: BatchPlan, precision: Any, bucket: int, out: Path) -> None:
     """Write the most that this rank holds from its second step's forward to its gradients."""
     miro.training.batch_plan.BUCKET = bucket
     # Every tensor gets pages of its own: the holes that others leave in glibc's heap, up to half as
@@ -53,7 +53,7 @@ def measure(config: ModelConfig, layout: Layout, precision: Any, bucket: int, ou
     torch.set_num_threads(1)
     ranks = join("cpu")
     bins = torch.zeros(layout.micro_batch, REWARDS, dtype=torch.int64)
-    rewards = Rewards(torch.linspace(0, 1, 4), bins, bins.bool())
+    rewards = RewardCond(torch.linspace(0, 1, 4), bins, bins.bool())
     x, t = torch.zeros(layout.micro_batch, *LATENT), torch.zeros(layout.micro_batch)
     small = FlowTransformer(ModelConfig(16, 1, 1, 16, 4), LATENT, TEXT, REWARDS)
     held, before = 0, 0
@@ -107,7 +107,7 @@ def test_memory_of_a_rank_falls_with_the_stage_as_estimated(
     parameters = parameter_count(model, LATENT, TEXT, REWARDS)
     measured = []
     for stage in stages:
-        layout = Layout(stage, world=2, micro_batch=1, accumulation=1)  # type: ignore[arg-type]
+        layout = BatchPlan(stage, world=2, micro_batch=1, accumulation=1)  # type: ignore[arg-type]
         folder = tmp_path / f"{stage}"
         together = Together(2, folder, model, layout, precision, bucket, folder, action=measure)
         assert together.wait() == [0, 0], together.said()
@@ -123,8 +123,8 @@ def test_memory_of_a_rank_falls_with_the_stage_as_estimated(
 LARGE = preset("large")
 
 
-def layout_of(stage: Any, world: int = 8, **options: Any) -> Layout:
-    return Layout(stage, world, micro_batch=32, accumulation=8, **options)
+def layout_of(stage: Any, world: int = 8, **options: Any) -> BatchPlan:
+    return BatchPlan(stage, world, micro_batch=32, accumulation=8, **options)
 
 
 def test_each_stage_cuts_what_it_says() -> None:
@@ -143,7 +143,9 @@ def test_each_stage_cuts_what_it_says() -> None:
 
 def test_recomputing_keeps_an_eighth_of_the_activations() -> None:
     kept = activation_bytes(LARGE.model, (4, 32, 32), layout_of(1), "bf16")
-    again = activation_bytes(LARGE.model, (4, 32, 32), layout_of(1, recompute=True), "bf16")
+    again = activation_bytes(
+        LARGE.model, (4, 32, 32), layout_of(1, activation_checkpointing=True), "bf16"
+    )
 
     assert kept > 1e9 and again < kept / 7
 
@@ -158,7 +160,7 @@ def test_auto_takes_the_lowest_stage_that_fits_and_says_why(
     config = replace(LARGE, sharding=ShardingConfig(micro_batch=64))
     caplog.set_level(logging.INFO)
 
-    found = choose_stage(config, (4, 32, 32), 2048, 7, Ranks(0, 8), torch.device("cpu"))
+    found = choose_stage(config, (4, 32, 32), 2048, 7, DistEnv(0, 8), torch.device("cpu"))
 
     assert found == stage
     assert f"sharding.stage=auto takes {stage}" in caplog.text and "stage 0:" in caplog.text
@@ -170,8 +172,8 @@ def test_a_stage_that_is_given_is_taken_and_one_process_shards_nothing(
     given = replace(training, sharding=ShardingConfig("3"))
     device = torch.device("cpu")
 
-    assert choose_stage(given, (3, 32, 32), 384, 2, Ranks(0, 2), device) == 3
-    assert choose_stage(training, (3, 32, 32), 384, 2, Ranks(), device) == 0
+    assert choose_stage(given, (3, 32, 32), 384, 2, DistEnv(0, 2), device) == 3
+    assert choose_stage(training, (3, 32, 32), 384, 2, DistEnv(), device) == 0
 
 
 def test_parameters_are_counted_without_making_them() -> None:

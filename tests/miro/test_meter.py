@@ -16,21 +16,21 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from miro.conditioning import ConditioningConfig
-from miro.model.transformer import Rewards
+from miro.model.transformer import RewardCond
 from miro.training.checkpoint import RunFolder
 from miro.training.config import TrainConfig
 from miro.training.flops import training_flops
 from miro.training.loop import train
-from miro.training.metrics import Meter, Seen, loss_groups, loss_sums
+from miro.training.metrics import MetricsTracker, StepRecord, loss_groups, loss_sums
 from miro.training.metrics_log import MetricsWriter, read_metrics
 from miro.training.presets import demo
 from miro_kernels.lab.eager import FREE
 
 
-def seen(losses: Tensor, t: Tensor, bins: Tensor, keep: Tensor, levels: int) -> list[Seen]:
+def seen(losses: Tensor, t: Tensor, bins: Tensor, keep: Tensor, levels: int) -> list[StepRecord]:
     """Two micro-batches of unequal size."""
-    rewards = [Rewards(torch.linspace(0, 1, levels), bins[p], keep[p]) for p in (PART, REST)]
-    return [Seen(losses[p], t[p], r, 1.0) for p, r in zip((PART, REST), rewards, strict=True)]
+    rewards = [RewardCond(torch.linspace(0, 1, levels), bins[p], keep[p]) for p in (PART, REST)]
+    return [StepRecord(losses[p], t[p], r, 1.0) for p, r in zip((PART, REST), rewards, strict=True)]
 
 
 PART, REST = slice(0, 30), slice(30, None)
@@ -195,7 +195,7 @@ def test_reports_are_under_a_hundredth_of_what_is_computed_and_steps_compute_not
             return counting
 
         for name in counted:
-            monkeypatch.setattr(Meter, name, count(name, getattr(Meter, name)))
+            monkeypatch.setattr(MetricsTracker, name, count(name, getattr(MetricsTracker, name)))
         train(
             replace(
                 demo(), data=encoded, compile=False, batch=4, images=12, report_every=12,

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from miro.model.embeddings import TextEmbedding, grid_positions, rope_angles
+from miro.model.embeddings import TextEmbedding, pos_embed_2d_sincos, rope_angles
 from miro.model.packed_text import PackedText, absent, pack
-from miro.model.transformer import FlowTransformer, ModelConfig, Rewards
+from miro.model.transformer import FlowTransformer, ModelConfig, RewardCond
 from miro_kernels import qk_norm_rope
 
 CONFIG = ModelConfig(channels=32, depth=2, heads=2, hidden=40, patch=2)
@@ -45,11 +45,11 @@ class Inputs:
         self.bins = torch.tensor([[0, 4, 8], [3, 3, 3], [8, 0, 5]])
         self.keep = torch.tensor([[1, 1, 0], [0, 1, 1], [1, 1, 1]]).bool()
 
-    def rewards(self) -> Rewards:
-        return Rewards(torch.linspace(0, 1, LEVELS), self.bins, self.keep)
+    def rewards(self) -> RewardCond:
+        return RewardCond(torch.linspace(0, 1, LEVELS), self.bins, self.keep)
 
     def __call__(self, model: FlowTransformer) -> Tensor:
-        return model(self.x, self.t, self.rewards(), model.read_text(pack(self.texts)))
+        return model(self.x, self.t, self.rewards(), model.encode_context(pack(self.texts)))
 
 
 @pytest.fixture
@@ -129,8 +129,10 @@ def test_a_sample_alone_gives_what_it_gives_in_a_batch(
     together = inputs(trained)
 
     for n in range(3):
-        rewards = Rewards(inputs.rewards().levels, inputs.bins[n : n + 1], inputs.keep[n : n + 1])
-        text = trained.read_text(pack(inputs.texts[n : n + 1]))
+        rewards = RewardCond(
+            inputs.rewards().levels, inputs.bins[n : n + 1], inputs.keep[n : n + 1]
+        )
+        text = trained.encode_context(pack(inputs.texts[n : n + 1]))
         alone = trained(inputs.x[n : n + 1], inputs.t[n : n + 1], rewards, text)
         torch.testing.assert_close(alone[0], together[n], rtol=1e-4, atol=1e-5)
 
@@ -151,12 +153,14 @@ def test_no_text_at_all_is_texts_of_length_zero(trained: FlowTransformer, inputs
     longer = PackedText(none.states, none.offsets, longest=7)  # any bound will do
     mixed = pack([torch.zeros(0, TEXT)] * 3 + [torch.ones(2, TEXT)])
 
-    out = trained(inputs.x, inputs.t, rewards, trained.read_text(none))
+    out = trained(inputs.x, inputs.t, rewards, trained.encode_context(none))
 
-    bounded = trained(inputs.x, inputs.t, rewards, trained.read_text(longer))
+    bounded = trained(inputs.x, inputs.t, rewards, trained.encode_context(longer))
     torch.testing.assert_close(bounded, out)
-    four = Rewards(rewards.levels, inputs.bins[[0, 1, 2, 0]], inputs.keep[[0, 1, 2, 0]])
-    beside = trained(inputs.x[[0, 1, 2, 0]], inputs.t[[0, 1, 2, 0]], four, trained.read_text(mixed))
+    four = RewardCond(rewards.levels, inputs.bins[[0, 1, 2, 0]], inputs.keep[[0, 1, 2, 0]])
+    beside = trained(
+        inputs.x[[0, 1, 2, 0]], inputs.t[[0, 1, 2, 0]], four, trained.encode_context(mixed)
+    )
     torch.testing.assert_close(beside[:3], out, rtol=1e-4, atol=1e-5)
     assert (beside[3] - out[0]).abs().max() > 1e-3
 
@@ -164,7 +168,7 @@ def test_no_text_at_all_is_texts_of_length_zero(trained: FlowTransformer, inputs
 def test_the_summary_of_an_absent_text_is_that_of_a_text_of_length_zero(
     trained: FlowTransformer, inputs: Inputs
 ) -> None:
-    keys = trained.read_text(pack(inputs.texts))
+    keys = trained.encode_context(pack(inputs.texts))
 
     torch.testing.assert_close(keys.summary[1], keys.absent[0])
     assert (keys.summary[0] - keys.absent[0]).abs().max() > 1e-3
@@ -174,10 +178,10 @@ def test_levels_are_what_counts_and_not_how_they_are_indexed(
     trained: FlowTransformer, inputs: Inputs
 ) -> None:
     before = inputs(trained)
-    text = trained.read_text(pack(inputs.texts))
+    text = trained.encode_context(pack(inputs.texts))
     # A sampler's own short list of levels, in another order.
     own, bins = torch.unique(inputs.rewards().levels[inputs.bins], return_inverse=True)
-    flipped = Rewards(own.flip(0), len(own) - 1 - bins, inputs.keep)
+    flipped = RewardCond(own.flip(0), len(own) - 1 - bins, inputs.keep)
 
     after = trained(inputs.x, inputs.t, flipped, text)
 
@@ -186,9 +190,9 @@ def test_levels_are_what_counts_and_not_how_they_are_indexed(
 
 def test_a_network_may_have_no_rewards(inputs: Inputs) -> None:
     model = build(rewards=0)
-    nothing = Rewards(torch.tensor([0.0]), torch.zeros(3, 0).long(), torch.zeros(3, 0).bool())
+    nothing = RewardCond(torch.tensor([0.0]), torch.zeros(3, 0).long(), torch.zeros(3, 0).bool())
 
-    out = model(inputs.x, inputs.t, nothing, model.read_text(pack(inputs.texts)))
+    out = model(inputs.x, inputs.t, nothing, model.encode_context(pack(inputs.texts)))
 
     assert out.shape == (3, *SHAPE)
     (out + 1).square().sum().backward()
@@ -235,9 +239,11 @@ def test_bf16_stays_close_to_fp32(trained: FlowTransformer, inputs: Inputs) -> N
 
 
 def test_a_batch_of_none_gives_none(trained: FlowTransformer) -> None:
-    rewards = Rewards(torch.tensor([0.5]), torch.zeros(0, 3).long(), torch.zeros(0, 3).bool())
+    rewards = RewardCond(torch.tensor([0.5]), torch.zeros(0, 3).long(), torch.zeros(0, 3).bool())
 
-    out = trained(torch.zeros(0, *SHAPE), torch.zeros(0), rewards, trained.read_text(absent(0, 5)))
+    out = trained(
+        torch.zeros(0, *SHAPE), torch.zeros(0), rewards, trained.encode_context(absent(0, 5))
+    )
 
     assert out.shape == (0, *SHAPE)
 
@@ -254,11 +260,11 @@ def test_patches_and_back_is_the_identity(draw: Callable[..., Tensor]) -> None:
 
 
 def test_places_are_distinct_and_of_unit_variance() -> None:
-    places = grid_positions(3, 5, 32)
+    pos_embed = pos_embed_2d_sincos(3, 5, 32)
 
-    assert places.shape == (15, 32)
-    torch.testing.assert_close(places.square().mean(1), torch.ones(15))
-    assert torch.pdist(places).min() > 0.5
+    assert pos_embed.shape == (15, 32)
+    torch.testing.assert_close(pos_embed.square().mean(1), torch.ones(15))
+    assert torch.pdist(pos_embed).min() > 0.5
 
 
 def test_rotated_scores_depend_on_the_offset_between_places_alone(
@@ -334,7 +340,7 @@ def test_the_network_is_the_same_for_the_same_seed() -> None:
 
 
 def test_places_and_angles_are_no_weights() -> None:
-    assert {"places", "cos", "sin"}.isdisjoint(build().state_dict())
+    assert {"pos_embed", "cos", "sin"}.isdisjoint(build().state_dict())
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as TF
 
-from miro.images.transforms import View, for_each, normalised
-from miro.rewards.image_batch import Pictures
+from miro.images.transforms import ImageTransform, for_each, normalised
+from miro.rewards.image_batch import ImageBatch
 
 
 def photograph(height: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -29,7 +29,7 @@ def test_a_cropped_square_is_what_torchvision_makes_of_the_pil_image(
 ) -> None:
     picture = photograph(*shape)
 
-    square = View(224).of(picture)
+    square = ImageTransform(224).of(picture)
 
     image = TF.resize(as_pil(picture), [224], TF.InterpolationMode.BICUBIC)
     expected = TF.pil_to_tensor(TF.center_crop(image, [224]))
@@ -40,7 +40,10 @@ def test_a_cropped_square_is_what_torchvision_makes_of_the_pil_image(
 def test_where_half_a_pixel_is_left_over_a_view_says_which_way_it_rounds() -> None:
     picture = photograph(224, 227)
 
-    nearest, down = View(224).of(picture), View(224, rounds="down").of(picture)
+    nearest, down = (
+        ImageTransform(224).of(picture),
+        ImageTransform(224, crop_rounding="down").of(picture),
+    )
 
     assert torch.equal(nearest, picture[:, :, 2:226])
     assert torch.equal(down, picture[:, :, 1:225])
@@ -49,7 +52,7 @@ def test_where_half_a_pixel_is_left_over_a_view_says_which_way_it_rounds() -> No
 def test_a_padded_square_holds_the_whole_picture_on_the_mean_colour() -> None:
     picture = torch.full((3, 20, 40), 200, dtype=torch.uint8)
 
-    square = View(40, "pad").of(picture)
+    square = ImageTransform(40, "pad").of(picture)
 
     assert (square[:, 10:30] == 200).all()
     assert square[:, 0, 0].tolist() == [122, 116, 104]
@@ -61,7 +64,7 @@ def test_a_letterboxed_square_holds_the_whole_picture_on_black(
 ) -> None:
     picture = torch.full((3, *shape), 200, dtype=torch.uint8)
 
-    square = View(40, "letterbox").of(picture)
+    square = ImageTransform(40, "letterbox").of(picture)
 
     top, bottom = inside
     assert (square[:, top:bottom] == 200).all()
@@ -70,13 +73,13 @@ def test_a_letterboxed_square_holds_the_whole_picture_on_black(
 
 def test_a_square_is_made_once_for_all_who_look_at_it() -> None:
     images = [photograph(50, 60), photograph(70, 40, 1)]
-    pictures = Pictures(images)
+    pictures = ImageBatch(images)
     pairs = pictures.take([0, 0, 1])
 
-    squares = pairs.squares(View(32))
+    squares = pairs.preprocessed(ImageTransform(32))
 
     assert squares.shape == (2, 3, 32, 32)
-    assert pictures.squares(View(32)) is squares
+    assert pictures.preprocessed(ImageTransform(32)) is squares
     assert pairs.rows == [0, 0, 1]
     assert len(pairs) == 3 and pairs[1] is images[0] and pairs[1:] == images
 
@@ -84,9 +87,9 @@ def test_a_square_is_made_once_for_all_who_look_at_it() -> None:
 def test_the_squares_of_many_pictures_are_those_of_each() -> None:
     images = [photograph(40 + n, 90 - n, n) for n in range(20)]
 
-    squares = Pictures(images).squares(View(24))
+    squares = ImageBatch(images).preprocessed(ImageTransform(24))
 
-    assert torch.equal(squares, torch.stack([View(24).of(image) for image in images]))
+    assert torch.equal(squares, torch.stack([ImageTransform(24).of(image) for image in images]))
 
 
 def test_what_one_picture_fails_with_is_raised() -> None:
@@ -100,18 +103,18 @@ def test_what_one_picture_fails_with_is_raised() -> None:
 def test_one_image_in_several_places_is_one_picture() -> None:
     image, other = photograph(50, 60), photograph(50, 60, 1)
 
-    pictures = Pictures([image, other, image])
+    pictures = ImageBatch([image, other, image])
 
     assert pictures.rows == [0, 1, 0] and len(pictures.distinct) == 2
 
 
 def test_what_is_no_picture_is_refused_by_its_number() -> None:
     with pytest.raises(ValueError, match="image 1: expected uint8"):
-        Pictures([photograph(8, 8), torch.zeros(3, 8, 8)]).squares(View(8))
+        ImageBatch([photograph(8, 8), torch.zeros(3, 8, 8)]).preprocessed(ImageTransform(8))
 
 
 def test_no_pictures_have_no_squares() -> None:
-    assert Pictures(()).squares(View(8)).shape == (0, 3, 8, 8)
+    assert ImageBatch(()).preprocessed(ImageTransform(8)).shape == (0, 3, 8, 8)
 
 
 def test_normalised_pixels_have_the_mean_and_spread_of_clip() -> None:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from miro.conditioning import ConditioningConfig, Target
+from miro.conditioning import ConditioningConfig, RewardTarget
 from miro.flow import FlowConfig, euler_times, velocity
 from miro.model.packed_text import PackedText, absent, pack
-from miro.model.transformer import FlowTransformer, ModelConfig, Rewards
+from miro.model.transformer import FlowTransformer, ModelConfig, RewardCond
 from miro.prepare.encode import EncodeConfig, encode
 from miro.sampling.pipeline import Pipeline, to_bytes
 from miro.sampling.sampler import Guidance, best_of, draw_noise, sample
@@ -25,8 +25,8 @@ from miro.training.loop import train
 from miro.training.optimizer import OptimizerConfig
 
 SHAPE, TEXT = (2, 4, 4), 6
-FLOW = FlowConfig(predicts="sample")
-HIGH, LOW = Target((1.0, 0.75, None)), Target((0.0, 0.75, 0.5))
+FLOW = FlowConfig(prediction_type="sample")
+HIGH, LOW = RewardTarget((1.0, 0.75, None)), RewardTarget((0.0, 0.75, 0.5))
 
 
 @pytest.fixture(scope="module")
@@ -48,21 +48,21 @@ def text(draw: Callable[..., Tensor]) -> PackedText:
 NOISE = draw_noise(SHAPE, seed=0, numbers=range(3))
 
 
-def asked(target: Target, batch: int = 3) -> Rewards:
+def asked(target: RewardTarget, batch: int = 3) -> RewardCond:
     """A target as the network's input, one level a reward."""
     keep = torch.tensor([[level is not None for level in target.levels]] * batch)
     levels = torch.tensor([0.0 if level is None else level for level in target.levels])
-    return Rewards(levels, torch.arange(len(levels)).expand(batch, -1), keep)
+    return RewardCond(levels, torch.arange(len(levels)).expand(batch, -1), keep)
 
 
 def by_hand(model: FlowTransformer, text: PackedText, guidance: Guidance, steps: int) -> Tensor:
     """Equation 3 and text guidance, each branch a call of its own."""
     x, times = NOISE, euler_times(steps)
-    keys, none = model.read_text(text), model.read_text(absent(3, TEXT))
+    keys, none = model.encode_context(text), model.encode_context(absent(3, TEXT))
     for t, t_next in zip(times[:-1], times[1:], strict=True):
         now = t.expand(3)
 
-        def v(target: Target, keys: tuple, x: Tensor = x, now: Tensor = now) -> Tensor:
+        def v(target: RewardTarget, keys: tuple, x: Tensor = x, now: Tensor = now) -> Tensor:
             return velocity(FLOW, model(x, now, asked(target), keys), x, now)
 
         positive = v(guidance.positive, keys)
@@ -82,7 +82,7 @@ def by_hand(model: FlowTransformer, text: PackedText, guidance: Guidance, steps:
         Guidance(HIGH, text_scale=1.5),
         Guidance(HIGH, LOW, reward_scale=3.0, text_scale=1.5),
         Guidance(HIGH, LOW, reward_scale=-0.5),
-        Guidance(Target((None, None, None)), text_scale=2.0),
+        Guidance(RewardTarget((None, None, None)), text_scale=2.0),
     ],
     ids=["none", "rewards", "text", "both", "negative scale", "nothing asked"],
 )
@@ -99,7 +99,7 @@ def test_each_part_of_guidance_changes_the_picture(
 ) -> None:
     ways = [
         Guidance(HIGH), Guidance(LOW), Guidance(HIGH, LOW, 2.0), Guidance(HIGH, text_scale=2.0),
-        Guidance(Target((None,) * 3)),
+        Guidance(RewardTarget((None,) * 3)),
     ]  # fmt: skip
     outs = [sample(model, FLOW, text, way, NOISE, steps=2) for way in ways]
 
@@ -133,13 +133,13 @@ def test_a_scale_of_zero_is_no_negative_branch(model: FlowTransformer, text: Pac
 
 
 def test_a_reward_asked_at_none_is_not_told(model: FlowTransformer, text: PackedText) -> None:
-    silent = Target((None, None, None))
+    silent = RewardTarget((None, None, None))
     nothing = asked(silent)
     x, t = NOISE, torch.ones(3)
 
     out = sample(model, FLOW, text, Guidance(silent), NOISE, steps=1)
 
-    told_nothing = model(x, t, nothing, model.read_text(text))
+    told_nothing = model(x, t, nothing, model.encode_context(text))
     torch.testing.assert_close(out, told_nothing, rtol=1e-4, atol=1e-4)
 
 
@@ -174,7 +174,7 @@ def test_a_limit_keeps_the_picture_in_range(model: FlowTransformer, text: Packed
 def test_a_model_without_rewards_can_be_sampled(text: PackedText) -> None:
     bare = FlowTransformer(ModelConfig(16, 1, 2, 24, 2), SHAPE, TEXT, rewards=0)
 
-    out = sample(bare, FLOW, text, Guidance(Target(()), text_scale=1.0), NOISE, steps=2)
+    out = sample(bare, FLOW, text, Guidance(RewardTarget(()), text_scale=1.0), NOISE, steps=2)
 
     assert out.shape == NOISE.shape
 
@@ -281,7 +281,7 @@ def test_a_picture_depends_on_its_prompt_seed_and_number_alone(
 def test_targets_reach_the_picture(runs: Callable[..., Path]) -> None:
     pipeline = Pipeline.load(runs())
 
-    def picture(target: Target) -> Tensor:
+    def picture(target: RewardTarget) -> Tensor:
         return pipeline(["a red frog"], Guidance(target), steps=3)
 
     high, low = picture(pipeline.target()), picture(pipeline.target(default=0.0))

@@ -7,21 +7,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from miro.images.transforms import View
+from miro.images.transforms import ImageTransform
 from miro.rewards.base import RewardOptions
-from miro.rewards.network import NetworkReward, TwoTowers
+from miro.rewards.network import DualEncoderReward, NetworkReward
 from miro.rewards.pixels import Colourfulness
-from miro.rewards.scorer import Pairs, Scorer
+from miro.rewards.scorer import ScoreBatch, Scorer
 
 CPU = torch.device("cpu")
 
 
-class Towers(TwoTowers):
+class Towers(DualEncoderReward):
     """Two linear towers that count what they embed."""
 
     reads_caption = True
     range = (-1.0, 1.0)
-    view = View(8)
+    view = ImageTransform(8)
 
     def __init__(self, name: str, options: RewardOptions | None = None) -> None:
         torch.manual_seed(len(name))
@@ -41,9 +41,9 @@ class Towers(TwoTowers):
     def score(self, images: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
         return self.similarity(images, captions)
 
-    def leave(self) -> None:
+    def offload_to_cpu(self) -> None:
         self.left += 1
-        super().leave()
+        super().offload_to_cpu()
 
 
 def images(count: int) -> list[Tensor]:
@@ -52,9 +52,9 @@ def images(count: int) -> list[Tensor]:
     return [torch.randint(256, (3, *s), generator=generator).byte() for s in sizes]
 
 
-def batch(count: int) -> Pairs:
+def batch(count: int) -> ScoreBatch:
     captions = [{"original": f"a {i}", "short": f"the {i % 2}"} for i in range(count)]
-    return Pairs(images(count), captions)
+    return ScoreBatch(images(count), captions)
 
 
 def test_in_turns_the_scores_are_those_of_networks_that_are_there_together() -> None:
@@ -80,7 +80,7 @@ def test_while_networks_wait_for_their_turn_no_picture_is_held_but_its_squares()
     Scorer([Towers("first")], CPU, "always").begin(pairs)
 
     assert all(image.numel() == 0 for image in pairs.pictures.distinct)
-    assert pairs.pictures.squares(View(8)).shape == (3, 3, 8, 8)
+    assert pairs.pictures.preprocessed(ImageTransform(8)).shape == (3, 3, 8, 8)
 
 
 def test_a_network_that_looks_at_whole_pictures_gets_them_when_its_turn_comes() -> None:
@@ -121,7 +121,7 @@ def test_captions_that_come_again_are_not_read_again() -> None:
 
 
 def test_scores_come_back_by_image_and_caption() -> None:
-    pairs = Pairs(images(2), [{"a": "x"}, {"a": "y", "b": "z", "c": "y"}])
+    pairs = ScoreBatch(images(2), [{"a": "x"}, {"a": "y", "b": "z", "c": "y"}])
 
     Scorer([Towers("first"), Colourfulness()], CPU).begin(pairs)
 
@@ -132,7 +132,7 @@ def test_scores_come_back_by_image_and_caption() -> None:
 
 
 def test_a_batch_of_which_nothing_is_left_has_no_scores() -> None:
-    pairs = Pairs([], [])
+    pairs = ScoreBatch([], [])
 
     Scorer([Towers("first"), Colourfulness()], CPU, "always").begin(pairs)
 
@@ -173,7 +173,13 @@ def test_a_single_picture_that_does_not_fit_is_an_error() -> None:
 
 def test_a_reward_that_gives_the_wrong_number_of_scores_is_refused() -> None:
     class Short(NetworkReward):
-        name, model, reads_caption, range, view = "short", "none", True, (0.0, 1.0), View(8)
+        name, model, reads_caption, range, view = (
+            "short",
+            "none",
+            True,
+            (0.0, 1.0),
+            ImageTransform(8),
+        )
 
         def score(self, images: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
             return torch.zeros(1)

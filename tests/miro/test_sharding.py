@@ -17,7 +17,7 @@ from torch import Tensor
 
 from miro.training import checkpoint
 from miro.training.batch_plan import ShardingConfig
-from miro.training.checkpoint import Reader, RunFolder
+from miro.training.checkpoint import CheckpointReader, RunFolder
 from miro.training.config import TrainConfig
 from miro.training.metrics import loss_groups
 from miro.training.metrics_log import read_metrics
@@ -43,7 +43,7 @@ def losses(folder: Path) -> Tensor:
 
 def state_at(folder: Path, images: int) -> dict[str, Tensor]:
     """Masters, averages and moments by name, put together from all ranks' parts."""
-    reader = Reader(RunFolder(folder).checkpoint(images))
+    reader = CheckpointReader(RunFolder(folder).checkpoint(images))
     reader.check()
     return {
         f"{key}/{name}": reader.read(key, name, 0, math.prod(shape))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.encoded import SQUARE, WIDE, write_encoded
 
-from miro.data.index_sampler import Part, Row, shares, stratify
+from miro.data.index_sampler import IndexSampler, SourceRange, apportion, build_buckets
 from miro.data.loader import Loader
 from miro.data.mixture import Mixture, open_data
 from miro.data.reader import EncodedDataset
@@ -22,12 +22,12 @@ from miro.training.metrics_log import read_metrics
 
 # Two sources in three shapes; the second source has none of the last.
 SHAPE_OF = np.array([0] * 50 + [1] * 23 + [2] * 4 + [0] * 30 + [1] * 14)
-PARTS = (Part(0, 77, 3.0), Part(77, 121, 1.0))
+PARTS = (SourceRange(0, 77, 3.0), SourceRange(77, 121, 1.0))
 BATCH = 8
 
 
-def row(seed: int = 0, shape_of: np.ndarray = SHAPE_OF, parts: tuple = PARTS) -> Row:
-    return Row(stratify(shape_of, parts), seed, BATCH)
+def row(seed: int = 0, shape_of: np.ndarray = SHAPE_OF, parts: tuple = PARTS) -> IndexSampler:
+    return IndexSampler(build_buckets(shape_of, parts), seed, BATCH)
 
 
 def mixture(folder: Path, *sources: tuple[str, float]) -> Path:
@@ -41,7 +41,7 @@ def test_of_one_source_and_shape_the_row_is_what_it_was(tmp_path: Path) -> None:
     """Fixed in the first version: a run that was begun goes on as it would have."""
     folder = write_encoded(tmp_path, [SQUARE] * 21, kinds=("original", "short", "long"))
 
-    samples, captions = Loader(EncodedDataset(folder), seed=1).visits_at(17, 9)
+    samples, captions = Loader(EncodedDataset(folder), seed=1).sample_draws(17, 9)
 
     assert samples.tolist() == [1, 3, 7, 12, 14, 15, 19, 5, 12]
     assert captions.tolist() == [2, 1, 0, 1, 2, 2, 2, 1, 0]
@@ -61,7 +61,7 @@ def test_of_one_source_and_shape_the_row_is_what_it_was(tmp_path: Path) -> None:
 def test_shares_are_whole_and_keep_their_sum(
     total: int, weights: list[float], expected: list[int]
 ) -> None:
-    assert shares(total, weights) == expected
+    assert apportion(total, weights) == expected
 
 
 def test_weights_are_honoured_exactly_over_each_epoch(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_weights_are_honoured_exactly_over_each_epoch(tmp_path: Path) -> None:
     loader = Loader(data, seed=0)
 
     for epoch in range(4):
-        samples, _ = loader.visits_at(epoch * 90, 90)
+        samples, _ = loader.sample_draws(epoch * 90, 90)
         assert ((samples < 30).sum(), (samples >= 30).sum()) == (60, 30)
         # Mixed: no stretch of an epoch is of one source.
         assert all(0 < (samples[at : at + 30] < 30).sum() < 30 for at in (0, 30, 60))
@@ -81,7 +81,9 @@ def test_every_sample_of_a_stratum_is_visited_equally_often() -> None:
     one = row()
     visits = Counter(np.concatenate([one.at(8 * k, 8)[0] for k in range(1500)]).tolist())
 
-    for samples in (s for shape in stratify(SHAPE_OF, PARTS) for s in [st.samples for st in shape]):
+    for samples in (
+        s for shape in build_buckets(SHAPE_OF, PARTS) for s in [st.samples for st in shape]
+    ):
         seen = [visits[int(n)] for n in samples]
         # A row of permutations: after any number of visits they differ by one, by two where the
         # batch that is under way was mixed with another source's.
@@ -128,7 +130,7 @@ def test_shapes_are_shuffled_and_each_seed_has_an_order_of_its_own() -> None:
 
 def test_a_shape_rarer_than_a_batch_waits_for_enough_epochs_and_is_not_repeated() -> None:
     shape_of = np.array([0] * 60 + [1] * 3)
-    one = Row(stratify(shape_of, (Part(0, 63),)), 0, BATCH)
+    one = IndexSampler(build_buckets(shape_of, (SourceRange(0, 63),)), 0, BATCH)
 
     samples = np.concatenate([one.at(8 * k, 8)[0] for k in range(630)])
 
@@ -140,7 +142,7 @@ def test_a_shape_rarer_than_a_batch_waits_for_enough_epochs_and_is_not_repeated(
 
 def test_a_source_too_light_for_its_shapes_is_refused() -> None:
     with pytest.raises(ValueError, match="a source of weight 1e-06 has 1 of the 121 visits"):
-        stratify(SHAPE_OF, (Part(0, 77, 1.0), Part(77, 121, 1e-6)))
+        build_buckets(SHAPE_OF, (SourceRange(0, 77, 1.0), SourceRange(77, 121, 1e-6)))
 
 
 def test_samples_of_the_same_key_are_not_confused(tmp_path: Path) -> None:
@@ -170,9 +172,9 @@ def test_a_source_is_one_of_its_own_where_a_mixture_has_no_other(tmp_path: Path)
     write_encoded(tmp_path / "a", [SQUARE] * 9)
     data = Mixture(mixture(tmp_path, ("a", 0.3)))
 
-    alone = Loader(EncodedDataset(tmp_path / "a"), seed=1).visits_at(0, 30)
+    alone = Loader(EncodedDataset(tmp_path / "a"), seed=1).sample_draws(0, 30)
 
-    assert np.array_equal(Loader(data, seed=1).visits_at(0, 30), alone)
+    assert np.array_equal(Loader(data, seed=1).sample_draws(0, 30), alone)
 
 
 @pytest.mark.parametrize(

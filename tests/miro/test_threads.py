@@ -1,4 +1,4 @@
-"""in_threads: the same as a loop, by several threads, also after a fork."""
+"""parallel_map: the same as a loop, by several threads, also after a fork."""
 
 import multiprocessing
 import threading
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from miro.utils import threads
-from miro.utils.threads import in_threads
+from miro.utils.threads import parallel_map
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def four_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def squares(count: int) -> list[int]:
-    return in_threads(lambda n: n * n, range(count))
+    return parallel_map(lambda n: n * n, range(count))
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 17, 100])
@@ -32,13 +32,13 @@ def test_it_gives_what_a_loop_gives_in_its_order(count: int) -> None:
 def test_all_threads_work_at_once() -> None:
     all_four = threading.Barrier(4, timeout=30)
 
-    assert sorted(in_threads(lambda _: all_four.wait(), range(4))) == [0, 1, 2, 3]
+    assert sorted(parallel_map(lambda _: all_four.wait(), range(4))) == [0, 1, 2, 3]
 
 
 @pytest.mark.usefixtures("four_cores")
 def test_an_error_is_raised() -> None:
     with pytest.raises(ZeroDivisionError):
-        in_threads(lambda n: 1 // n, [3, 2, 1, 0])
+        parallel_map(lambda n: 1 // n, [3, 2, 1, 0])
 
 
 @pytest.mark.usefixtures("four_cores")

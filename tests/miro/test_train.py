@@ -145,7 +145,7 @@ def test_a_baseline_starts_before_a_reward_is_scored_and_resumes_after_it_was(
 ) -> None:
     """It has a place for the reward, as the runs that are told it; it learns nothing of it."""
     early = rescored(encoded, tmp_path / "early", lambda c: {"sharpness": c["sharpness"]})
-    places = ConditioningConfig(rewards=(), places=("colourfulness", "sharpness"))
+    places = ConditioningConfig(rewards=(), reward_slots=("colourfulness", "sharpness"))
     training = replace(training, conditioning=places, images=32, weights_at=())
 
     whole = train(replace(training, data=encoded), tmp_path / "whole")

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from miro.images.transforms import CLIP_MEAN
 from miro.rewards.base import RewardOptions
 from miro.rewards.clip_t5 import assemble, load_clip_t5, our_name
-from miro.rewards.image_batch import Pictures
+from miro.rewards.image_batch import ImageBatch
 from miro.rewards.registry import build_reward
 from miro.rewards.vqa import question
 
@@ -101,7 +101,7 @@ def test_each_picture_is_seen_once_for_all_its_captions(clip_t5: Path) -> None:
     )
     first, second = pictures(2)
 
-    together = reward.score(Pictures([first, first, second, first]), [*CAPTIONS, "a fish"])
+    together = reward.score(ImageBatch([first, first, second, first]), [*CAPTIONS, "a fish"])
 
     assert seen == [2]
     alone = [

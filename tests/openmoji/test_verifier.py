@@ -28,10 +28,10 @@ from torch import Tensor
 TINY = VerifierConfig(
     steps=6, batch_size=8, width=4, scenes=24, warmup_steps=2, test_scenes=24, seed=3
 )
-Seen = tuple[str, str | None, float, float]  # concept, tint, x, y
+StepRecord = tuple[str, str | None, float, float]  # concept, tint, x, y
 
 
-def findings(*seen: Seen, background: str = "white") -> Findings:
+def findings(*seen: StepRecord, background: str = "white") -> Findings:
     """What a perfect network would see in one picture of these objects."""
     looks = [None, *TINTS]
     number = torch.zeros(1, len(CONCEPTS), 5)
@@ -49,14 +49,14 @@ def findings(*seen: Seen, background: str = "white") -> Findings:
     return Findings(number, look, centre, backgrounds)
 
 
-def verdict(said: Statement, *seen: Seen, **options: bool) -> bool:
+def verdict(said: Statement, *seen: StepRecord, **options: bool) -> bool:
     return bool(judge(findings(*seen), [said], **options))
 
 
-FROG: Seen = ("frog", None, 0.25, 0.5)
-APPLE: Seen = ("apple", None, 0.75, 0.5)
-RED_FROG: Seen = ("frog", "red", 0.25, 0.5)
-BLUE_APPLE: Seen = ("apple", "blue", 0.75, 0.5)
+FROG: StepRecord = ("frog", None, 0.25, 0.5)
+APPLE: StepRecord = ("apple", None, 0.75, 0.5)
+RED_FROG: StepRecord = ("frog", "red", 0.25, 0.5)
+BLUE_APPLE: StepRecord = ("apple", "blue", 0.75, 0.5)
 
 
 def test_single_object_needs_the_object() -> None:
@@ -99,10 +99,10 @@ def test_colours_need_the_tint_on_the_object() -> None:
 def test_position_needs_both_objects_that_way_round(relation: str, step: tuple[int, int]) -> None:
     said = Statement("position", ("frog", "apple"), relation=relation)
 
-    def apple(distance: float) -> Seen:
+    def apple(distance: float) -> StepRecord:
         return ("apple", None, 0.5 + distance * step[0], 0.5 + distance * step[1])
 
-    frog: Seen = ("frog", None, 0.5, 0.5)
+    frog: StepRecord = ("frog", None, 0.5, 0.5)
     assert verdict(said, frog, apple(MIN_DISTANCE + 0.01))
     assert not verdict(said, frog, apple(MIN_DISTANCE - 0.01))
     assert not verdict(said, frog, apple(-0.5))

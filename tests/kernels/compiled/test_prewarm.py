@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from miro.model.packed_text import PackedText
-from miro.model.transformer import FlowTransformer, ModelConfig, Rewards
-from miro.training.batch_plan import Layout
+from miro.model.transformer import FlowTransformer, ModelConfig, RewardCond
+from miro.training.batch_plan import BatchPlan
 from miro.training.engine import Engine
 from miro.training.optimizer import OptimizerConfig
 from miro_kernels import prewarm, tiles, use_backend
@@ -28,14 +28,14 @@ def test_a_step_compiles_nothing_that_was_not_compiled_before(precision: str) ->
     engine = Engine(
         model,
         OptimizerConfig(),
-        Layout(stage=0, world=1, micro_batch=BATCH, accumulation=1),
+        BatchPlan(stage=0, world=1, micro_batch=BATCH, accumulation=1),
         total_images=64,
         precision=precision,  # type: ignore[arg-type]
     )
     offsets = torch.tensor([0, 0, 7, 19, 30], dtype=torch.int32)
     text = PackedText(torch.zeros(30, 8), offsets, 12)
     bins = torch.zeros(BATCH, REWARDS, dtype=torch.int64)
-    rewards = Rewards(torch.arange(LEVELS) / LEVELS, bins, bins.bool())
+    rewards = RewardCond(torch.arange(LEVELS) / LEVELS, bins, bins.bool())
 
     with capture("sm_90") as kernels:
         warm(torch.float32 if precision == "fp32" else torch.bfloat16)

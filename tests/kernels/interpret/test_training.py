@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from miro.model.packed_text import PackedText
-from miro.model.transformer import FlowTransformer, ModelConfig, Rewards
+from miro.model.transformer import FlowTransformer, ModelConfig, RewardCond
 from miro.training.batch_plan import ShardingConfig
 from miro.training.checkpoint import RunFolder
 from miro.training.config import TrainConfig
@@ -67,13 +67,13 @@ def test_a_network_is_traced_whole(device: str) -> None:
         torch.nn.init.normal_(param, std=0.3)
     text = PackedText(torch.randn(3, 8), torch.tensor([0, 3, 3], dtype=torch.int32), 3).to(device)
     bins = torch.tensor([[0, 1], [2, 1]])
-    rewards = Rewards(torch.arange(3) / 2, bins, bins > 0)
-    rewards = Rewards(*(tensor.to(device) for tensor in rewards))
+    rewards = RewardCond(torch.arange(3) / 2, bins, bins > 0)
+    rewards = RewardCond(*(tensor.to(device) for tensor in rewards))
     x, t = torch.randn(2, 1, 4, 4, device=device), torch.rand(2, device=device)
 
     def gradients(predict: object) -> list[torch.Tensor]:
         model.zero_grad()
-        out = predict(x, t, rewards, model.read_text(text))  # type: ignore[operator]
+        out = predict(x, t, rewards, model.encode_context(text))  # type: ignore[operator]
         out.square().sum().backward()
         return [out.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
