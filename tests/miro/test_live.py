@@ -191,13 +191,13 @@ def test_what_does_not_go_together_is_refused(scored: Path, tmp_path: Path) -> N
     stored = encoded(scored, tmp_path / "encoded", SQUARE)
 
     with pytest.raises(ValueError, match="holds images, not latents.*--live True"):
-        train(config_of(scored, live=False), tmp_path / "run")
+        train(config_of(scored, on_the_fly=False), tmp_path / "run")
     with pytest.raises(ValueError, match="is encoded already; train on it without live"):
         train(config_of(stored), tmp_path / "run")
     with pytest.raises(ValueError, match=r"was encoded otherwise \(size: 32 here, 16 there"):
-        train(config_of(stored, EncodingConfig(size=32), live=False), tmp_path / "run")
+        train(config_of(stored, EncodingConfig(size=32), on_the_fly=False), tmp_path / "run")
     with pytest.raises(ValueError, match="set encode.size"):
         as_they_are = replace(config_of(scored, EncodingConfig()), model=replace(SMALL, patch=2))
         train(as_they_are, tmp_path / "run")
     with pytest.raises(ValueError, match="mirror=True needs on_the_fly=True"):
-        replace(config_of(stored, live=False), mirror=True)
+        replace(config_of(stored, on_the_fly=False), mirror=True)
