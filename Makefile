@@ -5,17 +5,18 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ORACLES := .oracles
 
-.PHONY: setup demo test test-long reward-oracles gpu-check lint clean
+.PHONY: setup demo test test-long reward-oracles gpu-check lint docs clean
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable '.[dev,vae,dali]'
+	$(BIN)/pip install --quiet --constraint constraints.txt \
+		--editable '.[dev,docs,demo,profiling,vae,dali]'
 	touch $@
 
 demo: setup
-	$(BIN)/miro demo
+	PYTHONPATH=examples $(BIN)/python -m openmoji demo
 
 # Three lanes, each a process: Triton interprets or compiles, and that is settled at its import.
 test: setup lint
@@ -53,6 +54,11 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m pytest --noconftest tests/test_architecture.py tests/test_language.py
+
+# The API documentation in build/docs, from the docstrings; a warning is an error.
+docs: setup
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) $(ORACLES) runs build *.egg-info
