@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from miro.rewards.base import same_sized
+from miro.rewards.base import RewardOptions, same_sized
 from openmoji.coca import load_captioner
 
 
@@ -27,7 +27,15 @@ class Alignment:
     reads_caption = True
     range = (-1.0, 1.0)
 
-    def __init__(self, weights: str, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, weights: str | None, options: RewardOptions | torch.device | str = "cpu"
+    ) -> None:
+        if weights is None:
+            raise ValueError(
+                "the alignment reward needs a fitted network: run `python -m openmoji fit-clip DATA "
+                "FOLDER`, then pass openmoji.alignment:Alignment=FOLDER"
+            )
+        device = options.device if isinstance(options, RewardOptions) else options
         self._device = torch.device(device)
         self._model = load_captioner(Path(weights), self._device)
         self._habit: dict[str, Tensor] = {}

@@ -42,6 +42,7 @@ def write_demo_report(folder: Path) -> Path:
     return write_page(
         Path(folder) / "report.html",
         "demo.html",
+        [Path(__file__).parent],
         demo=demo,
         looks=plots.looks(demo.models),
         notes=METRIC_NOTES,

@@ -24,7 +24,7 @@ def write_survey_page(path: Path, survey: Survey) -> Path:
     rejected = survey.rejected
     return write_page(
         path,
-        "survey.html",
+        "inspect.html",
         survey=survey,
         size=size_text(survey.bytes),
         histograms=[_histogram(i, reward) for i, reward in enumerate(survey.rewards)],

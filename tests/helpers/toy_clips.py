@@ -21,7 +21,7 @@ _spec = importlib.util.spec_from_file_location(
 assert _spec is not None and _spec.loader is not None
 rule: Any = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(rule)
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "miro" / "fixtures"
 TOY = "toy"
 """The architecture that open_clip knows by this name once `open_clip_toy` was called."""
 

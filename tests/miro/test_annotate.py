@@ -306,7 +306,7 @@ KILLED = """
     import itertools, os, random, shutil, signal, sys, time
     from pathlib import Path
     import torch
-    from miro.annotate import AnnotateConfig, annotate
+    from miro.prepare.annotate import AnnotateConfig, annotate
     from miro.rewards.pixels import Colourfulness
 
     class Slow(Colourfulness):

@@ -95,7 +95,6 @@ def test_a_finished_run_is_not_trained_again(own: Path):
         (["encode", "nowhere", "x"], "make one with `miro annotate`"),
         (["sample", "nowhere", "--prompt", "a frog"], "neither a weights folder nor a run"),
         (["report", "nowhere"], "nowhere"),
-        (["scenes", "x", "--wrong-captions", "2"], "from 0 to 1"),
     ],
 )
 def test_an_error_is_one_clear_message(

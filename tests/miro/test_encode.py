@@ -150,7 +150,7 @@ def test_a_finished_folder_is_left_as_it_is(images, encoded):
 KILLED_IN_THE_SECOND_SHARD = """
 import os, signal, sys
 from pathlib import Path
-from miro.encode import EncodeConfig, encode
+from miro.prepare.encode import EncodeConfig, encode
 def stop(done, total):
     if done > 4:
         os.kill(os.getpid(), signal.SIGKILL)

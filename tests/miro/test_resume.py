@@ -75,8 +75,8 @@ def test_bf16_resumes_bit_for_bit_too(
 
 SAVED, OLD = "checkpoints/.000000000048.writing", "000000000016"
 MOMENTS = {
-    "before its first file": ("os.rename", "/.bins.json.writing"),
-    "before its configuration": ("os.rename", "/.config.json.writing"),
+    "before its first file": ("os.rename", "/.bins.json.partial"),
+    "before its configuration": ("os.rename", "/.config.json.partial"),
     "before its metrics": ("os.rename", "/.metrics.jsonl.writing"),
     "before its first checkpoint": ("os.mkdir", "checkpoints/.000000000016.writing"),
     "after the tensors of a checkpoint": ("open", f"{SAVED}/state.json"),

@@ -51,7 +51,7 @@ def test_another_configuration_in_the_same_folder_is_refused_by_key(scenes: Path
 
 
 def test_a_score_depends_on_the_caption_s_order_and_not_on_the_batch(fitted: Path):
-    reward = build_reward(f"alignment={fitted}")
+    reward = build_reward(f"openmoji.alignment:Alignment={fitted}")
     sample = SceneStream(5)[0]
     image = torch.from_numpy(pictures([sample])[0]).permute(2, 0, 1)
     captions = ["a frog left of a fish", "a fish left of a frog", "a frog"]
@@ -63,7 +63,7 @@ def test_a_score_depends_on_the_caption_s_order_and_not_on_the_batch(fitted: Pat
 
 
 def test_other_sizes_unknown_words_and_long_captions_are_scored(fitted: Path):
-    reward = build_reward(f"alignment={fitted}")
+    reward = build_reward(f"openmoji.alignment:Alignment={fitted}")
     image = torch.full((3, 50, 70), 128, dtype=torch.uint8)
     scores = reward.score([image, image], ["zebra crossing", "a frog and " * 60])
     assert scores.shape == (2,) and scores.isfinite().all()
@@ -89,12 +89,12 @@ def test_a_folder_that_is_not_its_own_is_refused(fitted: Path, tmp_path: Path, s
         (tmp_path / path.name).write_bytes(path.read_bytes())
     spoil(tmp_path)
     with pytest.raises(ValueError, match=said):
-        build_reward(f"alignment={tmp_path}")
+        build_reward(f"openmoji.alignment:Alignment={tmp_path}")
 
 
 def test_alignment_without_a_folder_says_how_to_make_one():
     with pytest.raises(ValueError, match="miro fit-clip"):
-        build_reward("alignment")
+        build_reward("openmoji.alignment:Alignment")
 
 
 def test_auc_counts_pairs_and_halves_ties():
