@@ -42,7 +42,7 @@ from miro.training.engine import cast_parameters
 from miro.training.flops import training_flops
 from miro.training.presets import preset
 from miro_kernels import use_backend
-from miro_kernels.backend import capturing
+from miro_kernels.backend import allow_cpu_tensors
 from miro_kernels.lab.eager import FREE, OVERWRITING, size
 
 HERE = Path(__file__).parent
@@ -120,7 +120,7 @@ def budget(config: ModelConfig, batch: int, text: int, backend: str) -> list[Row
     with ExitStack() as stack:
         stack.enter_context(use_backend(backend))
         if backend == "triton":
-            stack.enter_context(capturing())
+            stack.enter_context(allow_cpu_tensors())
         found = stack.enter_context(Budget())
         out = forward(model, given)
         out.square().mean().backward()

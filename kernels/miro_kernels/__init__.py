@@ -5,13 +5,12 @@ path a CPU takes and the oracle of its tests. `use_backend`, or the variable MIR
 which of the two computes, and `prewarm` compiles the kernels of a run before its first step.
 """
 
-from miro_kernels.adaln import adaln, gated_residual_adaln
+from miro_kernels.adaln import adaln, gated_residual_adaln, reward_adaln
 from miro_kernels.adamw_ema import AdamWEMA
 from miro_kernels.attention import attention
 from miro_kernels.backend import use_backend
 from miro_kernels.prewarm import prewarm
 from miro_kernels.qk_norm_rope import qk_norm_rope
-from miro_kernels.reward_adaln import reward_adaln
 from miro_kernels.swiglu import swiglu
 
 __all__ = [

@@ -87,35 +87,29 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def counts_no_flops(*ops: Any) -> None:
-    """Tell torch's counter that these ops are elementwise, which it counts as nothing anywhere."""
-    for op in ops:
-        register_flop_formula(getattr(torch.ops.miro, op._name))(lambda *shapes, **out: 0)
+def counts_no_flops(*names: str) -> None:
+    """Register the miro ops `names` as elementwise, which torch's FLOP counter counts as 0."""
+    for name in names:
+        register_flop_formula(getattr(torch.ops.miro, name))(lambda *shapes, **out: 0)
 
 
 @jit
-def fold_partials(
-    partials_ptr,
-    sum_ptr,
-    group,
-    part,
-    n_partials,
-    columns,
-    PARTS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Sum (G, P, PARTS, WIDTH) fp32 partials over P at one group and part, always in one order.
+def reduce_rows(
+    partials_ptr, sum_ptr, group, part, n_partials, columns,
+    PARTS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Sum the fp32 partials (G, P, PARTS, WIDTH) of one group and part over P, in a fixed order.
 
-    Stores to sum_ptr, which points at the group's and part's row, and returns the fp32 sum.
+    Store the sums of `columns` at sum_ptr, which points at the row of that group and part, and
+    return them in fp32.
     """
-    inside = columns < WIDTH
+    col_mask = columns < WIDTH
     total = tl.zeros(columns.shape, tl.float32)
     for first in range(0, n_partials, ROWS):
         row = first + tl.arange(0, ROWS)
-        place = (group.to(tl.int64) * n_partials + row) * PARTS + part
-        place = place[:, None] * WIDTH + columns[None, :]
-        mask = (row < n_partials)[:, None] & inside[None, :]
-        total += tl.sum(tl.load(partials_ptr + place, mask=mask, other=0.0), 0)
-    tl.store(sum_ptr + columns, total.to(sum_ptr.dtype.element_ty), mask=inside)
+        offsets = (group.to(tl.int64) * n_partials + row) * PARTS + part
+        offsets = offsets[:, None] * WIDTH + columns[None, :]
+        mask = (row < n_partials)[:, None] & col_mask[None, :]
+        total += tl.sum(tl.load(partials_ptr + offsets, mask=mask, other=0.0), 0)
+    tl.store(sum_ptr + columns, total.to(sum_ptr.dtype.element_ty), mask=col_mask)
     return total

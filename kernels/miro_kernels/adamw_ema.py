@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miro_kernels import backend
 from miro_kernels._triton import ceil_div, counts_no_flops, jit, tl
+from miro_kernels.backend import select_backend
 from miro_kernels.tiles import tile
 
 
@@ -192,7 +192,7 @@ def _(*arguments: Any) -> None:
     return None
 
 
-counts_no_flops(_adamw_ema)
+counts_no_flops("adamw_ema")
 
 
 class AdamWEMA(torch.optim.Optimizer):
@@ -291,7 +291,7 @@ class AdamWEMA(torch.optim.Optimizer):
             )
             rates = {name: group[name] for name in ("lr", "eps", "weight_decay", "ema_decay")}
             rates["grad_scale"] = self.grad_scale
-            if backend.chosen("AdamWEMA", chosen[0], _unsupported(*lists)) == "triton":
+            if select_backend("AdamWEMA", chosen[0], _unsupported(*lists)) == "triton":
                 beta1, beta2 = group["betas"]
                 _adamw_ema(*lists, step=step, beta1=beta1, beta2=beta2, **rates)
             else:

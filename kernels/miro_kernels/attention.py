@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from miro_kernels import backend
-from miro_kernels._shapes import check_device, check_floats, check_rank, check_shape, widen
+from miro_kernels._checks import check_device, check_floats, check_rank, check_shape, widen
 from miro_kernels.attention_backward import attention_backward
 from miro_kernels.attention_forward import attention_forward
 from miro_kernels.attention_on_cpu import LEAST_TOKENS, attention_on_cpu
@@ -232,7 +232,7 @@ def attention(
     if backend.backend() == "flash_attn":
         return _by_flash_attn(q, k, v, len(text_k))
     unsupported = f"the head size is {size}, not one of {SIZES}" if size not in SIZES else None
-    if backend.chosen(op, q, unsupported) == "torch":
+    if backend.select_backend(op, q, unsupported) == "torch":
         arguments = q, k, v, text_k, text_v, text_offsets, bound
         if q.device.type == "cpu" and q.shape[1] >= LEAST_TOKENS:
             return attention_on_cpu(*arguments)[0]

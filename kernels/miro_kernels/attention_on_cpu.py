@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from miro_kernels._shapes import widen
+from miro_kernels._checks import widen
 
 # Fewer tokens cost less in the reference, which the compiler fuses with what is around it.
 LEAST_TOKENS = 256

@@ -66,7 +66,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def capturing() -> Iterator[None]:
+def allow_cpu_tensors() -> Iterator[None]:
     """Let Triton ops take CPU tensors: the laboratory compiles their launches and runs none."""
     global _capturing
     before, _capturing = _capturing, True
@@ -76,7 +76,7 @@ def capturing() -> Iterator[None]:
         _capturing = before
 
 
-def obstacle(tensor: Tensor) -> str | None:
+def unsupported_reason(tensor: Tensor) -> str | None:
     """Why Triton cannot compute on `tensor`, or None where it can."""
     if not _triton.AVAILABLE:
         return "Triton is not installed"
@@ -87,7 +87,7 @@ def obstacle(tensor: Tensor) -> str | None:
     return None
 
 
-def chosen(op: str, tensor: Tensor, unsupported: str | None = None) -> str:
+def select_backend(op: str, tensor: Tensor, unsupported: str | None = None) -> str:
     """`triton` or `torch` for this call of `op`.
 
     Args:
@@ -101,7 +101,7 @@ def chosen(op: str, tensor: Tensor, unsupported: str | None = None) -> str:
     name = backend()
     if name == "torch":
         return "torch"
-    reason = obstacle(tensor) or unsupported
+    reason = unsupported_reason(tensor) or unsupported
     if name == "triton":
         if reason is not None:
             raise ValueError(f"{op}: the backend triton was asked for, but {reason}")
@@ -115,12 +115,12 @@ def chosen(op: str, tensor: Tensor, unsupported: str | None = None) -> str:
     return choice
 
 
-def ready(device: torch.device | str) -> None:
+def check_backend(device: torch.device | str) -> None:
     """Raise ValueError if the backend asked for cannot compute there; say once what `auto` chose.
 
     For a run to call before its first step: nothing can be said from inside a compiled one.
     """
-    chosen("miro_kernels", torch.empty(0, device=torch.device(device)))
+    select_backend("miro_kernels", torch.empty(0, device=torch.device(device)))
 
 
 def _say(op: str, choice: str, reason: str | None) -> None:

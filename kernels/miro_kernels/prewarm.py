@@ -11,12 +11,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from miro_kernels import backend
 from miro_kernels._triton import INTERPRETING
+from miro_kernels.adaln import reward_adaln
 from miro_kernels.adamw_ema import AdamWEMA
 from miro_kernels.attention import attention
+from miro_kernels.backend import select_backend
 from miro_kernels.qk_norm_rope import qk_norm_rope
-from miro_kernels.reward_adaln import reward_adaln
 from miro_kernels.swiglu import swiglu
 
 
@@ -59,7 +59,7 @@ def prewarm(
             both are `dtype`, as they are where nothing is sharded or accumulated.
     """
     some = torch.empty(0, dtype=dtype, device=device)
-    if INTERPRETING or backend.chosen("prewarm", some) != "triton":
+    if INTERPRETING or select_backend("prewarm", some) != "triton":
         return
     channels, heads = model.channels, model.heads
     size = channels // heads

@@ -27,9 +27,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from miro_kernels import backend
-from miro_kernels._shapes import check_floats, check_rank, check_shape, widen
-from miro_kernels._triton import ceil_div, counts_no_flops, fold_partials, jit, power_of_2, tl
+from miro_kernels._checks import check_floats, check_rank, check_shape, widen
+from miro_kernels._triton import ceil_div, counts_no_flops, jit, power_of_2, reduce_rows, tl
+from miro_kernels.backend import select_backend
 from miro_kernels.tiles import Tile, tile
 
 EPS = 1e-6
@@ -92,7 +92,7 @@ def _rotated(x_ptr, out_ptr, place, out_place, mask, weight, angles, eps, HALF: 
 
 
 @jit
-def _turned_back(x_ptr, dy_ptr, dx_ptr, place, out_place, mask, weight, angles, eps,
+def _rope_norm_backward(x_ptr, dy_ptr, dx_ptr, place, out_place, mask, weight, angles, eps,
                  HALF: tl.constexpr):  # fmt: skip
     """dx of one tile of heads; returns what its rows add to both halves of dweight."""
     first_weight, second_weight = weight
@@ -161,13 +161,13 @@ def _backward_kernel(
         at = (tl.cast(sample, tl.int64) * n_tokens + token)[:, None]
         out_place = (at * HEADS + head[:, None]) * 2 * HALF + columns[None, :]
         place = at * Q_TOKEN + head[:, None] * Q_HEAD + columns[None, :]
-        first, second = _turned_back(
+        first, second = _rope_norm_backward(
             q_ptr, dq_out_ptr, dq_ptr, place, out_place, mask, q_weight, angles, eps, HALF
         )
         dq_first += first
         dq_second += second
         place = at * K_TOKEN + head[:, None] * K_HEAD + columns[None, :]
-        first, second = _turned_back(
+        first, second = _rope_norm_backward(
             k_ptr, dk_out_ptr, dk_ptr, place, out_place, mask, k_weight, angles, eps, HALF
         )
         dk_first += first
@@ -181,15 +181,15 @@ def _backward_kernel(
 
 
 @jit
-def _fold_kernel(
+def _reduce_kernel(
     partials_ptr, dq_weight_ptr, dk_weight_ptr, n_partials,
     SIZE: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Partials (P, 2, SIZE) to the gradients of both weights."""
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     group = tl.program_id(1)
-    fold_partials(partials_ptr, dq_weight_ptr, group, 0, n_partials, columns, 2, SIZE, ROWS)
-    fold_partials(partials_ptr, dk_weight_ptr, group, 1, n_partials, columns, 2, SIZE, ROWS)
+    reduce_rows(partials_ptr, dq_weight_ptr, group, 0, n_partials, columns, 2, SIZE, ROWS)
+    reduce_rows(partials_ptr, dk_weight_ptr, group, 1, n_partials, columns, 2, SIZE, ROWS)
 
 
 def _strided(x: Tensor) -> tuple[Tensor, int, int]:
@@ -289,7 +289,7 @@ def _qk_norm_rope_backward(
         partials_ptr=partials,
     )
     columns = min(16, power_of_2(size))
-    _fold_kernel[(ceil_div(size, columns), 1)](
+    _reduce_kernel[(ceil_div(size, columns), 1)](
         partials_ptr=partials,
         dq_weight_ptr=dq_weight,
         dk_weight_ptr=dk_weight,
@@ -321,7 +321,7 @@ def _differentiate(ctx: Any, dq_out: Tensor, dk_out: Tensor) -> tuple[Tensor | N
 
 
 _qk_norm_rope.register_autograd(_differentiate, setup_context=_save)
-counts_no_flops(_qk_norm_rope, _qk_norm_rope_backward)
+counts_no_flops("qk_norm_rope", "qk_norm_rope_backward")
 
 
 def qk_norm_rope(
@@ -353,7 +353,7 @@ def qk_norm_rope(
     for name, angle in (("cos", cos), ("sin", sin)):
         check_shape(op, name, angle, (tokens, size // 2), "(N, head size / 2)")
     check_floats(op, q=q, k=k, q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin)
-    if backend.chosen(op, q, _unsupported(q, cos, sin)) == "triton":
+    if select_backend(op, q, _unsupported(q, cos, sin)) == "triton":
         return _qk_norm_rope(q, k, q_weight, k_weight, cos, sin)
     return qk_norm_rope_reference(q, k, q_weight, k_weight, cos, sin)
 

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miro_kernels import backend
-from miro_kernels._shapes import check_floats, widen
+from miro_kernels._checks import check_floats, widen
 from miro_kernels._triton import ceil_div, counts_no_flops, jit, jit_for_any, power_of_2, tl
+from miro_kernels.backend import select_backend
 from miro_kernels.tiles import Tile, tile
 
 
@@ -136,7 +136,7 @@ def _differentiate(ctx: Any, dout: Tensor) -> Tensor:
 
 
 _swiglu.register_autograd(_differentiate, setup_context=_save)
-counts_no_flops(_swiglu, _swiglu_backward)
+counts_no_flops("swiglu", "swiglu_backward")
 
 
 def swiglu(packed: Tensor) -> Tensor:
@@ -155,6 +155,6 @@ def swiglu(packed: Tensor) -> Tensor:
     if packed.shape[-1] % 2:
         raise ValueError(f"swiglu: packed's last dimension must be even, got {packed.shape[-1]}")
     check_floats("swiglu", packed=packed)
-    if backend.chosen("swiglu", packed) == "triton":
+    if select_backend("swiglu", packed) == "triton":
         return _swiglu(packed)
     return swiglu_reference(packed)

@@ -123,7 +123,7 @@ def train(
         ),
     )
     with use_backend(config.kernels), ExitStack() as stack:
-        backend.ready(device)
+        backend.check_backend(device)
         _prewarm(config, dataset, layout, len(bins.levels()), device)
         join(config.device)
 

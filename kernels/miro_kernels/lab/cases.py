@@ -25,11 +25,14 @@ from miro_kernels import (
     reward_adaln,
     swiglu,
 )
-from miro_kernels.adaln import adaln_reference, gated_residual_adaln_reference
+from miro_kernels.adaln import (
+    adaln_reference,
+    gated_residual_adaln_reference,
+    reward_adaln_reference,
+)
 from miro_kernels.attention import attention_reference
 from miro_kernels.lab.eager import size
 from miro_kernels.qk_norm_rope import qk_norm_rope_reference
-from miro_kernels.reward_adaln import reward_adaln_reference
 from miro_kernels.swiglu import swiglu_reference
 
 BATCH, TOKENS, CHANNELS, HEADS, HIDDEN = 64, 256, 1024, 16, 3072

@@ -130,7 +130,7 @@ def capture(target: str) -> Iterator[list[Compiled]]:
 
     driver: Any = triton.runtime.driver
     with (
-        backend.capturing(),
+        backend.allow_cpu_tensors(),
         backend.use_backend("triton"),
         mock.patch.object(driver, "_active", StubDriver(machine.target)),
         mock.patch.object(JITFunction, "run", compile_only),
