@@ -56,7 +56,7 @@ class StandIn(DualEncoderReward):
 
     reads_caption = True
     range = (-1.0, 1.0)
-    view = ImageTransform(224)
+    transform = ImageTransform(224)
 
     def __init__(self, number: int, layers: int) -> None:
         super().__init__(nn.Linear(768, 768), RewardOptions(batch_size=16))
@@ -64,7 +64,7 @@ class StandIn(DualEncoderReward):
         self.model = f"{layers} products"
         self.layers = layers
 
-    def embed_pictures(self, squares: Tensor) -> Tensor:
+    def embed_images(self, squares: Tensor) -> Tensor:
         patches = squares.float().unfold(2, 16, 16).unfold(3, 16, 16)
         states = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2) / 255
         for _ in range(self.layers):
@@ -94,7 +94,7 @@ def layers_as_long_as(seconds: float, pictures: int) -> int:
         network = StandIn(0, layers)
         started = time.perf_counter()
         with torch.inference_mode():
-            network.in_batches(lambda a, b: network.embed_pictures(squares[a:b]), pictures)
+            network.in_batches(lambda a, b: network.embed_images(squares[a:b]), pictures)
         return time.perf_counter() - started
 
     taken(4)
@@ -249,12 +249,12 @@ def networks(batch: int) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]
         "clip (ViT-L-14)": large,
         "aesthetic": (large[0], nothing),
         "image_reward": (
-            lambda: blip.see(pixels(224)),
+            lambda: blip.encode_image(pixels(224)),
             judge,
         ),
         "pick_score": huge,
         "hpsv2": huge,
-        "vqa (CLIP-FlanT5-xxl)": (lambda: flan.see(pixels(336)), ask),
+        "vqa (CLIP-FlanT5-xxl)": (lambda: flan.encode_image(pixels(336)), ask),
         "sci_score": huge,
     }
 

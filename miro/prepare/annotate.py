@@ -76,8 +76,8 @@ class AnnotateConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of networks; auto: bf16 on a GPU
     compile: Literal["auto", "always", "never"] = "auto"  # networks; auto: on a GPU
     allow_code: bool = False  # run Python code that comes with a model's weights
-    turns: Offload = "auto"  # networks on the device one by one
-    window: int = 2_048  # samples decoded before networks take turns
+    offload: Offload = "auto"  # networks on the device one at a time
+    window: int = 2_048  # samples decoded before offloaded networks score them
     image_column: str | None = None  # of a table; by default found by its name
     caption_columns: tuple[str, ...] = ()  # of a table; by default all that are named like one
 
@@ -145,7 +145,7 @@ def annotate(
         exclusive_lock(dest, ranks.rank),
         RejectedLog(dest / "rejected.jsonl") as rejected,
     ):
-        scoring = ScoringConfig(config.batch_size, decoder, device, config.turns, config.window)
+        scoring = ScoringConfig(config.batch_size, decoder, device, config.offload, config.window)
         work = _Work(dest, built, config, scoring, ranks, rejected, progress)
         if opened is not None:
             work.ingest(source, opened)

@@ -22,7 +22,7 @@ class ScoringConfig:
     batch_size: int
     decoder: Decoder
     device: torch.device
-    turns: Offload
+    offload: Offload
     window: int
 
 
@@ -52,8 +52,8 @@ def scored(
     Three batches of decoded images are in memory. Where networks take turns, the squares that they
     look at are too, of `window` samples.
     """
-    scorer = Scorer(rewards, config.device, config.turns)
-    size = config.window if scorer.turns else 1
+    scorer = Scorer(rewards, config.device, config.offload)
+    size = config.window if scorer.offloads else 1
     window: list[_Batch] = []
     held = 0
     for decoded in decode_ahead(unit, _image_of, config.batch_size, config.decoder):

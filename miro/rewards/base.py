@@ -1,7 +1,7 @@
-"""What a reward is, which ones exist, and the one order in which every room lists them.
+"""The protocol of a reward and the options that all rewards share.
 
-A reward gives a picture (and perhaps its caption) one number on a scale of its own. Nothing here
-normalises it: scores are stored raw and binned later over the whole dataset (miro.conditioning).
+Scores are raw: normalization to quantile bins happens later, over the whole dataset
+(miro.conditioning).
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from miro.images.transforms import check_picture
 
 
 class Reward(Protocol):
-    """A score of (image, caption) pairs.
+    """A model that scores (image, caption) pairs.
 
-    name: column name of the score; one of REWARD_ORDER, or a name of its own.
-    model: what computes it, as the dataset's manifest records it: an architecture and its weights.
-    reads_caption: False if the score depends on the image alone.
-    range: nominal lowest and highest raw score, for the axes of plots; not a clamp.
+    Attributes:
+        name: Column name of the score: one of REWARD_ORDER, or a name of its own.
+        model: Architecture and weights, as the dataset's manifest records them.
+        reads_caption: False if the score depends on the image alone.
+        range: Nominal lowest and highest raw score, for the axes of plots. Scores are not clamped.
     """
 
     name: str
@@ -31,39 +32,53 @@ class Reward(Protocol):
     range: tuple[float, float]
 
     def score(self, images: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
-        """Raw scores, float32 (B,), on the reward's device; NaN where a score is not known.
+        """Score each pair independently of the rest of the batch.
 
-        images: B tensors uint8 (3, H, W), whose sizes may differ; where they are Pictures, squares
-        made of them are shared with other rewards. captions: B strings. The score of a pair does
-        not depend on what else is in the batch.
+        Args:
+            images: B tensors uint8 (3, H, W) of any sizes. If they are an ImageBatch, its
+                preprocessed images are shared with other rewards.
+            captions: B strings.
+
+        Returns:
+            Raw scores, float32 (B,), on the reward's device; NaN where a score is undefined.
         """
         ...
 
 
 @dataclass(frozen=True)
 class RewardOptions:
-    """How rewards compute; `device` may be a torch.device or its name."""
+    """Device, precision and batch size of rewards."""
 
     device: torch.device | str = "cpu"
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the networks' weights and arithmetic
-    compile: bool = False  # the networks by torch.compile
-    batch_size: int = 64  # pairs, or pictures, of one forward pass; less where memory ends
-    allow_code: bool = False  # run Python code that comes with a model's weights
+    precision: Literal["fp32", "bf16"] = "fp32"  # of weights and activations
+    compile: bool = False  # with torch.compile
+    batch_size: int = 64  # pairs or images per forward pass; halved on out-of-memory
+    allow_code: bool = False  # run Python code that comes with the weights (trust_remote_code)
 
     @property
     def dtype(self) -> torch.dtype:
+        """The torch dtype of `precision`."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 
-def same_sized(
-    images: Sequence[Tensor], captions: Sequence[str], device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batch in stacks of one size: (indices int64 (b,), pixels uint8 (b, 3, H, W)) on `device`.
-
-    Checks what every reward expects; ValueError names the offending image.
-    """
+def check_lengths(images: Sequence[Tensor], captions: Sequence[str]) -> None:
+    """Raise ValueError unless there are as many captions as images."""
     if len(images) != len(captions):
         raise ValueError(f"got {len(images)} images but {len(captions)} captions")
+
+
+def batches_by_size(
+    images: Sequence[Tensor], captions: Sequence[str], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Group the images of a batch by size.
+
+    Yields:
+        Indices int64 (b,) into the batch and pixels uint8 (b, 3, H, W), both on `device`.
+
+    Raises:
+        ValueError: An image is not uint8 (3, H, W), or the lengths differ.
+    """
+    check_lengths(images, captions)
     by_size: dict[torch.Size, list[int]] = {}
     for index, image in enumerate(images):
         check_picture(index, image)

@@ -1,20 +1,20 @@
-"""The five published rewards that are two towers, one for pictures and one for captions.
+"""The five published rewards that compare the embeddings of a dual encoder.
 
 | name       | network                                    | score                                |
 |------------|--------------------------------------------|--------------------------------------|
 | clip       | jina-clip-v2, or any CLIP                  | exp(logit_scale)·cos / 100           |
-| aesthetic  | OpenAI's CLIP ViT-L/14 and a linear head   | about 1 to 10; reads no caption      |
+| aesthetic  | OpenAI's CLIP ViT-L/14 and a linear head   | about 1 to 10; ignores the caption   |
 | pick_score | PickScore v1, a CLIP-H (arXiv 2305.01569)  | exp(logit_scale)·cos / 100           |
 | hpsv2      | HPSv2 or v2.1, a CLIP-H (arXiv 2306.09341) | cos                                  |
 | sci_score  | SciScore, a CLIP-H (arXiv 2504.13129)      | exp(logit_scale)·cos / 100           |
 
-Scores are raw. The released MIRO stores the aesthetic score divided by 10; ranks, which is all that
-training sees, are the same.
+Scores are raw. The released MIRO stores the aesthetic score divided by 10; the ranks, which are all
+that training uses, are the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,18 +23,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miro.images.transforms import ImageTransform, normalised
-from miro.rewards.base import Reward, RewardOptions
+from miro.rewards.base import Reward, RewardOptions, check_lengths
 from miro.rewards.clip_models import (
     CLIP_TOKENIZER,
-    CODED,
+    CONFIGS,
+    JINA_CLIP,
     OPEN_CLIP,
-    Towers,
-    open_clip_towers,
-    open_towers,
-    transformers_towers,
+    DualEncoder,
+    load_dual_encoder,
+    load_open_clip,
+    load_transformers_clip,
 )
 from miro.rewards.network import DualEncoderReward
-from miro.rewards.weights import find_file, load_tensors, parts
+from miro.rewards.weights import load_tensors, resolve_file, split_weights
 
 OPENAI_L14 = f"{OPEN_CLIP}ViT-L-14-quickgelu/openai"
 PICK_SCORE = f"yuvalkirstain/PickScore_v1,{CLIP_TOKENIZER}"
@@ -48,60 +49,60 @@ AESTHETIC_URL = (
     "sac%2Blogos%2Bava1-l14-linearMSE.pth"
 )
 AESTHETIC_LAYERS = (0, 2, 4, 6, 7)
-"""The linear layers' places in the published head; dropout stood at the others."""
+"""Indices of the linear layers in the published nn.Sequential; the others are dropout."""
 
 
-class PretrainedTowers(DualEncoderReward):
-    """Embeddings by towers of any library, brought to length 1 in fp32."""
+class PretrainedReward(DualEncoderReward):
+    """Unit embeddings of a pretrained DualEncoder, normalized in fp32."""
 
-    def __init__(self, towers: Towers, options: RewardOptions) -> None:
-        super().__init__(towers.network, options)
-        self.model, self.view = towers.model, towers.view
-        self._towers = towers
-        self._see = self.compiled(towers.see)
+    def __init__(self, encoder: DualEncoder, options: RewardOptions) -> None:
+        super().__init__(encoder.network, options)
+        self.model, self.transform = encoder.model, encoder.transform
+        self._encoder = encoder
+        self._encode_image = self.maybe_compile(encoder.encode_image)
 
-    def embed_pictures(self, squares: Tensor) -> Tensor:
-        """uint8 (n, 3, size, size) on the device to float32 (n, width), of length 1."""
-        towers = self._towers
-        pixels = normalised(squares, self.options.dtype, towers.mean, towers.std)
-        return F.normalize(self._see(pixels).float(), dim=-1)
+    def embed_images(self, images: Tensor) -> Tensor:
+        """See `DualEncoderReward.embed_images`."""
+        encoder = self._encoder
+        pixels = normalised(images, self.options.dtype, encoder.mean, encoder.std)
+        return F.normalize(self._encode_image(pixels).float(), dim=-1)
 
     def embed_captions(self, captions: Sequence[str]) -> Tensor:
-        """float32 (m, width), of length 1, on the device."""
-        tokens = (part.to(self.device) for part in self._towers.tokens(list(captions)))
-        return F.normalize(self._towers.read(*tokens).float(), dim=-1)
+        """See `DualEncoderReward.embed_captions`."""
+        tokens = (tensor.to(self.device) for tensor in self._encoder.tokenize(list(captions)))
+        return F.normalize(self._encoder.encode_text(*tokens).float(), dim=-1)
 
 
-class Similarity(PretrainedTowers):
-    """`scale` times the cosine between the embeddings of a picture and of its caption."""
+class CosineSimilarity(PretrainedReward):
+    """`scale` times the cosine of the embeddings of an image and of its caption."""
 
     reads_caption = True
 
     def __init__(
         self,
         name: str,
-        towers: Towers,
+        encoder: DualEncoder,
         options: RewardOptions,
         *,
         scale: float,
-        cosines: tuple[float, float],
+        cosine_range: tuple[float, float],
     ) -> None:
-        """cosines: nominal lowest and highest cosine, of which `range` is made."""
-        super().__init__(towers, options)
+        """cosine_range: nominal lowest and highest cosine."""
+        super().__init__(encoder, options)
         self.name = name
         self.scale = scale
-        self.range = (scale * cosines[0], scale * cosines[1])
+        self.range = (scale * cosine_range[0], scale * cosine_range[1])
 
     def score(self, images: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
-        """float32 (B,)."""
+        """See `Reward.score`."""
         return self.scale * self.similarity(images, captions)
 
 
-class Aesthetic(PretrainedTowers):
-    """How much people like to look at a picture, about 1 to 10, whatever its caption.
+class Aesthetic(PretrainedReward):
+    """Predicted human rating of an image, about 1 to 10, regardless of the caption.
 
-    A head of five linear layers over CLIP's embedding of length 1. Nothing bends between them, so
-    they are one: score = w·embedding + b, in fp32.
+    The published head is five linear layers over CLIP's unit embedding without activations, so they
+    are merged into one: score = w·embedding + b, in fp32.
     Source: github.com/christophschuhmann/improved-aesthetic-predictor.
     """
 
@@ -109,60 +110,69 @@ class Aesthetic(PretrainedTowers):
     reads_caption = False
     range = (1.0, 10.0)
 
-    def __init__(self, head: Path, towers: Towers, options: RewardOptions) -> None:
-        """head: the published file or one of the same keys; towers without captions will do."""
-        super().__init__(towers, options)
-        self.model = f"{head.name} on {towers.model}"
+    def __init__(self, head: Path, encoder: DualEncoder, options: RewardOptions) -> None:
+        """head: the published file. encoder: its text encoder is not used."""
+        super().__init__(encoder, options)
+        self.model = f"{head.name} on {encoder.model}"
         self._weight, self._bias = load_aesthetic_head(head)
 
     def score(self, images: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
-        """float32 (B,)."""
-        if len(images) != len(captions):
-            raise ValueError(f"got {len(images)} images but {len(captions)} captions")
+        """See `Reward.score`."""
+        check_lengths(images, captions)
         if not len(images):
             return torch.empty(0, device=self.device)
-        embedded = self.pictures(images)
+        embedded = self.image_embeddings(images)
         if embedded.shape[1] != len(self._weight):
             raise ValueError(
-                f"{self.model}: the head reads embeddings of {len(self._weight)}, the network's "
+                f"{self.model}: the head expects embeddings of {len(self._weight)}, the network's "
                 f"have {embedded.shape[1]}; give it OpenAI's CLIP ViT-L/14"
             )
         return embedded @ self._weight.to(embedded.device) + self._bias
 
 
 def load_aesthetic_head(path: Path) -> tuple[Tensor, float]:
-    """The head in a file as one linear layer: weight float32 (width,) and bias.
+    """The published head merged into one linear layer.
+
+    Returns:
+        Weight float32 (width,) and bias.
 
     Raises:
-        ValueError: the file holds other keys, or no tensors at all.
+        ValueError: The file is damaged or has other keys.
     """
     state = load_tensors(path)
     expected = [f"layers.{i}.{part}" for i in AESTHETIC_LAYERS for part in ("weight", "bias")]
     if set(state) != set(expected):
         raise ValueError(f"{path}: keys {sorted(state)}, not those of {AESTHETIC_HEAD}: {expected}")
     weight, bias = state["layers.0.weight"].double(), state["layers.0.bias"].double()
-    for place in AESTHETIC_LAYERS[1:]:
-        layer = state[f"layers.{place}.weight"].double()
-        weight, bias = layer @ weight, layer @ bias + state[f"layers.{place}.bias"].double()
+    for index in AESTHETIC_LAYERS[1:]:
+        layer = state[f"layers.{index}.weight"].double()
+        weight, bias = layer @ weight, layer @ bias + state[f"layers.{index}.bias"].double()
     return weight[0].float(), bias.item()
 
 
 def clip(weights: str | None, options: RewardOptions) -> Reward:
-    """`weights` as miro.rewards.clip_models says; None for jina-clip-v2 where code is allowed, else for
-    OpenAI's CLIP ViT-L/14."""
-    (named,) = parts(weights, 1)
-    towers = open_towers(
-        named or (CODED if options.allow_code else OPENAI_L14), allow_code=options.allow_code
+    """Build CLIPScore of any network of `load_dual_encoder`.
+
+    The default is jina-clip-v2 if `options` allow code, OpenAI's CLIP ViT-L/14 if not.
+    """
+    (name,) = split_weights(weights, 1)
+    name = name or (JINA_CLIP if options.allow_code else OPENAI_L14)
+    encoder = load_dual_encoder(name, allow_code=options.allow_code)
+    return CosineSimilarity(
+        "clip", encoder, options, scale=encoder.scale / 100, cosine_range=(0.0, 0.4)
     )
-    return Similarity("clip", towers, options, scale=towers.scale / 100, cosines=(0.0, 0.4))
 
 
 def aesthetic(weights: str | None, options: RewardOptions) -> Reward:
-    """HEAD or HEAD,CLIP: the head's file or its folder, and a CLIP as miro.rewards.clip_models says."""
-    head, network = parts(weights, 2)
-    remedy = f"curl -L -o '{AESTHETIC_HEAD}' {AESTHETIC_URL}"
+    """Build the aesthetic predictor from HEAD or HEAD,CLIP.
+
+    HEAD is the head's file or its folder; CLIP any network of `load_dual_encoder`, by default the
+    one in HEAD's folder, or else OpenAI's CLIP ViT-L/14.
+    """
+    head, network = split_weights(weights, 2)
+    remedy = f"run `curl -L -o '{AESTHETIC_HEAD}' {AESTHETIC_URL}`"
     if head is None:
-        raise ValueError(f"the reward 'aesthetic' needs {AESTHETIC_HEAD}: {remedy}")
+        raise ValueError(f"the reward 'aesthetic' needs {AESTHETIC_HEAD}; {remedy}")
     if not Path(head).exists():
         raise ValueError(f"aesthetic: {head!r} is neither a file nor a folder; {remedy}")
     path = Path(head)
@@ -170,53 +180,43 @@ def aesthetic(weights: str | None, options: RewardOptions) -> Reward:
         path = path / AESTHETIC_HEAD
         if not path.is_file():
             raise ValueError(f"{path}: no such file; {remedy}")
-        holds_clip = any(
-            (path.parent / n).is_file() for n in ("open_clip_config.json", "config.json")
-        )
-        network = network or (head if holds_clip else None)
-    towers = open_towers(network or OPENAI_L14, captions=False)
-    return Aesthetic(path, towers, options)
+        has_clip = any((path.parent / name).is_file() for name in CONFIGS[:2])
+        network = network or (head if has_clip else None)
+    return Aesthetic(path, load_dual_encoder(network or OPENAI_L14, captions=False), options)
 
 
 def hpsv2(weights: str | None, options: RewardOptions) -> Reward:
-    """The file of either version, or the folder or hub id that holds one; v2.1 of the two.
+    """Build HPSv2 from the file of either version, or a folder or hub id; v2.1 is preferred.
 
-    HPSv2 sees the whole picture, on black, where other CLIPs see its central square. The package
-    hpsv2 resizes floats and leaves them there; here they are bytes, as everywhere: a grey level.
+    HPSv2 letterboxes the image on black, where other CLIPs crop its center. The package hpsv2
+    resizes in floats; here resized images are uint8, up to one grey level different.
     """
-    (named,) = parts(weights, 1)
-    file = find_file(named or HPS, HPS_FILES)
-    towers = open_clip_towers(f"{OPEN_CLIP}{HPS_ARCHITECTURE}/{file}")
-    towers = replace(
-        towers,
+    (name,) = split_weights(weights, 1)
+    file = resolve_file(name or HPS, HPS_FILES, HPS)
+    encoder = load_open_clip(f"{OPEN_CLIP}{HPS_ARCHITECTURE}/{file}")
+    encoder = replace(
+        encoder,
         model=f"open_clip {HPS_ARCHITECTURE}, {file.name}",
-        view=ImageTransform(towers.view.size, "letterbox"),
+        transform=ImageTransform(encoder.transform.size, "letterbox"),
     )
-    return Similarity("hpsv2", towers, options, scale=1.0, cosines=(0.15, 0.4))
+    return CosineSimilarity("hpsv2", encoder, options, scale=1.0, cosine_range=(0.15, 0.4))
 
 
 def pick_score(weights: str | None, options: RewardOptions) -> Reward:
-    """NETWORK or NETWORK,TOKENIZER, each a folder or hub id; None for the published ones."""
+    """Build PickScore from NETWORK or NETWORK,TOKENIZER, each a folder or hub id."""
     return _fine_tuned("pick_score", PICK_SCORE, weights, options)
 
 
 def sci_score(weights: str | None, options: RewardOptions) -> Reward:
-    """NETWORK or NETWORK,TOKENIZER, each a folder or hub id; None for the published ones."""
+    """Build SciScore from NETWORK or NETWORK,TOKENIZER, each a folder or hub id."""
     return _fine_tuned("sci_score", SCI_SCORE, weights, options)
 
 
 def _fine_tuned(name: str, published: str, weights: str | None, options: RewardOptions) -> Reward:
-    network, tokenizer = parts(weights or published, 2)
+    network, tokenizer = split_weights(weights or published, 2)
     if network is None:
         raise ValueError(f"{name}={weights} names a tokenizer and no network")
-    towers = transformers_towers(network, tokenizer)
-    return Similarity(name, towers, options, scale=towers.scale / 100, cosines=(0.1, 0.3))
-
-
-BUILDERS: dict[str, Callable[[str | None, RewardOptions], Reward]] = {
-    "clip": clip,
-    "aesthetic": aesthetic,
-    "pick_score": pick_score,
-    "hpsv2": hpsv2,
-    "sci_score": sci_score,
-}
+    encoder = load_transformers_clip(network, tokenizer)
+    return CosineSimilarity(
+        name, encoder, options, scale=encoder.scale / 100, cosine_range=(0.1, 0.3)
+    )

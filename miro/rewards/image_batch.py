@@ -1,4 +1,4 @@
-"""A batch of decoded images whose preprocessed squares are computed once."""
+"""A batch of decoded images with cached preprocessing."""
 
 from __future__ import annotations
 
@@ -8,60 +8,63 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from miro.images.transforms import (
-    ImageTransform,
-    check_picture,
-    for_each,
-)
+from miro.images.transforms import ImageTransform, check_picture, for_each
 
 
 class ImageBatch(Sequence[Tensor]):
-    """A batch of decoded pictures, uint8 (3, H, W) each, whose squares are made once.
+    """Decoded images, uint8 (3, H, W) each, preprocessed once per ImageTransform.
 
-    A picture that occurs several times, for its several captions, is one picture: `distinct` are
-    the pictures, and `rows[i]` is the one that stands at i.
+    An image that occurs several times, once per caption, is preprocessed once.
+
+    Attributes:
+        distinct: The distinct images.
+        rows: Index into `distinct` of each element of the batch.
     """
 
     def __init__(self, images: Iterable[Tensor]) -> None:
-        numbers: dict[int, int] = {}
+        index_of: dict[int, int] = {}
         self.distinct: list[Tensor] = []
         self.rows: list[int] = []
         for image in images:
-            if id(image) not in numbers:
-                numbers[id(image)] = len(self.distinct)
+            if id(image) not in index_of:
+                index_of[id(image)] = len(self.distinct)
                 self.distinct.append(image)
-            self.rows.append(numbers[id(image)])
-        self._squares: dict[ImageTransform, Tensor] = {}
+            self.rows.append(index_of[id(image)])
+        self._preprocessed: dict[ImageTransform, Tensor] = {}
+
+    @classmethod
+    def from_images(cls, images: Sequence[Tensor]) -> ImageBatch:
+        """Wrap `images`; an ImageBatch is returned as it is, with its cache."""
+        return images if isinstance(images, ImageBatch) else cls(images)
 
     def take(self, rows: Iterable[int]) -> ImageBatch:
-        """The pictures at `rows`, an index may repeat; what is made of either is made for both."""
+        """Select elements by index, with repetition; the cache is shared with this batch."""
         taken = ImageBatch(())
-        taken.distinct, taken._squares = self.distinct, self._squares
+        taken.distinct, taken._preprocessed = self.distinct, self._preprocessed
         taken.rows = [self.rows[row] for row in rows]
         return taken
 
     def release(self) -> None:
-        """Keep the squares that were made, and let go of the pictures."""
+        """Free the decoded images; preprocessed ones stay available."""
         self.distinct = [torch.empty(3, 0, 0, dtype=torch.uint8) for _ in self.distinct]
 
-    @classmethod
-    def of(cls, images: Sequence[Tensor]) -> ImageBatch:
-        """The images as Pictures; those that are Pictures keep what was made of them."""
-        return images if isinstance(images, ImageBatch) else cls(images)
+    def preprocessed(self, transform: ImageTransform) -> Tensor:
+        """Apply `transform` to each distinct image.
 
-    def preprocessed(self, view: ImageTransform) -> Tensor:
-        """uint8 (distinct, 3, size, size), on the device of the pictures; on a CPU by all cores.
+        Returns:
+            uint8 (distinct, 3, size, size), on the images' device. Images on the CPU are processed
+            by all cores.
 
         Raises:
-            ValueError: a picture is not uint8 (3, H, W) with pixels in it.
+            ValueError: An image is not uint8 (3, H, W), or is empty.
         """
-        if view not in self._squares:
+        if transform not in self._preprocessed:
             for number, image in enumerate(self.distinct):
                 check_picture(number, image)
-            made = for_each(self.distinct, view.of)
-            empty = torch.empty(0, 3, view.size, view.size, dtype=torch.uint8)
-            self._squares[view] = torch.stack(made) if made else empty
-        return self._squares[view]
+            images = for_each(self.distinct, transform.of)
+            empty = torch.empty(0, 3, transform.size, transform.size, dtype=torch.uint8)
+            self._preprocessed[transform] = torch.stack(images) if images else empty
+        return self._preprocessed[transform]
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -1,4 +1,4 @@
-"""What rewards that are networks share: batches that fit the device, embeddings made once."""
+"""Base classes of rewards that are neural networks."""
 
 from __future__ import annotations
 
@@ -10,119 +10,123 @@ import torch
 from torch import Tensor, nn
 
 from miro.images.transforms import ImageTransform
-from miro.rewards.base import RewardOptions
+from miro.rewards.base import RewardOptions, check_lengths
 from miro.rewards.image_batch import ImageBatch
 
 log = logging.getLogger(__name__)
 
-REMEMBERED = 100_000
-"""Captions whose embeddings are kept; they come again with other pictures."""
+MAX_CACHED_CAPTIONS = 100_000
 
 
 class NetworkReward:
-    """A reward that is one network on a device. See `Reward` for what a subclass adds."""
+    """A `Reward` whose score is computed by one network.
+
+    Attributes:
+        transform: Preprocessing of the images; None if the network takes images of any size.
+        network: The frozen network, in the dtype of the options.
+        device: The device it computes on.
+    """
 
     name: str
     model: str
     reads_caption: bool
     range: tuple[float, float]
-    view: ImageTransform | None = None
-    """The squares of the pictures it looks at; None where it looks at the pictures themselves."""
+    transform: ImageTransform | None = None
 
     def score(self, images: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
-        """See `Reward`."""
+        """See `Reward.score`."""
         raise NotImplementedError
 
     def __init__(self, network: nn.Module, options: RewardOptions) -> None:
         self.options = options
         self.device = torch.device(options.device)
-        self._batch = options.batch_size
+        self._batch_size = options.batch_size
         self.network: Any = network.to(options.dtype).eval().requires_grad_(False)
 
     @property
-    def bytes(self) -> int:
-        """Of the network's parameters and buffers."""
+    def num_bytes(self) -> int:
+        """Size of the parameters and buffers in bytes."""
         tensors = (*self.network.parameters(), *self.network.buffers())
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def offload_to_cpu(self) -> None:
-        """Move the network to the host's memory; it comes back when it is used."""
+        """Move the network to host memory; `in_batches` moves it back."""
         self.network.to("cpu")
 
-    def compiled(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The function, compiled where the options say so; for shapes that repeat."""
+    def maybe_compile(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Apply torch.compile if the options request it."""
         return torch.compile(function) if self.options.compile else function
 
     def in_batches(self, function: Callable[[int, int], Tensor], count: int) -> Tensor:
-        """function(start, stop) over 0 to count, in batches, joined.
+        """Concatenate function(start, stop) over batches of range(count).
 
-        The size is the options', halved for good wherever the device's memory ends. The network
-        moves to its device first, if it is not there.
+        The network is moved to its device first. On out-of-memory the batch size is halved, for
+        this call and later ones.
         """
         self.network.to(self.device)
-        parts: list[Tensor] = []
+        outputs: list[Tensor] = []
         start = 0
         while start < count:
             try:
-                parts.append(function(start, min(start + self._batch, count)))
-                start += self._batch
+                outputs.append(function(start, min(start + self._batch_size, count)))
+                start += self._batch_size
             except torch.OutOfMemoryError:
-                if self._batch == 1:
+                if self._batch_size == 1:
                     raise
-                self._batch //= 2
-                log.warning("%s: no memory left, batches of %d now", self.name, self._batch)
-        return torch.cat(parts)
+                self._batch_size //= 2
+                log.warning("%s: out of memory, batch size is now %d", self.name, self._batch_size)
+        return torch.cat(outputs)
 
 
 class DualEncoderReward(NetworkReward):
-    """A reward that compares an embedding of the picture with one of the caption.
+    """A reward that compares an image embedding with a caption embedding.
 
-    Each distinct picture of a batch and each distinct caption is embedded once.
+    Each distinct image of a batch is embedded once; caption embeddings are cached across batches.
     """
 
-    view: ImageTransform
+    transform: ImageTransform
 
     def __init__(self, network: nn.Module, options: RewardOptions) -> None:
         super().__init__(network, options)
-        self._texts: dict[str, Tensor] = {}
+        self._caption_cache: dict[str, Tensor] = {}
 
-    def embed_pictures(self, squares: Tensor) -> Tensor:
-        """uint8 (n, 3, size, size) on the device to float32 (n, width), of length 1."""
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Embed uint8 (n, 3, size, size) on the device as unit vectors, float32 (n, width)."""
         raise NotImplementedError
 
     def embed_captions(self, captions: Sequence[str]) -> Tensor:
-        """float32 (m, width), of length 1, on the device."""
+        """Embed captions as unit vectors, float32 (m, width), on the device."""
         raise NotImplementedError
 
     @torch.inference_mode()
-    def pictures(self, images: Sequence[Tensor]) -> Tensor:
-        """float32 (B, width): the embedding of each image."""
-        pictures = ImageBatch.of(images)
-        squares = pictures.preprocessed(self.view)
+    def image_embeddings(self, images: Sequence[Tensor]) -> Tensor:
+        """The embedding of each image, float32 (B, width)."""
+        batch = ImageBatch.from_images(images)
+        preprocessed = batch.preprocessed(self.transform)
         embedded = self.in_batches(
-            lambda start, stop: self.embed_pictures(squares[start:stop].to(self.device)),
-            len(squares),
+            lambda start, stop: self.embed_images(preprocessed[start:stop].to(self.device)),
+            len(preprocessed),
         )
-        return embedded[torch.tensor(pictures.rows, device=embedded.device)]
+        return embedded[torch.tensor(batch.rows, device=embedded.device)]
 
     @torch.inference_mode()
-    def captions(self, captions: Sequence[str]) -> Tensor:
-        """float32 (B, width): the embedding of each caption."""
-        new = [caption for caption in dict.fromkeys(captions) if caption not in self._texts]
-        if len(self._texts) + len(new) > REMEMBERED:
-            self._texts.clear()
+    def caption_embeddings(self, captions: Sequence[str]) -> Tensor:
+        """The embedding of each caption, float32 (B, width)."""
+        cache = self._caption_cache
+        new = [caption for caption in dict.fromkeys(captions) if caption not in cache]
+        if len(cache) + len(new) > MAX_CACHED_CAPTIONS:
+            cache.clear()
             new = list(dict.fromkeys(captions))
         if new:
-            made = self.in_batches(
+            embedded = self.in_batches(
                 lambda start, stop: self.embed_captions(new[start:stop]), len(new)
             ).cpu()
-            self._texts.update(zip(new, made.unbind(), strict=True))
-        return torch.stack([self._texts[caption] for caption in captions]).to(self.device)
+            cache.update(zip(new, embedded.unbind(), strict=True))
+        return torch.stack([cache[caption] for caption in captions]).to(self.device)
 
     def similarity(self, images: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
-        """float32 (B,): the cosine between each picture and its caption."""
-        if len(images) != len(captions):
-            raise ValueError(f"got {len(images)} images but {len(captions)} captions")
+        """Cosine similarity of each image and its caption, float32 (B,)."""
+        check_lengths(images, captions)
         if not len(images):
             return torch.empty(0, device=self.device)
-        return (self.pictures(images) * self.captions(captions)).sum(1)
+        return (self.image_embeddings(images) * self.caption_embeddings(captions)).sum(1)

@@ -1,9 +1,8 @@
-"""The registry of rewards: names, and what builds each."""
+"""Rewards by name."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,97 +11,60 @@ from miro.rewards.base import Reward, RewardOptions
 from miro.utils.reward_names import order_rewards
 from miro.utils.serialize import unknown_name
 
-CLIP_FAMILY = ("clip", "aesthetic", "pick_score", "hpsv2", "sci_score")
-"""Those of miro.rewards.clip_family."""
-
-
-def _colourfulness(weights: str | None, options: RewardOptions) -> Reward:
-    from miro.rewards.pixels import Colourfulness
-
-    _refuse_weights("colourfulness", weights)
-    return Colourfulness(options.device)
-
-
-def _sharpness(weights: str | None, options: RewardOptions) -> Reward:
-    from miro.rewards.pixels import Sharpness
-
-    _refuse_weights("sharpness", weights)
-    return Sharpness(options.device)
-
-
-def _of_clip_family(name: str) -> Callable[[str | None, RewardOptions], Reward]:
-    def build(weights: str | None, options: RewardOptions) -> Reward:
-        from miro.rewards.clip_family import BUILDERS
-
-        return BUILDERS[name](weights, options)
-
-    return build
-
-
-def _vqa(weights: str | None, options: RewardOptions) -> Reward:
-    from miro.rewards.vqa import build_vqa
-
-    return build_vqa(weights, options)
-
-
-def _image_reward(weights: str | None, options: RewardOptions) -> Reward:
-    from miro.rewards.image_reward import ImageReward
-
-    return ImageReward(weights, options)
-
-
-# Builders import inside, so that asking for colourfulness does not import open_clip.
-_BUILDERS: dict[str, Callable[[str | None, RewardOptions], Reward]] = {
-    **{name: _of_clip_family(name) for name in CLIP_FAMILY},
-    "vqa": _vqa,
-    "image_reward": _image_reward,
-    "colourfulness": _colourfulness,
-    "sharpness": _sharpness,
+# Each builder is called with (weights or None, options). They are imported on use, so that a
+# reward of pixels does not import open_clip and transformers.
+_BUILDERS = {
+    "clip": "miro.rewards.clip_family:clip",
+    "aesthetic": "miro.rewards.clip_family:aesthetic",
+    "image_reward": "miro.rewards.image_reward:ImageReward",
+    "pick_score": "miro.rewards.clip_family:pick_score",
+    "hpsv2": "miro.rewards.clip_family:hpsv2",
+    "vqa": "miro.rewards.vqa:build_vqa",
+    "sci_score": "miro.rewards.clip_family:sci_score",
+    "colourfulness": "miro.rewards.pixels:Colourfulness",
+    "sharpness": "miro.rewards.pixels:Sharpness",
 }
 
 
 def reward_names() -> tuple[str, ...]:
-    """Names that build_reward can build, in REWARD_ORDER."""
+    """Names that build_reward accepts, in REWARD_ORDER."""
     return order_rewards(_BUILDERS)
 
 
 def build_reward(
     spec: str, device: torch.device | str = "cpu", *, options: RewardOptions | None = None
 ) -> Reward:
-    """The reward named by `spec`: "name", or "name=WEIGHTS" with a folder, file or hub id.
+    """Build the reward of a specification.
 
-    A reward made of two things takes "name=FIRST,SECOND" (a head and the network below it, a
-    network and its tokenizer). SECOND left out is looked for in FIRST's folder and, if it is not
-    there, is the published one; `model` says what was taken.
+    Args:
+        spec: "NAME", or "NAME=WEIGHTS" with a file, folder or hub id. A reward that consists of two
+            models takes "NAME=FIRST,SECOND" (a head and its backbone, a network and its tokenizer);
+            without SECOND it is looked for in FIRST's folder, then the published one is used. NAME
+            is one of `reward_names()`, or "module:Class" of an importable class that implements
+            `Reward` and is constructed as Class(weights or None, options).
+        device: Device of the reward if `options` is not given.
+        options: Replaces `device`.
 
-    A reward of a user's own is "module:Class" or "module:Class=WEIGHTS": a class of the Reward
-    protocol in an importable module, built as Class(weights or None, options). `options` takes the
-    place of `device`.
-
-    Raises ValueError for an unknown name (the nearest one is offered), for missing weights and for
-    weights given to a reward that has none.
+    Raises:
+        ValueError: The name is unknown, weights are missing, or the reward takes no weights.
     """
     name, equals, weights = spec.partition("=")
     if equals and not weights:
-        raise ValueError(f"reward {spec!r} names no weights after '='")
-    options = RewardOptions(device) if options is None else options
-    if ":" in name:
-        return _users_own(name)(weights or None, options)
-    if name not in _BUILDERS:
+        raise ValueError(
+            f"reward {spec!r} has no weights after '='; write {name!r} or {name}=WEIGHTS"
+        )
+    if ":" not in name and name not in _BUILDERS:
         raise unknown_name("reward", name, _BUILDERS)
-    return _BUILDERS[name](weights or None, options)
+    build = _import_reward(_BUILDERS.get(name, name))
+    return build(weights or None, options or RewardOptions(device))
 
 
-def _users_own(name: str) -> Any:
-    module, _, attribute = name.partition(":")
+def _import_reward(path: str) -> Any:
+    """The class or function "module:attribute"."""
+    module, _, attribute = path.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ModuleNotFoundError, AttributeError) as error:
         raise ValueError(
-            f"reward {name!r}: {error}; give MODULE:CLASS of a module that Python can import"
+            f"reward {path!r}: {error}; give MODULE:CLASS of a module that Python can import"
         ) from error
-
-
-def _refuse_weights(name: str, weights: str | None) -> None:
-    if weights is not None:
-        raise ValueError(f"the reward {name!r} has no weights, so ask for {name!r} alone")

@@ -1,8 +1,8 @@
-"""Scores of decoded pictures by several rewards, all at once or in turns on the device.
+"""Scoring of decoded batches by several rewards, with optional model offloading.
 
-Where the networks of all rewards fit the device, each batch meets all of them. Where they do not,
-many batches are decoded first, of each picture only what is looked at is kept, and one network
-after the other comes to the device and scores them all: nothing is decoded twice.
+If the networks of all rewards fit in device memory, every reward scores each batch as it arrives.
+Otherwise a window of batches is decoded and preprocessed first, then one network after the other is
+loaded to the device and scores the whole window: no image is decoded twice.
 """
 
 from __future__ import annotations
@@ -22,45 +22,50 @@ from miro.rewards.network import NetworkReward
 log = logging.getLogger(__name__)
 
 Offload = Literal["auto", "always", "never"]
-SHARE = 0.7
-"""Of the device's free memory that weights may take; batches need the rest."""
+MAX_WEIGHTS_FRACTION = 0.7
+"""Fraction of free device memory that weights may occupy; activations need the rest."""
 
 
 class ScoreBatch:
-    """A batch of decoded images, each with its captions by kind, and the scores they get.
+    """Decoded images, the captions of each by caption type, and the scores of every pair.
 
-    scores: float32 (pairs, rewards), a row per image and caption; NaN where not known.
+    Attributes:
+        images: The images.
+        texts: The caption of each pair.
+        rows: int64 (pairs,), the image of each pair.
+        scores: float32 (pairs, rewards); NaN where undefined.
     """
 
     def __init__(self, images: Sequence[Tensor], captions: Sequence[Mapping[str, str]]) -> None:
         assert len(images) == len(captions)
-        self.counts = [len(kinds) for kinds in captions]
-        self.rows = np.repeat(np.arange(len(images)), self.counts)
-        self.texts = [text for kinds in captions for text in kinds.values()]
-        self.firsts = [next(iter(kinds.values())) for kinds in captions]
-        self.pictures = ImageBatch(images)
+        self._counts = [len(by_type) for by_type in captions]
+        self.rows = np.repeat(np.arange(len(images)), self._counts)
+        self.texts = [text for by_type in captions for text in by_type.values()]
+        self._first_texts = [next(iter(by_type.values())) for by_type in captions]
+        self.images = ImageBatch(images)
         self.scores = np.empty((len(self.rows), 0), np.float32)
 
     def by_image(self) -> list[np.ndarray]:
-        """The scores of each image: float32 (its captions, rewards)."""
-        return np.split(self.scores, np.cumsum(self.counts)[:-1]) if self.counts else []
+        """The scores of each image, float32 (its captions, rewards)."""
+        return np.split(self.scores, np.cumsum(self._counts)[:-1]) if self._counts else []
 
     def column(self, reward: Reward) -> np.ndarray:
-        """float32 (pairs,): what the reward gives; what is not finite is NaN.
+        """Scores of all pairs by one reward, float32 (pairs,); non-finite scores become NaN.
 
         Raises:
-            ValueError: the reward gave another number of scores.
+            ValueError: The reward returned a tensor of another shape.
         """
         if not self.texts:
             return np.empty(0, np.float32)
         if reward.reads_caption:
-            found = reward.score(self.pictures.take(self.rows), self.texts)
+            images, texts = self.images.take(self.rows), self.texts
         else:
-            found = reward.score(self.pictures, self.firsts)
-        expected = len(self.texts if reward.reads_caption else self.firsts)
-        if tuple(found.shape) != (expected,):
+            images, texts = self.images, self._first_texts
+        found = reward.score(images, texts)
+        if tuple(found.shape) != (len(texts),):
             raise ValueError(
-                f"the reward {reward.name!r} gave {tuple(found.shape)} for {expected} pairs"
+                f"reward {reward.name!r} returned scores of shape {tuple(found.shape)} for "
+                f"{len(texts)} pairs"
             )
         values = found.detach().float().cpu().numpy()
         values = values.copy() if reward.reads_caption else values[self.rows]
@@ -69,50 +74,57 @@ class ScoreBatch:
 
 
 class Scorer:
-    """Fills `Pairs.scores`, a column for each of `rewards` in their order."""
+    """Fills `ScoreBatch.scores`, one column per reward.
+
+    Args:
+        rewards: The rewards, in the order of the columns.
+        device: The device of their networks.
+        offload: Whether to load networks one at a time; "auto" does so if they do not all fit.
+
+    Attributes:
+        offloads: Whether networks are loaded one at a time.
+    """
 
     def __init__(
-        self,
-        rewards: Sequence[Reward],
-        device: torch.device,
-        turns: Offload = "auto",
+        self, rewards: Sequence[Reward], device: torch.device, offload: Offload = "auto"
     ) -> None:
-        """turns: whether networks take turns on the device; auto where they do not fit it."""
         self.rewards = list(rewards)
         networks = {
             column: reward
             for column, reward in enumerate(self.rewards)
             if isinstance(reward, NetworkReward)
         }
-        self.turns = turns == "always" or (turns == "auto" and not _fit(networks.values(), device))
-        self._waiting = networks if self.turns else {}
-        if self._waiting:
-            log.info("%d networks take turns on %s", len(networks), device)
+        self.offloads = offload == "always" or (
+            offload == "auto" and not _fit(networks.values(), device)
+        )
+        self._offloaded = networks if self.offloads else {}
+        if self._offloaded:
+            log.info("model offloading: %d networks share %s", len(networks), device)
 
-    def begin(self, pairs: ScoreBatch) -> None:
-        """Score what needs no turn; for the rest keep the squares alone and let the pictures go."""
-        pairs.scores = np.full((len(pairs.texts), len(self.rewards)), np.nan, np.float32)
+    def begin(self, batch: ScoreBatch) -> None:
+        """Score by the resident rewards; for offloaded ones preprocess the images and free them."""
+        batch.scores = np.full((len(batch.texts), len(self.rewards)), np.nan, np.float32)
         for column, reward in enumerate(self.rewards):
-            if column not in self._waiting:
-                pairs.scores[:, column] = pairs.column(reward)
-        views = {network.view for network in self._waiting.values()}
-        for view in views:
-            if view is not None:
-                pairs.pictures.preprocessed(view)
-        if views and None not in views:
-            pairs.pictures.release()
+            if column not in self._offloaded:
+                batch.scores[:, column] = batch.column(reward)
+        transforms = {network.transform for network in self._offloaded.values()}
+        for transform in transforms:
+            if transform is not None:
+                batch.images.preprocessed(transform)
+        if transforms and None not in transforms:
+            batch.images.release()
 
     def finish(self, batches: Sequence[ScoreBatch]) -> None:
-        """Score what waits for its turn: each network comes once, for all of these batches."""
-        for column, network in self._waiting.items():
-            for pairs in batches:
-                pairs.scores[:, column] = pairs.column(network)
+        """Score by the offloaded rewards: each network is loaded once for all batches."""
+        for column, network in self._offloaded.items():
+            for batch in batches:
+                batch.scores[:, column] = batch.column(network)
             network.offload_to_cpu()
 
 
 def _fit(networks: Collection[NetworkReward], device: torch.device) -> bool:
-    """Whether the device has room for all networks' weights at once."""
+    """Whether the weights of all networks fit in device memory at once."""
     if device.type != "cuda":
         return True
     free, _ = torch.cuda.mem_get_info(device)
-    return sum(network.bytes for network in networks) <= SHARE * free
+    return sum(network.num_bytes for network in networks) <= MAX_WEIGHTS_FRACTION * free

@@ -1,7 +1,4 @@
-"""Vision-language models of a few thousand random weights, saved as real ones are.
-
-Imported by the tests of VQAScore and of captions.
-"""
+"""Vision-language models of a few thousand random weights, in the format of real ones."""
 
 from __future__ import annotations
 
@@ -19,8 +16,8 @@ CHAT = (
 )
 
 
-def pictures(count: int) -> list[Tensor]:
-    """uint8 (3, H, W), each of a size of its own."""
+def random_images(count: int) -> list[Tensor]:
+    """uint8 (3, H, W) images of different sizes."""
     generator = torch.Generator().manual_seed(3)
     sizes = [(20 + 5 * i, 44 - 7 * i) for i in range(count)]
     return [
@@ -29,7 +26,7 @@ def pictures(count: int) -> list[Tensor]:
 
 
 def save_llava(folder: Path) -> Path:
-    """A LLaVA that speaks bytes and the words "Yes" and " Yes"; pictures of 16 x 16, 4 patches."""
+    """Write a LLaVA with a byte-level vocabulary plus "Yes" and " Yes"; images of 16 x 16."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import (
         CLIPVisionConfig,
@@ -79,7 +76,7 @@ def save_llava(folder: Path) -> Path:
 
 
 def save_clip_flan_t5(folder: Path, parts: int = 2) -> Path:
-    """A CLIP-FlanT5 under the names of the published ones, in parts of torch's own files."""
+    """Write a CLIP-FlanT5 with the published names, in `parts` shards of torch.save."""
     from transformers import CLIPVisionConfig, CLIPVisionModel, T5Config, T5ForConditionalGeneration
 
     save_t5_tokenizer(folder)
@@ -107,7 +104,7 @@ def save_clip_flan_t5(folder: Path, parts: int = 2) -> Path:
         T5Config(**{k: v for k, v in config.items() if not k.startswith(("mm_", "arch", "model_"))})
     )
     state = {k: v.clone() for k, v in t5.state_dict().items()}
-    # What transformers ties, and FLAN-T5 does not; larger, so that answers differ in likelihood.
+    # transformers ties lm_head, FLAN-T5 does not; large, so that answers differ in likelihood.
     state["lm_head.weight"] = torch.randn(240, 32) * 0.3
     state["embed_tokens.weight"] = state["shared.weight"]
     tower = "vision_tower.vision_tower.vision_model."
@@ -117,15 +114,15 @@ def save_clip_flan_t5(folder: Path, parts: int = 2) -> Path:
         state[f"mm_projector.{layer}.weight"] = torch.randn(32, width) * 0.3
         state[f"mm_projector.{layer}.bias"] = torch.randn(32)
     names = [f"pytorch_model-{i + 1:05d}-of-{parts:05d}.bin" for i in range(parts)]
-    where = {key: names[i % parts] for i, key in enumerate(state)}
+    weight_map = {key: names[i % parts] for i, key in enumerate(state)}
     for name in names:
-        torch.save({key: state[key] for key in state if where[key] == name}, folder / name)
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+        torch.save({key: state[key] for key in state if weight_map[key] == name}, folder / name)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return folder
 
 
 def save_t5_tokenizer(folder: Path) -> None:
-    """Letters, pairs of them, marks and "Yes": some 200 tokens."""
+    """Write a T5 tokenizer of some 200 tokens: letters, pairs of them, punctuation and "Yes"."""
     from transformers import T5Tokenizer
 
     marks = [*"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,?!:'\"{}<>-"]

@@ -1,4 +1,4 @@
-"""The rewards that are two towers: what they score, with what, and what they refuse."""
+"""The dual-encoder rewards against the published packages, and their error messages."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from helpers.toy_clips import (
     aesthetic_head,
     as_pil,
     clip_tokenizer,
-    coded_toy,
     fixture,
     open_clip_toy,
-    pictures,
-    rule,
+    oracle,
+    random_images,
+    remote_code_toy,
     transformers_toy,
 )
 from safetensors.torch import load_file, save_file
@@ -36,8 +36,8 @@ from miro.rewards.registry import build_reward
 
 SIZES = ((32, 32), (48, 80), (101, 33), (32, 35), (225, 452))
 CAPTIONS = ["a red frog", "two cats left of a dog", "", "a very long caption " * 20, "a photo"]
-WHERE_BYTES_ARE_RESIZED = 3e-3
-"""Of a toy's score, where one side resizes floats, or PIL images: a grey level in a few pixels."""
+RESIZE_TOLERANCE = 3e-3
+"""Of a toy's score if one side resizes uint8 and the other floats or PIL images."""
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("clips")
     open_clip_toy(root / "hps")
     transformers_toy(root / "pick")
-    coded_toy(root / "coded")
+    remote_code_toy(root / "coded")
     aesthetic_head(root)
     return root
 
@@ -71,7 +71,7 @@ def cosines(image: Tensor, text: Tensor) -> Tensor:
 
 
 def expanded(shapes: dict[str, list[int]], layers: dict[str, int]) -> dict[str, list[int]]:
-    """Every name of a published file, where a * stands for the numbers of a tower's layers."""
+    """Every name of a published file; a * stands for the layer numbers of an encoder."""
     full: dict[str, list[int]] = {}
     for name, shape in shapes.items():
         count = next((n for tower, n in layers.items() if name.startswith(tower)), 1)
@@ -79,23 +79,23 @@ def expanded(shapes: dict[str, list[int]], layers: dict[str, int]) -> dict[str, 
     return full
 
 
-def test_hpsv2_scores_as_its_package(hpsv2: DualEncoderReward) -> None:
+def test_hpsv2_agrees_with_its_package(hpsv2: DualEncoderReward) -> None:
     record = fixture("hpsv2_scores.json")
     expected = torch.tensor(record["scores"])
 
     found = torch.stack(
         [
             hpsv2.score([image] * len(record["prompts"]), record["prompts"])
-            for image in pictures(*record["sizes"])
+            for image in random_images(*record["sizes"])
         ]
     )
 
     torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-6)
-    assert (found - expected).abs().max() < WHERE_BYTES_ARE_RESIZED
-    assert expected.std() > 20 * WHERE_BYTES_ARE_RESIZED
+    assert (found - expected).abs().max() < RESIZE_TOLERANCE
+    assert expected.std() > 20 * RESIZE_TOLERANCE
 
 
-def test_pick_score_scores_as_on_the_transformers_it_was_published_for(folder: Path) -> None:
+def test_pick_score_agrees_with_the_transformers_it_was_published_for(folder: Path) -> None:
     record = fixture("pick_scores.json")
     expected = torch.tensor(record["scores"])
     reward = build_reward(f"pick_score={folder / 'pick'}")
@@ -103,16 +103,16 @@ def test_pick_score_scores_as_on_the_transformers_it_was_published_for(folder: P
     found = torch.stack(
         [
             reward.score([image] * len(record["prompts"]), record["prompts"])
-            for image in pictures(*record["sizes"])
+            for image in random_images(*record["sizes"])
         ]
     )
 
     torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-8)
-    scale = float(rule.weight("logit_scale", ()).exp()) / 100
-    assert (found - expected).abs().max() < scale * WHERE_BYTES_ARE_RESIZED
+    scale = float(oracle.weight("logit_scale", ()).exp()) / 100
+    assert (found - expected).abs().max() < scale * RESIZE_TOLERANCE
 
 
-def test_hpsv2_s_published_file_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_published_hpsv2_weights_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     record = fixture("hpsv2_scores.json")["published"]
     shapes = expanded(record["shapes"], {"visual": 32, "transformer": 24})
 
@@ -123,7 +123,7 @@ def test_hpsv2_s_published_file_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {name: list(t.shape) for name, t in network.state_dict().items()} == shapes
 
 
-def test_pick_score_s_published_file_fits() -> None:
+def test_the_published_pick_score_weights_fit() -> None:
     record = fixture("pick_scores.json")["published"]
     shapes = expanded(record["shapes"], {"vision": 32, "text": 24})
 
@@ -134,11 +134,11 @@ def test_pick_score_s_published_file_fits() -> None:
     assert {name: list(t.shape) for name, t in network.state_dict().items()} == shapes
 
 
-def test_pick_score_is_transformers_own_logits(folder: Path) -> None:
+def test_sci_score_is_the_logits_of_transformers(folder: Path) -> None:
     network = CLIPModel.from_pretrained(folder / "pick").eval()
     words = CLIPTokenizer.from_pretrained(folder / "pick")
     process = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    images = pictures(*SIZES)
+    images = random_images(*SIZES)
     with torch.inference_mode():
         given = words(CAPTIONS, padding=True, truncation=True, max_length=77, return_tensors="pt")
         pixels = process(images=[as_pil(image) for image in images], return_tensors="pt")
@@ -147,32 +147,32 @@ def test_pick_score_is_transformers_own_logits(folder: Path) -> None:
     reward = build_reward(f"sci_score={folder / 'pick'}")
 
     assert reward.name == "sci_score" and reward.reads_caption
-    # Both resize bytes with torch, so nothing differs.
+    # Both resize uint8 with torch, so nothing differs.
     torch.testing.assert_close(reward.score(images, CAPTIONS), expected, rtol=1e-4, atol=1e-8)
 
 
-def test_a_clip_of_open_clip_is_its_own_logits(folder: Path) -> None:
+def test_clip_of_open_clip_is_its_logits(folder: Path) -> None:
     file = folder / "hps" / "HPS_v2.1_compressed.pt"
     network, _, process = open_clip.create_model_and_transforms(TOY, pretrained=str(file))
-    images = pictures(*SIZES)
+    images = random_images(*SIZES)
     with torch.inference_mode():
         pixels = torch.stack([process(as_pil(image)) for image in images])
         text = network.encode_text(open_clip.get_tokenizer(TOY)(CAPTIONS))
         scale = network.logit_scale.exp() / 100
         expected = scale * cosines(network.eval().encode_image(pixels), text)
-        squares = torch.stack([ImageTransform(32).of(image) for image in images])
-        pixels = torch.stack([process(as_pil(square)) for square in squares])
+        resized = torch.stack([ImageTransform(32).of(image) for image in images])
+        pixels = torch.stack([process(as_pil(image)) for image in resized])
         exactly = scale * cosines(network.encode_image(pixels), text)
 
     reward = build_reward(f"clip=open_clip:{TOY}/{file}")
     found = reward.score(images, CAPTIONS)
 
     torch.testing.assert_close(found, exactly, rtol=1e-4, atol=1e-8)
-    assert (found - expected).abs().max() < scale * WHERE_BYTES_ARE_RESIZED
+    assert (found - expected).abs().max() < scale * RESIZE_TOLERANCE
     assert TOY in reward.model and file.name in reward.model
 
 
-def test_a_clip_that_open_clip_wrote_into_a_folder(folder: Path, tmp_path: Path) -> None:
+def test_a_local_folder_of_open_clip_is_loaded(folder: Path, tmp_path: Path) -> None:
     file = folder / "hps" / "HPS_v2.1_compressed.pt"
     state = torch.load(file, weights_only=True)["state_dict"]
     save_file(state, tmp_path / "open_clip_model.safetensors")
@@ -181,7 +181,7 @@ def test_a_clip_that_open_clip_wrote_into_a_folder(folder: Path, tmp_path: Path)
         "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squash"},
     }
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    images = pictures((32, 32))
+    images = random_images((32, 32))
     reward = build_reward(f"clip={tmp_path}")
 
     found = reward.score(images, CAPTIONS[:1])
@@ -192,17 +192,17 @@ def test_a_clip_that_open_clip_wrote_into_a_folder(folder: Path, tmp_path: Path)
         text = network.encode_text(open_clip.tokenize(CAPTIONS[:1]))
         expected = network.logit_scale.exp() / 100 * cosines(image, text)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)
-    assert getattr(reward, "view").fit == "stretch"  # noqa: B009
+    assert getattr(reward, "transform").resize_mode == "stretch"  # noqa: B009
 
 
-def test_the_aesthetic_score_is_the_published_head_s(folder: Path, tmp_path: Path) -> None:
+def test_the_merged_aesthetic_head_agrees_with_its_layers(folder: Path, tmp_path: Path) -> None:
     path, head = aesthetic_head(tmp_path)
     network = CLIPModel.from_pretrained(folder / "pick").eval()
-    images = pictures((32, 32), (40, 32))
-    squares = torch.stack([ImageTransform(32, crop_rounding="down").of(image) for image in images])
+    images = random_images((32, 32), (40, 32))
+    resized = torch.stack([ImageTransform(32, crop_rounding="down").of(image) for image in images])
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
     with torch.inference_mode():
-        pixels = (squares / 255 - mean) / std
+        pixels = (resized / 255 - mean) / std
         embedded = network.get_image_features(pixel_values=pixels).pooler_output
         expected = head(F.normalize(embedded, dim=-1))[:, 0]
 
@@ -213,60 +213,62 @@ def test_the_aesthetic_score_is_the_published_head_s(folder: Path, tmp_path: Pat
     assert reward.score([], []).shape == (0,)
 
 
-def test_a_head_and_its_clip_may_lie_in_one_folder(tmp_path: Path) -> None:
+def test_an_aesthetic_head_uses_the_clip_in_its_folder(tmp_path: Path) -> None:
     both = transformers_toy(tmp_path / "both", tokenizer=False)
     aesthetic_head(both)
 
     reward = build_reward(f"aesthetic={both}")
 
     assert "CLIPModel both" in reward.model and "linearMSE" in reward.model
-    # The tower for captions was left away.
+    # The text encoder was dropped.
     assert "text_model" not in dict(getattr(reward, "network").named_children())  # noqa: B009
 
 
-def test_a_network_s_own_code_runs_where_it_is_allowed(folder: Path) -> None:
+def test_remote_code_runs_if_it_is_allowed(folder: Path) -> None:
     options = RewardOptions(allow_code=True)
     reward = build_reward(f"clip={folder / 'coded'}", options=options)
-    images = pictures((20, 20), (31, 44))
+    images = random_images((20, 20), (31, 44))
     captions = ["a cat", "a photo of a red frog"]
 
     found = reward.score(images, captions)
 
     state = load_file(folder / "coded" / "model.safetensors")
-    said = [[0, 4, 5, 2], [0, 4, 9, 10, 4, 7, 8, 2]]
-    text = torch.stack([state["words.weight"][ids].mean(0) for ids in said])
+    ids = [[0, 4, 5, 2], [0, 4, 9, 10, 4, 7, 8, 2]]
+    text = torch.stack([state["words.weight"][row].mean(0) for row in ids])
     pixels = torch.stack([ImageTransform(20).of(image) for image in images]) / 127.5 - 1
-    seen = F.conv2d(pixels, state["patches.weight"], state["patches.bias"], 4)
-    image = seen.relu().mean((2, 3))
+    features = F.conv2d(pixels, state["patches.weight"], state["patches.bias"], 4)
+    image = features.relu().mean((2, 3))
     expected = torch.tensor(2.5).exp() / 100 * cosines(image, text)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
     assert reward.model.endswith("by its own code")
 
 
 @pytest.mark.parametrize("weights", ["coded", "jinaai/jina-clip-v2"])
-def test_code_of_a_network_s_own_is_refused_unless_it_is_allowed(
-    folder: Path, weights: str
-) -> None:
-    asked = folder / weights if weights == "coded" else weights
+def test_remote_code_is_refused_unless_it_is_allowed(folder: Path, weights: str) -> None:
+    source = folder / weights if weights == "coded" else weights
 
     with pytest.raises(ValueError, match="code of its own.*allow_code.*open_clip:ViT-L-14"):
-        build_reward(f"clip={asked}")
+        build_reward(f"clip={source}")
 
 
-def test_each_picture_and_each_caption_goes_through_its_tower_once(
+def test_each_image_and_each_caption_is_encoded_once(
     hpsv2: DualEncoderReward, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[int] = []
-    read: list[int] = []
-    see, words = hpsv2.embed_pictures, hpsv2.embed_captions
-    monkeypatch.setattr(hpsv2, "embed_pictures", lambda x: (seen.append(len(x)), see(x))[1])
-    monkeypatch.setattr(hpsv2, "embed_captions", lambda x: (read.append(len(x)), words(x))[1])
-    one, other = pictures((32, 32), (40, 50))
+    images: list[int] = []
+    captions: list[int] = []
+    embed_images, embed_captions = hpsv2.embed_images, hpsv2.embed_captions
+    monkeypatch.setattr(
+        hpsv2, "embed_images", lambda x: (images.append(len(x)), embed_images(x))[1]
+    )
+    monkeypatch.setattr(
+        hpsv2, "embed_captions", lambda x: (captions.append(len(x)), embed_captions(x))[1]
+    )
+    one, other = random_images((32, 32), (40, 50))
 
     first = hpsv2.score([one, one, other], ["a cat", "a dog", "a cat"])
     again = hpsv2.score([other], ["a dog"])
 
-    assert seen == [2, 1] and read == [2]
+    assert images == [2, 1] and captions == [2]
     assert len({*first.tolist(), *again.tolist()}) == 4
 
 
@@ -275,7 +277,7 @@ def test_a_score_does_not_depend_on_the_batch(
     folder: Path, hpsv2: DualEncoderReward, name: str
 ) -> None:
     reward = hpsv2 if name == "hpsv2" else build_reward(f"pick_score={folder / 'pick'}")
-    images = pictures(*SIZES)
+    images = random_images(*SIZES)
 
     together = reward.score(images, CAPTIONS)
 
@@ -284,47 +286,47 @@ def test_a_score_does_not_depend_on_the_batch(
     assert together.isfinite().all()  # that of the empty caption too
 
 
-def test_batches_shrink_until_they_fit(
+def test_out_of_memory_halves_the_batch_size(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    expected = toy_hpsv2(folder / "hps", monkeypatch).score(pictures(*SIZES), CAPTIONS)
+    expected = toy_hpsv2(folder / "hps", monkeypatch).score(random_images(*SIZES), CAPTIONS)
     reward = toy_hpsv2(folder / "hps", monkeypatch, batch_size=16)
-    see = reward._see
+    encode = reward._encode_image
 
     def within_memory(pixels: Tensor) -> Tensor:
         if len(pixels) > 2:
-            raise torch.OutOfMemoryError("two pictures at most")
-        return see(pixels)
+            raise torch.OutOfMemoryError("two images at most")
+        return encode(pixels)
 
-    monkeypatch.setattr(reward, "_see", within_memory)
+    monkeypatch.setattr(reward, "_encode_image", within_memory)
 
-    found = reward.score(pictures(*SIZES), CAPTIONS)
+    found = reward.score(random_images(*SIZES), CAPTIONS)
 
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-    assert "batches of 2 now" in caplog.text
+    assert "batch size is now 2" in caplog.text
 
 
 def test_bf16_agrees_with_fp32(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = toy_hpsv2(folder / "hps", monkeypatch)
     half = toy_hpsv2(folder / "hps", monkeypatch, precision="bf16")
-    images = pictures(*SIZES)
+    images = random_images(*SIZES)
 
     difference = (half.score(images, CAPTIONS) - full.score(images, CAPTIONS)).abs().max()
 
     assert 0 < difference < 0.03
-    assert half.bytes < 0.51 * full.bytes
+    assert half.num_bytes < 0.51 * full.num_bytes
 
 
-def test_a_compiled_tower_scores_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_applies_to_images(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     monkeypatch.setattr(torch, "compile", lambda function: calls.append(function) or function)
 
     reward = toy_hpsv2(folder / "hps", monkeypatch, compile=True)
 
-    assert calls == [reward._towers.see]
+    assert calls == [reward._encoder.encode_image]
 
 
-def test_of_two_versions_of_hpsv2_the_newer_is_taken_and_named(
+def test_hpsv2_prefers_version_2_1_and_records_it(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = open_clip_toy(tmp_path, "HPS_v2_compressed.pt")
@@ -342,28 +344,28 @@ def test_of_two_versions_of_hpsv2_the_newer_is_taken_and_named(
         ("pick_score", "hf download yuvalkirstain/PickScore_v1"),
         ("sci_score", "hf download Jialuo21/SciScore"),
         ("aesthetic", "curl -L .*linearMSE.pth"),
-        ("aesthetic=/no/such/head.pth", "neither a file nor a folder; curl"),
-        ("clip=/no/such/folder", "no folder, and no hub id"),
+        ("aesthetic=/no/such/head.pth", "neither a file nor a folder; run `curl"),
+        ("clip=/no/such/folder", "neither a folder nor a hub id"),
         ("clip=someone/clip", "hf download someone/clip"),
-        ("clip=open_clip:ViT-X-99/openai", "knows no model 'ViT-X-99'"),
+        ("clip=open_clip:ViT-X-99/openai", "has no model 'ViT-X-99'"),
         ("clip=open_clip:ViT-L-14", "names no weights.*openai"),
         ("clip=open_clip:ViT-L-14/nothing", "could not be loaded by open_clip.*open_clip:MODEL/"),
-        ("clip=a,b", "name 2 things where 1 are taken"),
+        ("clip=a,b", "are 2 names, at most 1"),
         ("pick_score=,b", "names a tokenizer and no network"),
     ],
 )
-def test_what_is_not_there_is_named_with_how_to_get_it(spec: str, remedy: str) -> None:
+def test_missing_weights_are_an_error_with_a_remedy(spec: str, remedy: str) -> None:
     with pytest.raises(ValueError, match=re.compile(remedy, re.DOTALL)):
         build_reward(spec)
 
 
-def test_a_tokenizer_that_is_not_there_is_not_made_up(tmp_path: Path) -> None:
-    """transformers makes one of two tokens where it finds no files."""
+def test_a_missing_tokenizer_is_an_error(tmp_path: Path) -> None:
+    """transformers builds a tokenizer of two tokens if it finds no files."""
     without = transformers_toy(tmp_path / "without", tokenizer=False)
     clip_tokenizer(tmp_path / "apart")
     with pytest.raises(ValueError, match="hf download laion/CLIP-ViT-H-14"):
         build_reward(f"pick_score={without}")
-    with pytest.raises(ValueError, match="holds no tokenizer"):
+    with pytest.raises(ValueError, match="contains no tokenizer"):
         build_reward(f"pick_score={without},{tmp_path}")
 
     reward = build_reward(f"pick_score={without},{tmp_path / 'apart'}")
@@ -371,9 +373,9 @@ def test_a_tokenizer_that_is_not_there_is_not_made_up(tmp_path: Path) -> None:
     assert reward.model.endswith("tokenizer apart")
 
 
-def test_another_s_tokenizer_and_half_a_network_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_foreign_tokenizer_and_missing_weights_are_refused(folder: Path, tmp_path: Path) -> None:
     toy = transformers_toy(tmp_path / "toy")
-    with pytest.raises(ValueError, match="has 11 tokens.*reads 49408"):
+    with pytest.raises(ValueError, match="has 11 tokens.*expects 49408"):
         build_reward(f"pick_score={toy},{folder / 'coded'}")
     tensors = load_file(toy / "model.safetensors")
     del tensors["visual_projection.weight"]
@@ -383,20 +385,20 @@ def test_another_s_tokenizer_and_half_a_network_are_refused(folder: Path, tmp_pa
         build_reward(f"pick_score={toy}")
 
 
-def test_files_of_something_else_are_refused(
+def test_damaged_and_foreign_files_are_refused(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "head.pth").write_bytes(b"<!DOCTYPE html>")
     torch.save({"rows.weight": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="damaged, or holds more than tensors"):
+    with pytest.raises(ValueError, match="damaged, or contains more than tensors"):
         build_reward(f"aesthetic={tmp_path / 'head.pth'},{folder / 'pick'}")
     with pytest.raises(ValueError, match="rows.weight.*not those of"):
         build_reward(f"aesthetic={tmp_path / 'other.pth'},{folder / 'pick'}")
     with pytest.raises(ValueError, match="could not be loaded by open_clip"):
         toy_hpsv2(tmp_path / "other.pth", monkeypatch)
-    with pytest.raises(ValueError, match="damaged, or holds more than tensors"):
+    with pytest.raises(ValueError, match="damaged, or contains more than tensors"):
         toy_hpsv2(tmp_path / "head.pth", monkeypatch)
     wide, _ = aesthetic_head(tmp_path, width=48)
     reward = build_reward(f"aesthetic={wide},{folder / 'pick'}")
     with pytest.raises(ValueError, match="embeddings of 48"):
-        reward.score(pictures((32, 32)), [""])
+        reward.score(random_images((32, 32)), [""])

@@ -87,7 +87,7 @@ def test_pictures_go_through_every_command(
     miro("annotate", tmp_path / "photos", scored, "--samples-per-shard", 100)
     miro("caption", scored, captioned, "--model", llava, "--precision", "fp32",
          "--long-tokens", 6, "--short-tokens", 3)  # fmt: skip
-    miro("annotate", captioned, captioned, "--rewards", *rewards, "--turns", "always")
+    miro("annotate", captioned, captioned, "--rewards", *rewards, "--offload", "always")
     miro("inspect", captioned)
     miro("encode", captioned, latents, "--size", 32, "--latents", vae)
     miro("train", "demo", "--run", run, "--data", latents, *SMALL.split())

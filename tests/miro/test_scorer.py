@@ -1,4 +1,4 @@
-"""Several rewards over batches: together or in turns, the same scores, each picture once."""
+"""Scoring by several rewards: offloading changes no score, each image is encoded once."""
 
 from collections.abc import Sequence
 
@@ -11,30 +11,30 @@ from miro.images.transforms import ImageTransform
 from miro.rewards.base import RewardOptions
 from miro.rewards.network import DualEncoderReward, NetworkReward
 from miro.rewards.pixels import Colourfulness
-from miro.rewards.scorer import ScoreBatch, Scorer
+from miro.rewards.scorer import Offload, ScoreBatch, Scorer
 
 CPU = torch.device("cpu")
 
 
-class Towers(DualEncoderReward):
-    """Two linear towers that count what they embed."""
+class LinearDualEncoder(DualEncoderReward):
+    """Two linear encoders that count what they embed."""
 
     reads_caption = True
     range = (-1.0, 1.0)
-    view = ImageTransform(8)
+    transform = ImageTransform(8)
 
     def __init__(self, name: str, options: RewardOptions | None = None) -> None:
         torch.manual_seed(len(name))
         super().__init__(nn.Linear(3 * 64, 16), options or RewardOptions(batch_size=2))
         self.name = self.model = name
-        self.seen = self.read = self.left = 0
+        self.images_encoded = self.captions_encoded = self.offloads = 0
 
-    def embed_pictures(self, squares: Tensor) -> Tensor:
-        self.seen += len(squares)
-        return nn.functional.normalize(self.network(squares.flatten(1).float() / 255), dim=1)
+    def embed_images(self, images: Tensor) -> Tensor:
+        self.images_encoded += len(images)
+        return nn.functional.normalize(self.network(images.flatten(1).float() / 255), dim=1)
 
     def embed_captions(self, captions: Sequence[str]) -> Tensor:
-        self.read += len(captions)
+        self.captions_encoded += len(captions)
         rows = [[float(ord(c)) for c in caption.ljust(16)[:16]] for caption in captions]
         return nn.functional.normalize(torch.tensor(rows), dim=1)
 
@@ -42,7 +42,7 @@ class Towers(DualEncoderReward):
         return self.similarity(images, captions)
 
     def offload_to_cpu(self) -> None:
-        self.left += 1
+        self.offloads += 1
         super().offload_to_cpu()
 
 
@@ -57,33 +57,35 @@ def batch(count: int) -> ScoreBatch:
     return ScoreBatch(images(count), captions)
 
 
-def test_in_turns_the_scores_are_those_of_networks_that_are_there_together() -> None:
-    batches = {turns: [batch(3), batch(2)] for turns in ("always", "never")}
-    rewards = {turns: [Towers("first"), Colourfulness(), Towers("second")] for turns in batches}
+def test_offloading_does_not_change_the_scores() -> None:
+    modes: tuple[Offload, Offload] = ("always", "never")
+    batches = {mode: [batch(3), batch(2)] for mode in modes}
+    encoders = {mode: [LinearDualEncoder("first"), LinearDualEncoder("second")] for mode in modes}
 
-    for turns, pairs in batches.items():
-        scorer = Scorer(rewards[turns], CPU, turns)  # pyright: ignore[reportArgumentType]
-        for one in pairs:
+    for mode in modes:
+        first, second = encoders[mode]
+        scorer = Scorer([first, Colourfulness(), second], CPU, mode)
+        for one in batches[mode]:
             scorer.begin(one)
-        scorer.finish(pairs)
+        scorer.finish(batches[mode])
 
-    for taken, together in zip(batches["always"], batches["never"], strict=True):
-        assert np.isfinite(taken.scores).all()
-        np.testing.assert_array_equal(taken.scores, together.scores)
-    assert [reward.left for reward in rewards["always"] if isinstance(reward, Towers)] == [1, 1]
-    assert [reward.left for reward in rewards["never"] if isinstance(reward, Towers)] == [0, 0]
+    for offloaded, resident in zip(batches["always"], batches["never"], strict=True):
+        assert np.isfinite(offloaded.scores).all()
+        np.testing.assert_array_equal(offloaded.scores, resident.scores)
+    assert [encoder.offloads for encoder in encoders["always"]] == [1, 1]
+    assert [encoder.offloads for encoder in encoders["never"]] == [0, 0]
 
 
-def test_while_networks_wait_for_their_turn_no_picture_is_held_but_its_squares() -> None:
+def test_only_preprocessed_images_stay_in_memory_for_offloaded_networks() -> None:
     pairs = batch(3)
 
-    Scorer([Towers("first")], CPU, "always").begin(pairs)
+    Scorer([LinearDualEncoder("first")], CPU, "always").begin(pairs)
 
-    assert all(image.numel() == 0 for image in pairs.pictures.distinct)
-    assert pairs.pictures.preprocessed(ImageTransform(8)).shape == (3, 3, 8, 8)
+    assert all(image.numel() == 0 for image in pairs.images.distinct)
+    assert pairs.images.preprocessed(ImageTransform(8)).shape == (3, 3, 8, 8)
 
 
-def test_a_network_that_looks_at_whole_pictures_gets_them_when_its_turn_comes() -> None:
+def test_an_offloaded_network_without_preprocessing_gets_the_whole_images() -> None:
     class Whole(NetworkReward):
         name, model, reads_caption, range = "whole", "none", True, (0.0, 1.0)
 
@@ -91,7 +93,9 @@ def test_a_network_that_looks_at_whole_pictures_gets_them_when_its_turn_comes() 
             return torch.stack([image.float().mean() for image in images])
 
     pairs = batch(3)
-    scorer = Scorer([Towers("first"), Whole(nn.Linear(1, 1), RewardOptions())], CPU, "always")
+    scorer = Scorer(
+        [LinearDualEncoder("first"), Whole(nn.Linear(1, 1), RewardOptions())], CPU, "always"
+    )
 
     scorer.begin(pairs)
     scorer.finish([pairs])
@@ -100,30 +104,30 @@ def test_a_network_that_looks_at_whole_pictures_gets_them_when_its_turn_comes() 
     assert pairs.scores[:, 1].tolist() == pytest.approx(expected)
 
 
-def test_each_picture_and_each_caption_goes_through_its_tower_once() -> None:
-    towers, pairs = Towers("first"), batch(4)
+def test_each_image_and_each_caption_is_encoded_once() -> None:
+    encoder, pairs = LinearDualEncoder("first"), batch(4)
 
-    Scorer([towers], CPU).begin(pairs)
+    Scorer([encoder], CPU).begin(pairs)
 
     assert len(pairs.texts) == 8
-    assert towers.seen == 4
-    assert towers.read == 4 + 2  # four distinct originals, and two short ones
+    assert encoder.images_encoded == 4
+    assert encoder.captions_encoded == 4 + 2  # four distinct originals, and two short ones
 
 
-def test_captions_that_come_again_are_not_read_again() -> None:
-    towers = Towers("first")
-    scorer = Scorer([towers], CPU)
+def test_caption_embeddings_are_cached_across_batches() -> None:
+    encoder = LinearDualEncoder("first")
+    scorer = Scorer([encoder], CPU)
 
     for _ in range(3):
         scorer.begin(batch(4))
 
-    assert towers.read == 6
+    assert encoder.captions_encoded == 6
 
 
-def test_scores_come_back_by_image_and_caption() -> None:
+def test_scores_are_grouped_by_image_and_caption() -> None:
     pairs = ScoreBatch(images(2), [{"a": "x"}, {"a": "y", "b": "z", "c": "y"}])
 
-    Scorer([Towers("first"), Colourfulness()], CPU).begin(pairs)
+    Scorer([LinearDualEncoder("first"), Colourfulness()], CPU).begin(pairs)
 
     first, second = pairs.by_image()
     assert first.shape == (1, 2) and second.shape == (3, 2)
@@ -131,27 +135,27 @@ def test_scores_come_back_by_image_and_caption() -> None:
     assert len(set(second[:, 1].tolist())) == 1
 
 
-def test_a_batch_of_which_nothing_is_left_has_no_scores() -> None:
+def test_an_empty_batch_has_no_scores() -> None:
     pairs = ScoreBatch([], [])
 
-    Scorer([Towers("first"), Colourfulness()], CPU, "always").begin(pairs)
+    Scorer([LinearDualEncoder("first"), Colourfulness()], CPU, "always").begin(pairs)
 
     assert pairs.by_image() == [] and pairs.scores.shape == (0, 2)
 
 
-def test_where_memory_ends_batches_are_halved_for_good_and_it_is_said(
+def test_out_of_memory_halves_the_batch_size_with_a_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    class Narrow(Towers):
+    class Narrow(LinearDualEncoder):
         sizes: list[int] = []
 
-        def embed_pictures(self, squares: Tensor) -> Tensor:
-            self.sizes.append(len(squares))
-            if len(squares) > 2:
+        def embed_images(self, images: Tensor) -> Tensor:
+            self.sizes.append(len(images))
+            if len(images) > 2:
                 raise torch.OutOfMemoryError("no")
-            return super().embed_pictures(squares)
+            return super().embed_images(images)
 
-    narrow, wide = Narrow("first", RewardOptions(batch_size=8)), Towers("first")
+    narrow, wide = Narrow("first", RewardOptions(batch_size=8)), LinearDualEncoder("first")
     pairs, others = batch(5), batch(5)
 
     Scorer([narrow], CPU).begin(pairs)
@@ -159,21 +163,21 @@ def test_where_memory_ends_batches_are_halved_for_good_and_it_is_said(
 
     assert Narrow.sizes == [5, 4, 2, 2, 1]
     np.testing.assert_array_equal(pairs.scores, others.scores)
-    assert "batches of 2 now" in caplog.text
+    assert "batch size is now 2" in caplog.text
 
 
-def test_a_single_picture_that_does_not_fit_is_an_error() -> None:
-    class Never(Towers):
-        def embed_pictures(self, squares: Tensor) -> Tensor:
+def test_out_of_memory_with_a_single_image_is_an_error() -> None:
+    class Never(LinearDualEncoder):
+        def embed_images(self, images: Tensor) -> Tensor:
             raise torch.OutOfMemoryError("no")
 
     with pytest.raises(torch.OutOfMemoryError):
         Scorer([Never("first")], CPU).begin(batch(2))
 
 
-def test_a_reward_that_gives_the_wrong_number_of_scores_is_refused() -> None:
+def test_a_wrong_number_of_scores_is_refused() -> None:
     class Short(NetworkReward):
-        name, model, reads_caption, range, view = (
+        name, model, reads_caption, range, transform = (
             "short",
             "none",
             True,
@@ -184,5 +188,5 @@ def test_a_reward_that_gives_the_wrong_number_of_scores_is_refused() -> None:
         def score(self, images: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
             return torch.zeros(1)
 
-    with pytest.raises(ValueError, match="'short' gave \\(1,\\) for 4 pairs"):
+    with pytest.raises(ValueError, match="'short' returned scores of shape \\(1,\\) for 4"):
         Scorer([Short(nn.Linear(1, 1), RewardOptions())], CPU).begin(batch(2))

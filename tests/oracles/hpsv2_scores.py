@@ -21,7 +21,8 @@ import open_clip
 import torch
 from PIL import Image
 from torch import Tensor
-from weights import picture, weights
+from weights import image as oracle_image
+from weights import weights
 
 CONFIG = {
     "embed_dim": 32,
@@ -80,7 +81,7 @@ def main(fixture: Path) -> None:
     img_score = import_hpsv2()
     from hpsv2.src.open_clip import add_model_config, create_model_and_transforms
 
-    # As the package itself asks for its network, which decides how it prepares pictures.
+    # As the package itself asks for its network, which decides the preprocessing.
     asked = {"precision": "fp32", "light_augmentation": True, "output_dict": True}
     with torch.device("meta"):
         published, *_ = create_model_and_transforms("ViT-H-14", None, device="meta", **asked)
@@ -95,7 +96,7 @@ def main(fixture: Path) -> None:
         img_score.model_dict.update(model=network, preprocess_val=prepare)
         scores = []
         for height, width in SIZES:
-            pixels = picture(f"{height}x{width}", height, width).permute(1, 2, 0)
+            pixels = oracle_image(f"{height}x{width}", height, width).permute(1, 2, 0)
             image = Image.fromarray(np.asarray(pixels))
             scores.append([float(img_score.score(image, text, checkpoint)[0]) for text in PROMPTS])
     record = {

@@ -1,7 +1,7 @@
 """What the package image-reward scores with weights by rule: python image_reward_scores.py FILE
 
 Run by `make reward-oracles` in the environment of the published packages. FILE, JSON, receives the
-names and shapes of the tensors, and the scores of pictures and prompts, of the published network
+names and shapes of the tensors, and the scores of images and prompts, of the published network
 (446 M parameters) and of one of its kind that is small.
 """
 
@@ -25,7 +25,8 @@ import torch
 from ImageReward.models.BLIP import blip, blip_pretrain, vit
 from PIL import Image
 from torch import Tensor
-from weights import picture, weights
+from weights import image as oracle_image
+from weights import weights
 
 # med_config.json as THUDM/ImageReward has it; its size of a head, 64, is kept in the small one.
 PUBLISHED = {
@@ -54,7 +55,7 @@ SMALL = PUBLISHED | {
     "num_attention_heads": 2,
     "num_hidden_layers": 2,
 }
-PICTURES = {
+IMAGES = {
     "square": (224, 224),
     "another square": (224, 224),
     "wide": (240, 415),
@@ -92,8 +93,8 @@ def build_small() -> Any:
 
 @torch.inference_mode()
 def scores(network: Any) -> dict[str, list[float]]:
-    """Of each prompt with each picture, by picture."""
-    images = {name: as_pil(picture(name, *shape)) for name, shape in PICTURES.items()}
+    """The scores of all prompts, by image."""
+    images = {name: as_pil(oracle_image(name, *shape)) for name, shape in IMAGES.items()}
     return {
         name: [network.score(prompt, image) for prompt in PROMPTS] for name, image in images.items()
     }
@@ -124,7 +125,7 @@ def main(file: Path) -> None:
         "versions": {name: version(name) for name in ("image-reward", "torch", "transformers")},
         "prompts": PROMPTS,
         "tokens": tokens["input_ids"],
-        "pictures": PICTURES,
+        "images": IMAGES,
         "small": {
             "shapes": {name: list(tensor.shape) for name, tensor in small.state_dict().items()},
             "scores": scores(small),

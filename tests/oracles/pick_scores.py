@@ -22,7 +22,8 @@ from open_clip import SimpleTokenizer
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
-from weights import picture, weights
+from weights import image as oracle_image
+from weights import weights
 
 # laion/CLIP-ViT-H-14-laion2B-s32B-b79K, which both were tuned from.
 PUBLISHED = {
@@ -114,7 +115,7 @@ def main(fixture: Path) -> None:
     text = text / text.norm(dim=-1, keepdim=True)
     scores = []
     for height, width in SIZES:
-        pixels = picture(f"{height}x{width}", height, width).permute(1, 2, 0)
+        pixels = oracle_image(f"{height}x{width}", height, width).permute(1, 2, 0)
         image = network.get_image_features(
             **process(images=Image.fromarray(np.asarray(pixels)), return_tensors="pt")
         )

@@ -1,7 +1,7 @@
-"""Weights and pictures that both sides of a comparison make alike, from names alone.
+"""Deterministic weights and images, derived from names, for both sides of a comparison.
 
-The published packages and ours run in environments that exclude each other, and the published
-weights are gigabytes: so each side makes random ones by this rule. Imports torch alone.
+The published packages cannot be installed beside this one, and the published weights are gigabytes,
+so each side generates the same random weights. Imports torch alone.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ def _generator(name: str) -> torch.Generator:
 
 
 def weight(name: str, shape: Sequence[int]) -> Tensor:
-    """The float32 weight that a tensor of this published name and shape has.
+    """The float32 weight of a published name and shape.
 
-    Matrices and kernels keep the scale of what they multiply, rows of embeddings have length 1,
-    norms scale by about 1, biases are small: so every tensor shows in the result.
+    Matrices and kernels preserve the scale of activations, rows of embeddings have length 1, norm
+    weights are about 1, biases are small: every tensor affects the score.
     """
     noise = torch.randn(tuple(shape), generator=_generator(name))
     if name.endswith("bias"):
@@ -35,15 +35,15 @@ def weight(name: str, shape: Sequence[int]) -> Tensor:
 
 
 def weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state_dict of the same names and shapes with weights by the rule; integers stay."""
+    """A state_dict of the same names and shapes with generated weights; integers are unchanged."""
     return {
         name: weight(name, tensor.shape) if tensor.is_floating_point() else tensor
         for name, tensor in state.items()
     }
 
 
-def picture(name: str, height: int, width: int) -> Tensor:
-    """uint8 (3, height, width): coloured squares of 16 pixels under a little noise."""
+def image(name: str, height: int, width: int) -> Tensor:
+    """uint8 (3, height, width): coloured squares of 16 pixels with a little noise."""
     generator = _generator(name)
     down, across = -(-height // 16), -(-width // 16)
     squares = torch.randint(16, 240, (3, down, across), generator=generator)
