@@ -24,7 +24,7 @@ class FlowConfig:
 
     prediction_type: Literal["velocity", "sample"] = "velocity"
     """`sample` where a patch holds as many numbers as the network is wide: noise does not fit
-    through such a network, a picture does (arXiv 2511.13720). The loss is on velocity in both."""
+    through such a network, an image does (arXiv 2511.13720). The loss is on velocity in both."""
     timestep_distribution: Literal["uniform", "logit_normal"] = "uniform"
     timestep_mean: float = 0.0
     """Mean of the logit of t; positive means more training near noise."""

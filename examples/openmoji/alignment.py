@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from miro.rewards.base import RewardOptions, same_sized
+from miro.rewards.base import RewardOptions, batches_by_size
 from openmoji.coca import load_captioner
 
 
@@ -44,7 +44,7 @@ class Alignment:
     def score(self, images: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
         """float32 (B,), a share; NaN for a caption that says nothing."""
         scores = torch.empty(len(images), device=self._device)
-        for indices, pixels in same_sized(images, captions, self._device):
+        for indices, pixels in batches_by_size(images, captions, self._device):
             said: list[str] = [captions[int(i)] for i in indices]
             words = self._model.words(said)
             given = self._model.log_likelihoods(self._model.see(pixels), words)

@@ -69,7 +69,7 @@ def caption(
     dest: Positional[Path],
     config: Annotated[CaptionConfig, Inline] = CaptionConfig(),  # noqa: B008 frozen
 ) -> None:
-    """Give a dataset's pictures further captions, by a vision-language model or from a table.
+    """Give a dataset's images further captions, by a vision-language model or from a table.
 
     Args:
         source: a dataset folder that `miro annotate` made; its scores are not needed.

@@ -75,16 +75,16 @@ def sample(
     out: Path | None = None,
     device: str = "cpu",
 ) -> None:
-    """Draw pictures of prompts.
+    """Draw images of prompts.
 
     Args:
         run: a run's folder, or one of its weights folders.
         prompt: one or more descriptions.
         ask: targets and guidance.
-        count: pictures of each prompt.
-        best_of: candidates for each picture, of which the best is kept.
+        count: images of each prompt.
+        best_of: candidates for each image, of which the best is kept.
         best_by: the reward that chooses, NAME or NAME=weights.
-        aspect: as 4:3; the pictures are of the nearest shape the run was trained on.
+        aspect: as 4:3; the images are of the nearest shape the run was trained on.
         out: folder for the PNG files; RUN/samples if not given.
         device: where to compute.
     """
@@ -119,7 +119,7 @@ def evaluate(
     count: int = 192,
     ask: Annotated[_Ask, Inline] = _Ask(steps=16),  # noqa: B008 frozen
 ) -> None:
-    """Measure a model's pictures with rewards.
+    """Measure a model's images with rewards.
 
     Args:
         run: a run's folder, or one of its weights folders.

@@ -64,7 +64,7 @@ class Loader:
     ) -> None:
         """batch: images of a step, which are of one shape; needed where there are several.
 
-        mirror: half of the visits, drawn by their position, see the picture in a mirror.
+        mirror: half of the visits, drawn by their position, see the image in a mirror.
         """
         self.dataset, self.seed, self.mirror = dataset, seed, mirror
         self._row = IndexSampler(build_buckets(dataset.shape_of, dataset.parts), seed, batch)

@@ -1,7 +1,7 @@
-"""Pictures and captions of an images folder, encoded when they are visited and never stored.
+"""Images and captions of an images folder, encoded when they are visited and never stored.
 
 What the network reads is what `miro encode` would have stored, rounded to float16 as it is there.
-It costs a pass through the encoders at each visit; in exchange nothing is written, and pictures may
+It costs a pass through the encoders at each visit; in exchange nothing is written, and images may
 be mirrored.
 """
 
@@ -20,13 +20,13 @@ from miro.encoders.encoder import EncodingConfig, FrozenEncoders
 from miro.images.buckets import nearest
 from miro.images.decoder import DecodeError, Decoder
 from miro.images.open_decoder import build_decoder
-from miro.images.pillow import IMAGE_EXTENSIONS, picture_size
+from miro.images.pillow import IMAGE_EXTENSIONS, image_size
 from miro.sources.sample import RawSample, read_sample
 
 CACHE = 1 << 28
 """Bytes for token states of captions that come again."""
 BATCH = 64
-"""Pictures of one forward pass of the autoencoder."""
+"""Images of one forward pass of the autoencoder."""
 
 
 class OnTheFlyEncoders:
@@ -45,7 +45,7 @@ class OnTheFlyDataset(EncodedDataset):
     ) -> None:
         """`rewards`: the columns of `scores`; all the folder has where it is None.
 
-        ValueError for a folder without images, or whose first picture cannot be decoded.
+        ValueError for a folder without images, or whose first image cannot be decoded.
         """
         folder = Path(folder)
         manifest = Manifest.read(folder)
@@ -55,29 +55,29 @@ class OnTheFlyDataset(EncodedDataset):
             raise ValueError(f"{folder} holds no samples yet; let `miro annotate` finish a shard")
         self._live, self.folder = live, folder
         self.index = ShardIndex(folder, manifest)
-        # The first picture stands for all.
+        # The first image stands for all.
         image = live.encoders.encoding.fit(self._images([0])[0])
         record = live.encoders.record(live.encoders.encoding, image)
         self._open(folder, manifest, rewards, self.index, record)
 
     def latents(self, samples: np.ndarray, mirrored: np.ndarray | None = None) -> np.ndarray:
-        """As of an encoded dataset; mirrored: bool (n,), which pictures are seen in a mirror.
+        """As of an encoded dataset; mirrored: bool (n,), which images are seen in a mirror.
 
-        ValueError for a picture that cannot be decoded, or has a size of its own.
+        ValueError for an image that cannot be decoded, or has a size of its own.
         """
         shape = self.shapes[self.shape_of[samples[0]]]
         encoders = self._live.encoders
-        pictures = encoders.encoding.fit_all(self._images(samples))
+        resized = encoders.encoding.fit_all(self._images(samples))
         if mirrored is not None:
-            pictures = [p.flip(2) if m else p for p, m in zip(pictures, mirrored, strict=True)]
-        for sample, picture in zip(samples, pictures, strict=True):
-            if encoders.codec.latent_shape(*picture.shape[1:]) != shape:
+            resized = [p.flip(2) if m else p for p, m in zip(resized, mirrored, strict=True)]
+        for sample, image in zip(samples, resized, strict=True):
+            if encoders.codec.latent_shape(*image.shape[1:]) != shape:
                 raise ValueError(
-                    f"{self._name(sample)}: the picture is {picture.shape[2]} x "
-                    f"{picture.shape[1]} pixels, the first of the data gives latents of {shape}; "
+                    f"{self._name(sample)}: the image is {image.shape[2]} x "
+                    f"{image.shape[1]} pixels, the first of the data gives latents of {shape}; "
                     "set encode.size, to which all are cropped and resized"
                 )
-        return np.stack(encoders.encode_images(pictures)).astype(np.float32)
+        return np.stack(encoders.encode_images(resized)).astype(np.float32)
 
     def texts(self, samples: np.ndarray, captions: np.ndarray) -> list[np.ndarray]:
         """As of an encoded dataset."""
@@ -96,7 +96,7 @@ class OnTheFlyDataset(EncodedDataset):
         """As of an encoded dataset, but not a view."""
         return self.texts(np.array([sample]), np.array([caption]))[0]
 
-    def _picture(self, sample: int) -> bytes:
+    def _image(self, sample: int) -> bytes:
         held = self.index.extensions(sample)
         extension = next(name for name in IMAGE_EXTENSIONS if name in held)
         return bytes(self.index.member(sample, extension))
@@ -106,12 +106,12 @@ class OnTheFlyDataset(EncodedDataset):
         found: list[Tensor] = []
         for start in range(0, len(samples), BATCH):
             part = [int(sample) for sample in samples[start : start + BATCH]]
-            decoded = self._live.decoder.start([self._picture(sample) for sample in part])()
+            decoded = self._live.decoder.start([self._image(sample) for sample in part])()
             for sample, image in zip(part, decoded, strict=True):
                 if isinstance(image, DecodeError):
                     raise ValueError(
                         f"{self._name(sample)}: {image}; `miro annotate` into a new folder sets "
-                        "such pictures aside"
+                        "such images aside"
                     )
                 found.append(image)
         return found
@@ -131,7 +131,7 @@ class OnTheFlyDataset(EncodedDataset):
         return [text_extension(kind) for kind in self._said(sample)]
 
     def _shape(self, sample: int) -> Shape:
-        width, height = picture_size(self._picture(sample), upright=True)
+        width, height = image_size(self._image(sample), upright=True)
         encoding = self._live.encoders.encoding
         side = nearest(encoding.bucket_sizes(), width / height)
         return self._live.encoders.codec.latent_shape(*side)

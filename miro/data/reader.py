@@ -101,7 +101,7 @@ class EncodedDataset:
     def latents(self, samples: np.ndarray, mirrored: np.ndarray | None = None) -> np.ndarray:
         """float32 (n, C, H, W), or (n, 2, C, H, W) mean and deviation, of samples of one shape.
 
-        mirrored: which pictures are seen in a mirror; stored ones never are.
+        mirrored: which images are seen in a mirror; stored ones never are.
         """
         assert mirrored is None, "a stored latent cannot be mirrored"
         shape = self.shapes[self.shape_of[samples[0]]]

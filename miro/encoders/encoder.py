@@ -1,4 +1,4 @@
-"""How a picture and its captions become what the network reads; the same stored or on the fly."""
+"""How an image and its captions become what the network reads; the same stored or on the fly."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class EncodingConfig:
-    """What pictures and captions are encoded by, and in which sizes."""
+    """What images and captions are encoded by, and in which sizes."""
 
     latents: str = "pixels"  # or a folder or hub id of a diffusers AutoencoderKL
     text: str = "minilm"  # or a folder or hub id of a transformers encoder, e.g. google/flan-t5-xl
-    size: int | None = None  # pictures are cropped and resized to size x size; None: as they are
+    size: int | None = None  # images are cropped and resized to size x size; None: as they are
     buckets: tuple[str, ...] = ()  # aspects such as 1:1 4:3 3:4, of about size² pixels each
     multiple: int = 16  # of which a bucket's sides are: the autoencoder's factor times the patch
     max_tokens: int | None = None  # longer captions are cut; None: 256 or what the encoder takes
@@ -61,7 +61,7 @@ class EncodingConfig:
         return differences(ours, {name: record.get(name) for name in names})
 
     def bucket_sizes(self) -> list[tuple[int, int]]:
-        """The (height, width) pictures are brought to; none where they stay as they are.
+        """The (height, width) images are brought to; none where they stay as they are.
 
         ValueError for buckets that are no aspects, or cannot be told apart.
         """
@@ -88,7 +88,7 @@ class EncodingConfig:
         return list(found)
 
     def fit(self, image: Tensor) -> Tensor:
-        """A picture, uint8 (3, H, W), in the nearest of the sizes; as it is where there are none.
+        """An image, uint8 (3, H, W), in the nearest of the sizes; as it is where there are none.
 
         Its centre is cropped to the aspect, and resized, antialiased.
         """
@@ -97,7 +97,7 @@ class EncodingConfig:
         return center_crop_resize(image, *nearest(sides, image.shape[2] / image.shape[1]))
 
     def fit_all(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """`fit` of each of the pictures, which are on one device; on a CPU by all cores."""
+        """`fit` of each of the images, which are on one device; on a CPU by all cores."""
         return for_each(images, self.fit)
 
 
@@ -138,7 +138,7 @@ class FrozenEncoders:
         batch_size: int,
         cache_bytes: int,
     ) -> None:
-        """batch_size: pictures of one forward pass; cache_bytes: for captions that come again."""
+        """batch_size: images of one forward pass; cache_bytes: for captions that come again."""
         dtype = _DTYPES[encoding.precision]
         self.encoding, self.batch_size = encoding, batch_size
         self.codec = build_codec(encoding.latents, device, dtype=dtype)
@@ -148,7 +148,7 @@ class FrozenEncoders:
         self.cache = TextCache(cache_bytes)
 
     def record(self, encoding: EncodingConfig, image: Tensor) -> dict[str, Any]:
-        """What a manifest says of an encoding, by a picture (3, H, W) that was fitted to it."""
+        """What a manifest says of an encoding, by an image (3, H, W) that was fitted to it."""
         sides = encoding.bucket_sizes() or [(image.shape[1], image.shape[2])]
         shapes = [list(self.codec.latent_shape(*side)) for side in sides]
         # The network's own grid; the others lie round its centre.
@@ -166,7 +166,7 @@ class FrozenEncoders:
         )
 
     def encode_images(self, images: Sequence[Tensor]) -> list[np.ndarray]:
-        """Each picture's latent, float16 (C, H, W), or (2, C, H, W) mean and deviation."""
+        """Each image's latent, float16 (C, H, W), or (2, C, H, W) mean and deviation."""
         found: dict[int, np.ndarray] = {}
         by_shape: dict[tuple[int, ...], list[int]] = {}
         for place, image in enumerate(images):

@@ -1,6 +1,6 @@
-"""Latent codecs: what a picture is to the flow model, and how it becomes a picture again.
+"""Latent codecs: what an image is to the flow model, and how it becomes an image again.
 
-`pixels` is the identity on scaled pixels, for small pictures and machines without a GPU. Any
+`pixels` is the identity on scaled pixels, for small images and machines without a GPU. Any
 AutoencoderKL of the diffusers library gives the latents of the paper (SDXL's: 4 x 32 x 32 for 256
 px).
 """
@@ -18,12 +18,12 @@ from miro.utils.serialize import unknown_name
 
 
 class LatentCodec(Protocol):
-    """Pictures to latents and back. `name` is what `build_codec` takes to make it again."""
+    """Images to latents and back. `name` is what `build_codec` takes to make it again."""
 
     name: str
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, H, W) of a height x width picture's latents; ValueError for a size it cannot take."""
+        """(C, H, W) of a height x width image's latents; ValueError for a size it cannot take."""
         ...
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -75,14 +75,14 @@ class AutoencoderCodec:
             scale = scale / torch.tensor(config.latents_std, **per_channel).view(1, -1, 1, 1)
             shift = torch.tensor(config.latents_mean, **per_channel).view(1, -1, 1, 1)
         self._scale, self._shift = scale, shift
-        # Every level of the encoder but the last halves the picture.
+        # Every level of the encoder but the last halves the image.
         self._factor = 2 ** (len(config.block_out_channels) - 1)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, height/f, width/f); ValueError where the autoencoder's factor f divides them not."""
         if height % self._factor or width % self._factor:
             raise ValueError(
-                f"latents {self.name!r}: pictures of {height}x{width} are not multiples of "
+                f"latents {self.name!r}: images of {height}x{width} are not multiples of "
                 f"{self._factor}; give a size that is"
             )
         channels = int(self._model.config.latent_channels)

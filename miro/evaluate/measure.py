@@ -17,19 +17,19 @@ from miro.sampling.pipeline import to_bytes
 
 @dataclass(frozen=True)
 class Measurement:
-    """Means over pictures, and their standard errors."""
+    """Means over images, and their standard errors."""
 
     means: dict[str, float]
     errors: dict[str, float]
 
 
 def measure(
-    pictures: Tensor,
+    generated: Tensor,
     captions: Sequence[str],
     rewards: Sequence[Reward],
 ) -> Measurement:
-    """Score pictures (B, 3, H, W) in [0, 1] of the captions they were asked for."""
-    images = to_bytes(pictures)
+    """Score images (B, 3, H, W) in [0, 1] of the captions they were asked for."""
+    images = to_bytes(generated)
     means, errors = {}, {}
     for reward in rewards:
         scores = reward.score(list(images), captions).double()
@@ -44,7 +44,7 @@ def crossing(
 ) -> float | None:
     """Images from which on the curve stays above `final`, or None if it ends below.
 
-    Between two marks it is taken for a straight line. Marks before `start` are not read: pictures
+    Between two marks it is taken for a straight line. Marks before `start` are not read: images
     of a young model are noise, and noise is colourful.
     """
     read = [point for point in zip(marks, curve, strict=True) if point[0] >= start]

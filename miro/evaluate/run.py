@@ -28,7 +28,7 @@ def evaluate(
     steps: int = 16,
     seed: int = 0,
 ) -> Path:
-    """Measure `count` pictures and write RUN/evaluation.json.
+    """Measure `count` images and write RUN/evaluation.json.
 
     Args:
         run: a run's folder or a weights folder.
@@ -47,8 +47,8 @@ def evaluate(
         reward_scale,
         text_scale,
     )
-    pictures = pipeline(captions, guidance, seed=seed, steps=steps)
-    result = measure(pictures, captions, judges)
+    generated = pipeline(captions, guidance, seed=seed, steps=steps)
+    result = measure(generated, captions, judges)
     record = {
         "images_trained": pipeline.images,
         "prompts": len(captions),

@@ -1,4 +1,4 @@
-"""Pictures decoded by NVIDIA's DALI: on a GPU, where they stay, or by its CPU operators.
+"""Images decoded by NVIDIA's DALI: on a GPU, where they stay, or by its CPU operators.
 
 DALI is for the ordinary: whole, upright, grey or RGB JPEGs (`plain` says which). All else is
 Pillow's, so that rotation, transparency and the reasons of what is refused are the same whichever
@@ -87,7 +87,7 @@ def _is_plain_frame(segment: bytes) -> bool:
 
 
 def _is_upright(segment: bytes) -> bool:
-    """Whether neither EXIF nor XMP turns the picture. Pillow reads the EXIF, as it does itself."""
+    """Whether neither EXIF nor XMP turns the image. Pillow reads the EXIF, as it does itself."""
     if not segment.startswith(b"Exif\0\0"):
         return _XMP_TURNED.search(segment) is None
     exif = Image.Exif()
@@ -99,12 +99,12 @@ def _is_upright(segment: bytes) -> bool:
 
 
 class DaliDecoder:
-    """Decodes batches of at most `batch_size` pictures: the plain ones in one DALI pipeline.
+    """Decodes batches of at most `batch_size` images: the plain ones in one DALI pipeline.
 
-    The pictures lie on the device, whichever decoded them: what DALI decodes on a CUDA device on
+    The images lie on the device, whichever decoded them: what DALI decodes on a CUDA device on
     the stream that is torch's own when it is decoded. DALI loses a batch in which it cannot decode
-    a picture: Pillow then decodes that batch, and a new pipeline the next one. Which decoder a
-    picture goes to thus depends on the bytes of its batch alone.
+    an image: Pillow then decodes that batch, and a new pipeline the next one. Which decoder a
+    image goes to thus depends on the bytes of its batch alone.
     """
 
     def __init__(self, device: torch.device, batch_size: int, workers: int) -> None:
@@ -125,11 +125,10 @@ class DaliDecoder:
         pillow = self._pillow.start(rest)
 
         def finish() -> list[Tensor | DecodeError]:
-            pictures, others = iter(begun.result() if begun else ()), iter(pillow())
-            decoded = [next(pictures if is_ours else others) for is_ours in ours]
+            decoded_by_dali, others = iter(begun.result() if begun else ()), iter(pillow())
+            decoded = [next(decoded_by_dali if is_ours else others) for is_ours in ours]
             return [
-                picture.to(self._device) if isinstance(picture, Tensor) else picture
-                for picture in decoded
+                image.to(self._device) if isinstance(image, Tensor) else image for image in decoded
             ]
 
         return finish
@@ -150,7 +149,7 @@ class DaliDecoder:
             self._pipeline = _build(self._device, self._batch_size, self._workers)
         try:
             return list(self._run(images))
-        except RuntimeError as error:  # what DALI raises for a picture, and for much else
+        except RuntimeError as error:  # what DALI raises for an image, and for much else
             log.log(logging.DEBUG if self.lost else logging.WARNING, "DALI lost a batch: %s", error)
         self.lost += 1
         self._pipeline = None
@@ -160,13 +159,13 @@ class DaliDecoder:
         encoded = [np.frombuffer(image, np.uint8) for image in images]
         on_gpu = self._device.type == "cuda"
         stream = torch.cuda.current_stream(self._device) if on_gpu else None
-        (pictures,) = self._pipeline.run(stream, encoded=encoded)
+        (decoded_by_dali,) = self._pipeline.run(stream, encoded=encoded)
         # DALI's memory, seen as (3, H, W); it is free when the tensors are gone.
-        return [torch.from_dlpack(picture).permute(2, 0, 1) for picture in pictures]
+        return [torch.from_dlpack(image).permute(2, 0, 1) for image in decoded_by_dali]
 
 
 def _build(device: torch.device, batch_size: int, workers: int) -> Any:
-    """A pipeline from `encoded`, 1-D uint8 of each picture, to uint8 (H, W, 3) on the device."""
+    """A pipeline from `encoded`, 1-D uint8 of each image, to uint8 (H, W, 3) on the device."""
     from nvidia.dali import fn, types
     from nvidia.dali.pipeline import Pipeline
 

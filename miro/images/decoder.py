@@ -20,15 +20,15 @@ AHEAD = 2  # batches
 
 
 class DecodeError(ValueError):
-    """Bytes that are no picture we can use; the message is a reason a person understands."""
+    """Bytes that are no image we can use; the message is a reason a person understands."""
 
 
 Pending = Callable[[], list[Tensor | DecodeError]]
-"""Waits for a batch, and gives the picture of each or why there is none."""
+"""Waits for a batch, and gives the image of each or why there is none."""
 
 
 class Decoder(Protocol):
-    """Decodes batches of encoded pictures, while whoever asked does something else."""
+    """Decodes batches of encoded images, while whoever asked does something else."""
 
     def start(self, images: Sequence[bytes]) -> Pending:
         """Begin to decode a batch, as `decode` does but to a device of the decoder's choice."""

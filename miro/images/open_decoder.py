@@ -36,7 +36,7 @@ def build_decoder(
     if not all(importlib.util.find_spec(module) for module in ("nvidia", "nvidia.dali")):
         if name == "dali":
             raise ValueError(f"decoder='dali': DALI is not installed: {DALI_INSTALL}")
-        _say_once(f"Pillow decodes the pictures; DALI, faster, is not installed: {DALI_INSTALL}")
+        _say_once(f"Pillow decodes the images; DALI, faster, is not installed: {DALI_INSTALL}")
         return PillowDecoder(workers)
     from miro.images.dali import DaliDecoder
 

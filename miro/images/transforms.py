@@ -1,7 +1,7 @@
-"""The decoded pictures of a batch, and the squares of them that models look at.
+"""The decoded images of a batch, and the squares of them that models look at.
 
-Several models look at the same square of a picture, so a square is made once and kept while the
-batch lives. What PIL would make of a picture is made here with torch, on the device it is on.
+Several models look at the same square of an image, so a square is made once and kept while the
+batch lives. What PIL would make of an image is made here with torch, on the device it is on.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """How a picture of any shape becomes the square of size x size pixels that a model sees.
+    """How an image of any shape becomes the square of size x size pixels that a model sees.
 
     crop: the shorter side resized to size, bicubic and antialiased, then the central square;
-    pad: the picture laid on a square of the mean colour, then that resized;
-    letterbox: the longer side resized to size, then the picture laid on a black square;
+    pad: the image laid on a square of the mean colour, then that resized;
+    letterbox: the longer side resized to size, then the image laid on a black square;
     stretch: both sides resized to size.
     """
 
@@ -37,21 +37,21 @@ class ImageTransform:
     """Where half a pixel is left over by a crop: torchvision takes the nearest, transformers the
     lower."""
 
-    def of(self, picture: Tensor) -> Tensor:
+    def of(self, image: Tensor) -> Tensor:
         """uint8 (3, H, W) to uint8 (3, size, size)."""
-        height, width = picture.shape[1:]
+        height, width = image.shape[1:]
         if self.resize_mode == "stretch":
-            return resized(picture, self.size, self.size)
+            return resized(image, self.size, self.size)
         if self.resize_mode == "pad":
-            return resized(_on_mean_square(picture), self.size, self.size)
+            return resized(_on_mean_square(image), self.size, self.size)
         if self.resize_mode == "letterbox":
             scale = self.size / max(height, width)
             inside = (max(1, round(side * scale)) for side in (height, width))
-            black = torch.zeros(3, self.size, self.size, dtype=torch.uint8, device=picture.device)
-            return _in_the_middle(resized(picture, *inside), black)
+            black = torch.zeros(3, self.size, self.size, dtype=torch.uint8, device=image.device)
+            return _in_the_middle(resized(image, *inside), black)
         short = min(height, width)
         height, width = height * self.size // short, width * self.size // short
-        whole = resized(picture, height, width)
+        whole = resized(image, height, width)
         top, left = (self._margin(side) for side in (height, width))
         return whole[:, top : top + self.size, left : left + self.size]
 
@@ -60,47 +60,47 @@ class ImageTransform:
         return spare // 2 if self.crop_rounding == "down" else round(spare / 2)
 
 
-def resized(picture: Tensor, height: int, width: int) -> Tensor:
+def resized(image: Tensor, height: int, width: int) -> Tensor:
     """uint8 (3, H, W) to uint8 (3, height, width): bicubic, antialiased, on the same device."""
-    if picture.shape[1:] == (height, width):
-        return picture
+    if image.shape[1:] == (height, width):
+        return image
     size = (height, width)
-    if picture.device.type == "cpu":
-        return F.interpolate(picture[None], size, mode="bicubic", antialias=True)[0]
+    if image.device.type == "cpu":
+        return F.interpolate(image[None], size, mode="bicubic", antialias=True)[0]
     # Only the CPU resizes bytes; PIL rounds and clamps them, so both are done here.
-    made = F.interpolate(picture[None].float(), size, mode="bicubic", antialias=True)[0]
+    made = F.interpolate(image[None].float(), size, mode="bicubic", antialias=True)[0]
     return made.round_().clamp_(0, 255).byte()
 
 
-def for_each(pictures: Sequence[Tensor], change: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """`change` of each picture; on a CPU by all cores, as torch resizes bytes in one thread."""
-    if any(picture.device.type != "cpu" for picture in pictures):
-        return [change(picture) for picture in pictures]
-    return parallel_map(change, pictures)
+def for_each(images: Sequence[Tensor], change: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """`change` of each image; on a CPU by all cores, as torch resizes bytes in one thread."""
+    if any(image.device.type != "cpu" for image in images):
+        return [change(image) for image in images]
+    return parallel_map(change, images)
 
 
-def _on_mean_square(picture: Tensor) -> Tensor:
-    """The picture in the middle of a square of CLIP's mean colour, as LLaVA pads."""
-    height, width = picture.shape[1:]
+def _on_mean_square(image: Tensor) -> Tensor:
+    """The image in the middle of a square of CLIP's mean colour, as LLaVA pads."""
+    height, width = image.shape[1:]
     if height == width:
-        return picture
+        return image
     side = max(height, width)
     colour = torch.tensor([int(255 * mean) for mean in CLIP_MEAN], dtype=torch.uint8)
-    square = colour.to(picture.device)[:, None, None].expand(3, side, side).clone()
-    return _in_the_middle(picture, square)
+    square = colour.to(image.device)[:, None, None].expand(3, side, side).clone()
+    return _in_the_middle(image, square)
 
 
-def _in_the_middle(picture: Tensor, square: Tensor) -> Tensor:
-    """The square, with the picture laid on it."""
-    height, width = picture.shape[1:]
+def _in_the_middle(image: Tensor, square: Tensor) -> Tensor:
+    """The square, with the image laid on it."""
+    height, width = image.shape[1:]
     top, left = (
         (whole - side) // 2 for whole, side in zip(square.shape[1:], (height, width), strict=True)
     )
-    square[:, top : top + height, left : left + width] = picture
+    square[:, top : top + height, left : left + width] = image
     return square
 
 
-def check_picture(number: int, image: Tensor) -> None:
+def check_image(number: int, image: Tensor) -> None:
     """ValueError unless the image is uint8 (3, H, W) with pixels in it."""
     right = image.dtype == torch.uint8 and image.ndim == 3 and image.shape[0] == 3
     if not right or not image.numel():

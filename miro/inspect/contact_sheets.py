@@ -1,6 +1,6 @@
-"""The best and worst pairs by a reward, as contact sheets: one picture a sheet.
+"""The best and worst pairs by a reward, as contact sheets: one image a sheet.
 
-Only the shards that hold them are opened, one at a time, and a picture is decoded once however many
+Only the shards that hold them are opened, one at a time, and an image is decoded once however many
 sheets show it.
 """
 
@@ -23,7 +23,7 @@ from miro.data.shards import Manifest, ShardIndex, read_shard_scores, scores_pat
 from miro.encoders.vae import build_codec
 from miro.images.decoder import DecodeError
 from miro.images.pillow import decode
-from miro.inspect.sample_stats import captions_of, picture_member
+from miro.inspect.sample_stats import captions_of, image_member
 from miro.inspect.score_stats import Columns
 from miro.inspect.summary import Sheet, Shown
 
@@ -50,20 +50,20 @@ class _Pair:
 class _Seen:
     """A sample: its captions, and its thumbnail uint8 (h, w, 3), or why it cannot be decoded.
 
-    None where the folder has no pictures at all: then captions are what can be shown.
+    None where the folder has no images at all: then captions are what can be shown.
     """
 
     captions: Mapping[str, str]
     thumbnail: np.ndarray | str | None
 
 
-def why_no_pictures(manifest: Manifest) -> str:
-    """Why a dataset's pictures cannot be shown; empty where they can."""
+def why_no_images(manifest: Manifest) -> str:
+    """Why a dataset's images cannot be shown; empty where they can."""
     latents = (manifest.encoding or {}).get("latents")
     if manifest.kind == "images" or latents == "pixels":
         return ""
     return (
-        f"This folder holds latents of {latents}, not pictures; inspect the folder that it was"
+        f"This folder holds latents of {latents}, not images; inspect the folder that it was"
         " encoded from to see them."
     )
 
@@ -132,28 +132,28 @@ def _samples(
         i = places[key]
         members = {name: index.member(i, name) for name in index.extensions(i)}
         try:
-            blind = why_no_pictures(manifest)
-            thumbnail = None if blind else _thumbnail(_picture(members))
+            blind = why_no_images(manifest)
+            thumbnail = None if blind else _thumbnail(_image(members))
         except DecodeError as error:
             thumbnail = str(error)
         yield key, _Seen(captions_of(key, members), thumbnail)
 
 
-def _picture(members: Mapping[str, memoryview]) -> Tensor:
+def _image(members: Mapping[str, memoryview]) -> Tensor:
     """uint8 (3, H, W); DecodeError says why there is none."""
-    name = picture_member(members)
+    name = image_member(members)
     if name is not None:
         return decode(bytes(members[name]))
     if LATENT not in members:
-        raise DecodeError("no picture among its members")
+        raise DecodeError("no image among its members")
     latent = torch.from_numpy(npy_view(members[LATENT]).astype(np.float32))
     pixels = build_codec("pixels").decode(latent[None])[0]
     return (pixels * 255).round().to(torch.uint8)
 
 
-def _thumbnail(picture: Tensor) -> np.ndarray:
-    image = Image.fromarray(picture.permute(1, 2, 0).numpy())
-    # A few large pixels stay pixels; pictures that are shrunk are averaged.
+def _thumbnail(pixels: Tensor) -> np.ndarray:
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    # A few large pixels stay pixels; images that are shrunk are averaged.
     way = Image.Resampling.NEAREST if max(image.size) <= SIDE else Image.Resampling.LANCZOS
     return np.asarray(ImageOps.contain(image, (SIDE, SIDE), way))
 

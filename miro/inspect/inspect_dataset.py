@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from miro.data.shards import MODELS, Manifest, scores_path
-from miro.inspect.contact_sheets import contact_sheets, why_no_pictures
+from miro.inspect.contact_sheets import contact_sheets, why_no_images
 from miro.inspect.rejected_counts import read_rejected
 from miro.inspect.sample_stats import look
 from miro.inspect.score_stats import (
@@ -30,12 +30,12 @@ Progress = Callable[[int, int | None], None]  # samples whose scores were read, 
 class InspectConfig:
     """How much of a dataset to look at, and what to show of it."""
 
-    pictures: int = 24  # on a contact sheet; 0 for none
+    images: int = 24  # on a contact sheet; 0 for none
     bins: int = 64  # whose edges are marked, as conditioning.bins of the training to come
     look_at: int = 20_000  # samples whose captions and sizes are read; the scores are read of all
 
     def __post_init__(self) -> None:
-        for name, least in (("pictures", 0), ("bins", 2), ("look_at", 1)):
+        for name, least in (("images", 0), ("bins", 2), ("look_at", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
@@ -78,7 +78,7 @@ def survey_of(folder: Path, config: InspectConfig, progress: Progress) -> Survey
     numbers: list[RewardNumbers] = []
     ranks: dict[str, np.ndarray] = {}
     extremes: dict[tuple[str, str], np.ndarray] = {}
-    most = config.pictures * len(manifest.captions)  # a sample has a pair for each kind at most
+    most = config.images * len(manifest.captions)  # a sample has a pair for each kind at most
     for name, column in columns.values.items() if columns else ():
         order = order_of(column)
         found = reward_numbers(name, column, order, config.bins, _model(manifest, name))
@@ -90,7 +90,7 @@ def survey_of(folder: Path, config: InspectConfig, progress: Progress) -> Survey
     sheets = (
         ()
         if columns is None
-        else contact_sheets(folder, manifest, columns, extremes, config.pictures)
+        else contact_sheets(folder, manifest, columns, extremes, config.images)
     )
     return Survey(
         name=folder.resolve().name,
@@ -106,7 +106,7 @@ def survey_of(folder: Path, config: InspectConfig, progress: Progress) -> Survey
         rejected=read_rejected(folder / "rejected.jsonl"),
         encoding=manifest.encoding or {},
         sheets=sheets,
-        no_pictures=why_no_pictures(manifest),
+        no_images=why_no_images(manifest),
     )
 
 

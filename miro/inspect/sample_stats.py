@@ -1,6 +1,6 @@
-"""What the samples themselves hold, their captions and the sizes of their pictures.
+"""What the samples themselves hold, their captions and the sizes of their images.
 
-Only so many are looked at, the first of shards spread evenly over the dataset; no picture is
+Only so many are looked at, the first of shards spread evenly over the dataset; no image is
 decoded.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from miro.data.reader import LATENT, RECORD
 from miro.data.shards import Manifest, check_shard
 from miro.images.decoder import DecodeError
-from miro.images.pillow import IMAGE_EXTENSIONS, picture_size
+from miro.images.pillow import IMAGE_EXTENSIONS, image_size
 from miro.inspect.summary import Looks
 from miro.sources.sample import RawSample, read_sample
 from miro.sources.tar import map_file, scan
@@ -28,15 +28,15 @@ MOST_SIZES = 8  # listed
 def captions_of(key: str, members: Mapping[str, bytes | memoryview]) -> dict[str, str]:
     """{kind: caption} of a sample, as `annotate` read them; none where it has no good one."""
     texts = {name: bytes(members[name]) for name in (RECORD, "txt") if name in members}
-    # Read as it was then, but for the picture, which only has to be named.
+    # Read as it was then, but for the image, which only has to be named.
     for item in read_sample("", key, {"png": b"", **texts}):
         if isinstance(item, RawSample):
             return item.captions
     return {}
 
 
-def picture_member(extensions: Iterable[str]) -> str | None:
-    """The member that holds the picture, of those a sample has."""
+def image_member(extensions: Iterable[str]) -> str | None:
+    """The member that holds the image, of those a sample has."""
     names = set(extensions)
     return next((name for name in IMAGE_EXTENSIONS if name in names), None)
 
@@ -49,7 +49,7 @@ def look(folder: Path, manifest: Manifest, limit: int) -> Looks:
         count = min(len(shards), MOST_SHARDS, limit)
         shards = tuple(shards[i * len(shards) // count] for i in range(count))
     share = math.ceil(limit / len(shards))
-    samples = unusable = no_picture = characters = longest = 0
+    samples = unusable = no_image = characters = longest = 0
     kinds: Counter[str] = Counter()
     distinct: set[int] = set()  # hashes: a caption may have a megabyte
     sizes: Counter[tuple[int, int]] = Counter()
@@ -66,18 +66,18 @@ def look(folder: Path, manifest: Manifest, limit: int) -> Looks:
                 distinct.update(map(hash, captions.values()))
                 characters += sum(map(len, captions.values()))
                 longest = max([longest, *map(len, captions.values())])
-                picture = picture_member(spans)
-                if picture is None:
-                    no_picture += LATENT not in spans
+                image = image_member(spans)
+                if image is None:
+                    no_image += LATENT not in spans
                     continue
                 try:
-                    sizes[picture_size(buffer[slice(*spans[picture])])] += 1
+                    sizes[image_size(buffer[slice(*spans[image])])] += 1
                 except DecodeError:
-                    no_picture += 1
+                    no_image += 1
     count = kinds.total()
     found = Looks(
         samples, every, dict(kinds), unusable, count, len(distinct),
-        characters / count if count else 0.0, longest, no_picture=no_picture,
+        characters / count if count else 0.0, longest, no_image=no_image,
     )  # fmt: skip
     return _with_sizes(found, sizes)
 

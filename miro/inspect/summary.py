@@ -57,10 +57,10 @@ class Looks:
     distinct: int
     mean_length: float  # characters
     longest: int
-    sizes: Mapping[str, int] = field(default_factory=dict)  # "640 x 480" -> pictures, most first
+    sizes: Mapping[str, int] = field(default_factory=dict)  # "640 x 480" -> images, most first
     shorter_side: Mapping[str, float] = field(default_factory=dict)  # quantile -> pixels
     aspect: Mapping[str, float] = field(default_factory=dict)  # quantile -> width / height
-    no_picture: int = 0  # pictures whose header cannot be read
+    no_image: int = 0  # images whose header cannot be read
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Sheet:
-    """The best or the worst by a reward: one picture for all, or none where none can be shown."""
+    """The best or the worst by a reward: one image for all, or none where none can be shown."""
 
     reward: str
     end: str  # "best" or "worst"
@@ -87,7 +87,7 @@ class Sheet:
 
 @dataclass(frozen=True)
 class Survey:
-    """A dataset folder in numbers and pictures. `pairs`: rows of the score files, None: none."""
+    """A dataset folder in numbers and images. `pairs`: rows of the score files, None: none."""
 
     name: str
     kind: str
@@ -102,10 +102,10 @@ class Survey:
     rejected: Rejected | None = None
     encoding: Mapping[str, Any] = field(default_factory=dict)
     sheets: tuple[Sheet, ...] = ()
-    no_pictures: str = ""  # why no pictures can be shown
+    no_images: str = ""  # why no images can be shown
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as JSON types, but for the pictures' bytes."""
+        """All of it as JSON types, but for the images' bytes."""
         record = asdict(self)
         for sheet in record["sheets"]:
             del sheet["jpeg"], sheet["columns"]

@@ -1,4 +1,4 @@
-"""`miro caption`: a dataset's pictures get further captions, by a model or from a table.
+"""`miro caption`: a dataset's images get further captions, by a model or from a table.
 
     SOURCE (kind "images")                     DEST (kind "images")
     shards/00000.tar  {key}.jpg                shards/00000.tar  {key}.jpg   as it was
@@ -10,7 +10,7 @@ the ranks of a launch divide them. So a run that was stopped goes on where it wa
 equal an undisturbed run's byte for byte.
 DEST is a dataset of its own: `miro annotate DEST DEST --rewards ...` scores old captions and new.
 
-The paper (arXiv 2510.25897) captions its web pictures with google/gemma-3-12b-it: a long one of
+The paper (arXiv 2510.25897) captions its web images with google/gemma-3-12b-it: a long one of
 about 200 tokens, for which the model reads the web's text too, and a short one. The wording here is
 ours; the paper's is not published.
 """
@@ -55,9 +55,9 @@ Progress = Callable[[int, int | None], None]  # samples looked at by this call, 
 
 ORIGINAL = "original"
 PROMPTS = {
-    "long": "Describe this picture in one paragraph of about 150 words: what there is, how it looks"
+    "long": "Describe this image in one paragraph of about 150 words: what there is, how it looks"
     " and where it is. {alt}Write the description and nothing else.",
-    "short": "Describe this picture in one short sentence. Write the sentence and nothing else.",
+    "short": "Describe this image in one short sentence. Write the sentence and nothing else.",
 }
 ALT = 'The web says of it "{text}", which may be wrong or about something else. '
 
@@ -74,7 +74,7 @@ class CaptionConfig:
     temperature: float = 0.0  # 0: the likeliest words; else drawn, each caption from its own stream
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"
-    batch_size: int = 16  # pictures of one generation
+    batch_size: int = 16  # images of one generation
     workers: int = 0  # threads that decode; 0: one per core, at most 16
     decoder: DecoderName = "auto"  # DALI where it is installed, Pillow elsewhere
     device: str = "cpu"
@@ -116,7 +116,7 @@ class _Writer(Protocol):
         """For each sample {kind: caption as found}, without those there are none of."""
         ...
 
-    reads_pictures: bool
+    reads_images: bool
     silence: str
     """Why there is none, for rejected.jsonl."""
 
@@ -128,7 +128,7 @@ def caption(
     config: CaptionConfig | None = None,
     progress: Progress | None = None,
 ) -> CaptionSummary:
-    """Make or complete `dest`: the pictures and captions of the dataset `source`, and new captions.
+    """Make or complete `dest`: the images and captions of the dataset `source`, and new captions.
 
     A caption that is empty or missing is set aside in `rejected.jsonl`; its sample is kept with its
     others. ValueError before any work where `source` is no dataset of images or has captions of
@@ -138,30 +138,30 @@ def caption(
     """
     started = time.perf_counter()
     source, dest, config = Path(source), Path(dest), config or CaptionConfig()
-    pictures = Manifest.read(source)
-    if pictures.kind != "images":
+    source_manifest = Manifest.read(source)
+    if source_manifest.kind != "images":
         raise ValueError(f"{source}: is encoded already; caption the images it was made from")
     if source.resolve() == dest.resolve():
         raise ValueError(f"{dest}: DEST must not be SOURCE, whose shards never change")
     table = CaptionTable(config.table) if config.table is not None else None
     if table is not None:
-        table.check(ShardIndex(source, pictures).keys)
+        table.check(ShardIndex(source, source_manifest).keys)
     kinds = config.kinds if table is None else table.kinds
     for kind in kinds:
-        if kind in pictures.captions:
+        if kind in source_manifest.captions:
             raise ValueError(f"{source}: has captions of kind {kind!r} already; ask for others")
-    for shard in pictures.shards:
+    for shard in source_manifest.shards:
         check_shard(source, shard)
     settings = _settings(config, kinds)
     ranks = dist_env(os.environ)
     with exclusive_lock(dest, ranks.rank), RejectedLog(dest / "rejected.jsonl") as rejected:
         with blocking_lock(dest):
             if not (dest / "manifest.json").is_file():
-                _first_manifest(pictures, kinds, settings).write(dest)
-            manifest = _check_same_encoding(source, dest, pictures, settings)
+                _first_manifest(source_manifest, kinds, settings).write(dest)
+            manifest = _check_same_encoding(source, dest, source_manifest, settings)
         todo = [
             shard
-            for position, shard in enumerate(pictures.shards)
+            for position, shard in enumerate(source_manifest.shards)
             if position % ranks.world == ranks.rank
             and position >= len(manifest.shards)
             and read_completed(dest, shard) is None
@@ -174,8 +174,8 @@ def caption(
             )
             with closing(decoder):
                 work = _Work(source, dest, writer, config, decoder, rejected, progress)
-                work.run(pictures.shards, todo)
-        manifest = commit_completed(dest, pictures.shards, _extended)
+                work.run(source_manifest.shards, todo)
+        manifest = commit_completed(dest, source_manifest.shards, _extended)
         return CaptionSummary(
             samples=manifest.samples,
             rejected=len(rejected),
@@ -196,14 +196,16 @@ def _settings(config: CaptionConfig, kinds: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _first_manifest(pictures: Manifest, kinds: Sequence[str], settings: dict[str, Any]) -> Manifest:
-    state = {"settings": settings, "shards": {}, "of": pictures.source}
-    captions = (*pictures.captions, *kinds)
+def _first_manifest(
+    source_manifest: Manifest, kinds: Sequence[str], settings: dict[str, Any]
+) -> Manifest:
+    state = {"settings": settings, "shards": {}, "of": source_manifest.source}
+    captions = (*source_manifest.captions, *kinds)
     return Manifest("images", captions, (), source={"caption": state})
 
 
 def _check_same_encoding(
-    source: Path, dest: Path, pictures: Manifest, settings: dict[str, Any]
+    source: Path, dest: Path, source_manifest: Manifest, settings: dict[str, Any]
 ) -> Manifest:
     """The manifest of an existing DEST; ValueError where it is not what this call would make."""
     manifest = Manifest.read(dest)
@@ -217,10 +219,10 @@ def _check_same_encoding(
             " new folder"
         )
     for position, shard in enumerate(manifest.shards):
-        now = pictures.shards[position] if position < len(pictures.shards) else None
+        now = source_manifest.shards[position] if position < len(source_manifest.shards) else None
         if now is None or now.name != shard.name or now.sha256 != there["shards"].get(shard.name):
             raise ValueError(
-                f"{dest}: its shard {shard.name} was made from other pictures than {source} holds"
+                f"{dest}: its shard {shard.name} was made from other images than {source} holds"
                 " now; choose a new folder"
             )
     return manifest
@@ -239,8 +241,8 @@ def _extended(manifest: Manifest, shard: ShardInfo, made: CompletedShard) -> Man
 class _Model:
     """Captions by a vision-language model."""
 
-    reads_pictures = True
-    silence = "the model wrote nothing, or could not be shown the picture"
+    reads_images = True
+    silence = "the model wrote nothing, or could not be shown the image"
 
     def __init__(self, config: CaptionConfig) -> None:
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
@@ -333,7 +335,7 @@ class _Work:
 
     def _image_of(self, sample: tuple[RawSample | RejectedSample, Any]) -> bytes | None:
         item, _ = sample
-        if isinstance(item, RejectedSample) or not self._writer.reads_pictures:
+        if isinstance(item, RejectedSample) or not self._writer.reads_images:
             return None
         return item.image
 

@@ -26,7 +26,7 @@ class CaptionTable:
             sample's caption twice.
     """
 
-    reads_pictures = False
+    reads_images = False
     silence = "the table has none"
 
     def __init__(self, path: Path) -> None:
@@ -68,7 +68,7 @@ class CaptionTable:
     def captions(
         self, items: Sequence[RawSample], images: Sequence[Tensor | None]
     ) -> list[dict[str, Any]]:
-        """For each sample {kind: caption}; the pictures are not looked at."""
+        """For each sample {kind: caption}; the images are not looked at."""
         return [
             {
                 kind: self._captions[self._rows[item.key, kind]].as_py()

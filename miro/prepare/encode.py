@@ -1,4 +1,4 @@
-"""`miro encode`: pictures and captions become latents and token states, once, before training.
+"""`miro encode`: images and captions become latents and token states, once, before training.
 
     SOURCE (kind "images")                 DEST (kind "encoded")
     shards/00000.tar  {key}.png            shards/00000.tar  {key}.latent.npy       float16
@@ -12,7 +12,7 @@ captions are encoded together depends on the source and the number of processes 
 a finished folder only copies the scores anew, so a reward that was added to SOURCE reaches DEST
 without encoding anything.
 
-Of several sizes each has a complete folder of its own, DEST/256 and DEST/512. A picture is read and
+Of several sizes each has a complete folder of its own, DEST/256 and DEST/512. An image is read and
 decoded once and a caption encoded once for all; only the files of the token states are repeated.
 """
 
@@ -50,10 +50,10 @@ WINDOW = 1024
 
 @dataclass(frozen=True)
 class EncodeConfig(EncodingConfig):
-    """How pictures and captions are encoded, and with how much of the machine."""
+    """How images and captions are encoded, and with how much of the machine."""
 
     sizes: tuple[int, ...] = ()  # several at once, each in a folder of its own: DEST/256, DEST/512
-    batch_size: int = 64  # pictures decoded, and encoded by the autoencoder, at a time
+    batch_size: int = 64  # images decoded, and encoded by the autoencoder, at a time
     cache_bytes: int = 1 << 28  # memory for token states of captions that may come again
     max_rejected: float = 0.01  # stop above this share of SOURCE that cannot be decoded
     workers: int = 0  # threads that decode; 0: one per core, at most 16
@@ -110,29 +110,29 @@ def encode(
     """Encode the images folder `source` into `dest`, or go on with what is there.
 
     ValueError before any work where `source` is no images folder, an encoder's name is not known,
-    or `dest` was made otherwise (the message names the difference); later where pictures differ in
+    or `dest` was made otherwise (the message names the difference); later where images differ in
     size and no size was given, or too many cannot be decoded. OSError where the disk is full. All
     that was complete is kept, and the same call goes on.
     """
     started = time.perf_counter()
     source, dest, config = Path(source), Path(dest), config or EncodeConfig()
-    pictures = Manifest.read(source)
-    if pictures.kind != "images":
+    source_manifest = Manifest.read(source)
+    if source_manifest.kind != "images":
         raise ValueError(f"{source}: is encoded already; encode the images it was made from")
-    if not pictures.samples:
+    if not source_manifest.samples:
         raise ValueError(f"{source}: holds no samples; let `miro annotate` complete a shard first")
     ranks = dist_env(os.environ)
     config = replace(config, device=str(ranks.device(config.device)))
     with ExitStack() as stack:
         places = [dest / str(size) for size in config.sizes] or [dest]
         folders = [
-            EncodedFolder(source, place, pictures, encoding, ranks)
+            EncodedFolder(source, place, source_manifest, encoding, ranks)
             for place, encoding in zip(places, config.encodings(), strict=True)
         ]
         for folder in folders:
             folder.open(stack)
         before = [folder.samples for folder in folders]
-        mine = range(ranks.rank, len(pictures.shards), ranks.world)
+        mine = range(ranks.rank, len(source_manifest.shards), ranks.world)
         begun = all(folder.manifest for folder in folders)  # a rank may have no shard at all
         if not begun or any(f.made(position) is None for f in folders for position in mine):
             # Only here: a finished folder needs no encoders, and they take seconds to load.
@@ -141,7 +141,7 @@ def encode(
                     build_decoder(config.decoder, config.device, config.batch_size, config.workers)
                 )
             )
-            _Work(source, pictures, config, decoder, folders, progress).run(mine)
+            _Work(source, source_manifest, config, decoder, folders, progress).run(mine)
         for folder in folders:
             folder.sync_reward_columns()
         return EncodeSummary(
@@ -159,13 +159,13 @@ class _Work:
     def __init__(
         self,
         source: Path,
-        pictures: Manifest,
+        source_manifest: Manifest,
         config: EncodeConfig,
         decoder: Decoder,
         folders: list[EncodedFolder],
         progress: Progress | None,
     ):
-        self._source, self._pictures, self._folders = source, pictures, folders
+        self._source, self._images, self._folders = source, source_manifest, folders
         self._config, self._decoder, self._progress = config, decoder, progress
         self._encoders = FrozenEncoders(
             config, config.device, batch_size=config.batch_size, cache_bytes=config.cache_bytes
@@ -183,7 +183,7 @@ class _Work:
             position: [folder for folder in self._folders if folder.made(position) is None]
             for position in positions
         }
-        shards = self._pictures.shards
+        shards = self._images.shards
         self._total = sum(shards[position].samples for position, by in lacking.items() if by)
         for position, folders in lacking.items():
             if not folders:
@@ -197,15 +197,15 @@ class _Work:
                 folder.complete(shards[position], tar.info)
 
     def _first_image(self) -> Tensor:
-        """The first good picture stands for all."""
-        for shard in self._pictures.shards:
+        """The first good image stands for all."""
+        for shard in self._images.shards:
             for item, _ in self._read(shard):
                 try:
                     if isinstance(item, RawSample):
                         return decode(item.image)
                 except DecodeError:
                     continue  # it is set aside in its turn
-        raise ValueError(f"{self._source}: none of its pictures can be decoded")
+        raise ValueError(f"{self._source}: none of its images can be decoded")
 
     def _remember(self, position: int) -> None:
         """Fill the cache as the run that made the shard at `position` had filled it."""
@@ -215,7 +215,7 @@ class _Work:
             return
         index = ShardIndex(folder.dest, Manifest("encoded", (), (made,)))
         for i in range(len(index)):
-            # Read as it was then, but for the picture, which only has to be named.
+            # Read as it was then, but for the image, which only has to be named.
             members = {"png": b"", RECORD: bytes(index.member(i, RECORD))}
             for item in read_sample("", index.keys[i], members):
                 captions = item.captions if isinstance(item, RawSample) else {}
@@ -232,14 +232,16 @@ class _Work:
     def _fitted(
         self, items: Iterable[RawSample | RejectedSample], folders: list[EncodedFolder]
     ) -> Iterator[list[Tensor] | RejectedSample]:
-        """Each item's picture as each folder has it, or why there is none."""
+        """Each item's image as each folder has it, or why there is none."""
 
         def image_of(item: RawSample | RejectedSample) -> bytes | None:
             return item.image if isinstance(item, RawSample) else None
 
         for batch in decode_ahead(items, image_of, self._config.batch_size, self._decoder):
-            pictures = [image for _, image in batch if isinstance(image, Tensor)]
-            fitted = zip(*(folder.encoding.fit_all(pictures) for folder in folders), strict=True)
+            source_manifest = [image for _, image in batch if isinstance(image, Tensor)]
+            fitted = zip(
+                *(folder.encoding.fit_all(source_manifest) for folder in folders), strict=True
+            )
             for item, image in batch:
                 if isinstance(item, RejectedSample):
                     yield item

@@ -35,9 +35,9 @@ class EncodedFolder:
     """
 
     def __init__(
-        self, source: Path, dest: Path, pictures: Manifest, encoding: EncodingConfig, ranks: DistEnv
+        self, source: Path, dest: Path, images: Manifest, encoding: EncodingConfig, ranks: DistEnv
     ) -> None:
-        self.source, self.dest, self.pictures, self.encoding = source, dest, pictures, encoding
+        self.source, self.dest, self.images, self.encoding = source, dest, images, encoding
         self.ranks = ranks
         found = (dest / "manifest.json").is_file()
         self.manifest = self._check_same_encoding() if found else None
@@ -70,9 +70,9 @@ class EncodedFolder:
             if (self.dest / "manifest.json").is_file():
                 self.manifest = self._check_same_encoding()
                 return
-            origin = {**self.pictures.source, "encoded_from": {}}
+            origin = {**self.images.source, "encoded_from": {}}
             self.manifest = replace(
-                self.pictures, kind="encoded", shards=(), encoding=record, source=origin
+                self.images, kind="encoded", shards=(), encoding=record, source=origin
             )
             self.manifest.write(self.dest)
 
@@ -80,7 +80,7 @@ class EncodedFolder:
         """The shard made of the source's shard at `position`, if it is."""
         if self.manifest and position < len(self.manifest.shards):
             return self.manifest.shards[position]
-        record = read_completed(self.dest, self.pictures.shards[position])
+        record = read_completed(self.dest, self.images.shards[position])
         return record and record.shard
 
     def complete(self, shard: ShardInfo, made: ShardInfo) -> None:
@@ -92,50 +92,50 @@ class EncodedFolder:
         log.info("%s: %d samples encoded", self.dest, self.samples)
 
     def _gather(self) -> None:
-        self.manifest = commit_completed(self.dest, self.pictures.shards, self._extended)
+        self.manifest = commit_completed(self.dest, self.images.shards, self._extended)
 
     def _extended(self, manifest: Manifest, shard: ShardInfo, made: CompletedShard) -> Manifest:
         assert manifest.encoding is not None
         made_from = {**manifest.source["encoded_from"], shard.name: shard.sha256}
         return replace(
-            self.pictures,
+            self.images,
             kind="encoded",
             shards=(*manifest.shards, made.shard),
             encoding={**manifest.encoding, "cut": manifest.encoding["cut"] + made.cut},
-            source={**self.pictures.source, "encoded_from": made_from},
+            source={**self.images.source, "encoded_from": made_from},
         )
 
     def sync_reward_columns(self) -> None:
         """Let the manifest list the source's rewards of which every shard has the scores by now."""
         with blocking_lock(self.dest):
             manifest = Manifest.read(self.dest)
-            rewards = set(self.pictures.rewards)
-            for shard in manifest.shards if manifest.rewards != self.pictures.rewards else ():
+            rewards = set(self.images.rewards)
+            for shard in manifest.shards if manifest.rewards != self.images.rewards else ():
                 table = scores_path(self.dest, shard)
                 rewards &= set(score_columns(table)) if table.is_file() else set()
             source = dict(manifest.source)
-            if MODELS in self.pictures.source:
-                source[MODELS] = self.pictures.source[MODELS]
-            listed = tuple(name for name in self.pictures.rewards if name in rewards)
+            if MODELS in self.images.source:
+                source[MODELS] = self.images.source[MODELS]
+            listed = tuple(name for name in self.images.rewards if name in rewards)
             self.manifest = replace(manifest, rewards=listed, source=source)
             if self.manifest != manifest:
                 self.manifest.write(self.dest)
 
     def check_shape(self, origin: str, image: Tensor, shape: Sequence[int]) -> None:
-        """ValueError for a picture of a size of its own, where none was asked for."""
+        """ValueError for an image of a size of its own, where none was asked for."""
         first, (height, width) = self.record["latent_shape"], image.shape[1:]
         if not self.encoding.buckets and list(shape) != first:
             raise ValueError(
-                f"{origin}: the picture is {width} x {height} pixels, its latents {shape}, those of"
+                f"{origin}: the image is {width} x {height} pixels, its latents {shape}, those of"
                 f" the first {tuple(first)}; give a size, to which all are cropped and resized"
             )
 
     def check_share(self, most: float) -> None:
         """ValueError where more than a share of the source was set aside."""
-        share = len(self.rejected) / self.pictures.samples
+        share = len(self.rejected) / self.images.samples
         if share > most:
             raise ValueError(
-                f"{len(self.rejected)} of {self.pictures.samples} samples were set aside, more "
+                f"{len(self.rejected)} of {self.images.samples} samples were set aside, more "
                 f"than the share of {most:g} allowed by max_rejected; "
                 f"{self.rejected.path} says why, last: {self.rejected.last}"
             )
@@ -152,11 +152,11 @@ class EncodedFolder:
             )
         made_from = manifest.source.get("encoded_from", {})
         for position, shard in enumerate(manifest.shards):
-            shards = self.pictures.shards
+            shards = self.images.shards
             now = shards[position] if position < len(shards) else None
             if now is None or now.name != shard.name or now.sha256 != made_from.get(shard.name):
                 raise ValueError(
-                    f"{dest}: its shard {shard.name} was encoded from other pictures than "
+                    f"{dest}: its shard {shard.name} was encoded from other images than "
                     f"{self.source} holds now; choose a new folder"
                 )
         return manifest

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from miro.images.transforms import check_picture
+from miro.images.transforms import check_image
 
 
 class Reward(Protocol):
@@ -81,7 +81,7 @@ def batches_by_size(
     check_lengths(images, captions)
     by_size: dict[torch.Size, list[int]] = {}
     for index, image in enumerate(images):
-        check_picture(index, image)
+        check_image(index, image)
         by_size.setdefault(image.shape, []).append(index)
     for indices in by_size.values():
         pixels = torch.stack([images[i] for i in indices]).to(device, non_blocking=True)

@@ -8,7 +8,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from miro.images.transforms import ImageTransform, check_picture, for_each
+from miro.images.transforms import ImageTransform, check_image, for_each
 
 
 class ImageBatch(Sequence[Tensor]):
@@ -60,7 +60,7 @@ class ImageBatch(Sequence[Tensor]):
         """
         if transform not in self._preprocessed:
             for number, image in enumerate(self.distinct):
-                check_picture(number, image)
+                check_image(number, image)
             images = for_each(self.distinct, transform.of)
             empty = torch.empty(0, 3, transform.size, transform.size, dtype=torch.uint8)
             self._preprocessed[transform] = torch.stack(images) if images else empty

@@ -1,4 +1,4 @@
-"""`miro sample`: pictures of prompts as PNG files, each with a record of how it was asked for."""
+"""`miro sample`: images of prompts as PNG files, each with a record of how it was asked for."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def draw(
     out: Path | None = None,
     device: str = "cpu",
 ) -> list[Path]:
-    """Draw `count` pictures of each prompt, each the best of `candidates` by the reward `best_by`.
+    """Draw `count` images of each prompt, each the best of `candidates` by the reward `best_by`.
 
     Args:
         run: a run's folder or a weights folder.
         prompts: what to draw.
         wanted: levels asked for by reward; a trained reward not named is asked for at 1.
         unwanted: levels reward guidance moves away from; a reward not named is at 0.
-        aspect: as 4:3; the pictures are of the nearest shape the run was trained on.
+        aspect: as 4:3; the images are of the nearest shape the run was trained on.
         out: folder for the files; `run`/samples where None.
 
     Returns:
@@ -72,24 +72,24 @@ def draw(
     # Every prompt starts from the same noises, so that prompts can be compared.
     numbers = list(range(count * candidates)) * len(prompts)
     shape = pipeline.shape(wide)
-    pictures = to_bytes(
+    generated = to_bytes(
         pipeline(captions, guidance, seed=seed, numbers=numbers, steps=steps, shape=shape)
     )
     if judge is not None:
-        chosen = best_of(judge.score(list(pictures), captions), candidates).tolist()
+        chosen = best_of(judge.score(list(generated), captions), candidates).tolist()
         captions, numbers = [captions[i] for i in chosen], [numbers[i] for i in chosen]
-        pictures = pictures[chosen]
+        generated = generated[chosen]
     out = run / "samples" if out is None else out
     return [
-        _write(out / f"{index:04d}", picture, {"prompt": caption, "seed": seed, "noise": number})
-        for index, (picture, caption, number) in enumerate(
-            zip(pictures, captions, numbers, strict=True)
+        _write(out / f"{index:04d}", image, {"prompt": caption, "seed": seed, "noise": number})
+        for index, (image, caption, number) in enumerate(
+            zip(generated, captions, numbers, strict=True)
         )
     ]
 
 
-def _write(stem: Path, picture: Tensor, record: Mapping[str, object]) -> Path:
+def _write(stem: Path, image: Tensor, record: Mapping[str, object]) -> Path:
     stem.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(stem.with_suffix(".png"))
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(stem.with_suffix(".png"))
     write_text(stem.with_suffix(".json"), json.dumps(record))
     return stem.with_suffix(".png")

@@ -30,14 +30,14 @@ from miro.training.engine import cast_parameters
 from miro.utils.serialize import from_dict
 
 
-def to_bytes(pictures: Tensor) -> Tensor:
+def to_bytes(images: Tensor) -> Tensor:
     """float (B, 3, H, W) in [0, 1] to uint8: what a file would hold and a reward reads."""
-    return (pictures * 255).round().to(torch.uint8)
+    return (images * 255).round().to(torch.uint8)
 
 
 @dataclass
 class Pipeline:
-    """Averaged weights with what they need to make pictures from words."""
+    """Averaged weights with what they need to make images from words."""
 
     model: FlowTransformer
     config: TrainConfig
@@ -149,16 +149,16 @@ class Pipeline:
         batch: int = 96,
         shape: tuple[int, int, int] | None = None,
     ) -> Tensor:
-        """One picture a prompt: float32 (len(prompts), 3, H, W) in [0, 1], on the CPU.
+        """One image a prompt: float32 (len(prompts), 3, H, W) in [0, 1], on the CPU.
 
-        `numbers` say which noise of `seed` each picture starts from; 0, 1, 2, ... if not given. A
-        picture depends on its prompt, number and seed alone, up to rounding. `shape` is that of the
+        `numbers` say which noise of `seed` each image starts from; 0, 1, 2, ... if not given. A
+        image depends on its prompt, number and seed alone, up to rounding. `shape` is that of the
         latents, as `self.shape(aspect)` gives it; the network's own if not given.
         """
         numbers = range(len(prompts)) if numbers is None else numbers
         device = self.model.cos.device
         limit = 1.0 if self.latents == "pixels" else None
-        pictures = []
+        images = []
         for start in range(0, len(prompts), batch):
             part = slice(start, start + batch)
             noise = draw_noise(shape or self.shape(), seed, numbers[part]).to(device)
@@ -166,5 +166,5 @@ class Pipeline:
             latents = sample(
                 self.model, self.config.flow, text, guidance, noise, steps=steps, limit=limit
             )
-            pictures.append(self.codec.decode(latents).cpu())
-        return torch.cat(pictures)
+            images.append(self.codec.decode(latents).cpu())
+        return torch.cat(images)

@@ -1,4 +1,4 @@
-"""From prompts to pictures: Euler integration with reward guidance, targets and best of N.
+"""From prompts to images: Euler integration with reward guidance, targets and best of N.
 
     v̂ = v(s⁺, c) + ω·(v(s⁺, c) − v(s⁻, c)) + τ·(v(s⁺, c) − v(s⁺, ∅))
 

@@ -73,7 +73,7 @@ class FolderSource:
 def list_images(root: Path) -> tuple[list[str], int]:
     """Images below a folder, as sorted relative paths, and the number of other files.
 
-    Hidden files and folders are left out: they are not pictures but what systems keep about them.
+    Hidden files and folders are left out: they are not images but what systems keep about them.
     """
 
     def refuse(error: OSError) -> None:

@@ -1,4 +1,4 @@
-"""What a run learns from, visit by visit: a picture, a caption, its rewards, noise and a time.
+"""What a run learns from, visit by visit: an image, a caption, its rewards, noise and a time.
 
 A visit is a position of the row that the loader reads. All that is random of it is a function of
 (seed, position), so a run learns the same however its steps are cut among ranks and micro-batches,

@@ -27,7 +27,7 @@ class TrainConfig:
     """`data` are images, which `miro annotate` made, and encoded as `encode` says at each visit."""
     encode: EncodingConfig = field(default_factory=EncodingConfig)
     mirror: bool = False
-    """Half of the visits see the picture in a mirror; of live data only. Not where words say which
+    """Half of the visits see the image in a mirror; of live data only. Not where words say which
     side is left."""
     images: int = 1_000_000
     """Images to train on, the same image counted each time it is seen."""

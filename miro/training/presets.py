@@ -12,7 +12,7 @@ from miro.utils.serialize import unknown_name
 
 
 def demo() -> TrainConfig:
-    """Pictures of 32 x 32 pixels on two CPU cores, in minutes: shows the effect of MIRO."""
+    """Images of 32 x 32 pixels on two CPU cores, in minutes: shows the effect of MIRO."""
     return TrainConfig(
         model=ModelConfig(channels=192, depth=6, heads=3, hidden=512, patch=8),
         images=131_200,

@@ -42,7 +42,7 @@ def parallel_map(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    """Kept: what torch sets up in a new thread takes as long as resizing a small picture."""
+    """Kept: what torch sets up in a new thread takes as long as resizing a small image."""
     return ThreadPoolExecutor(threads(), thread_name_prefix="miro-threads")
 
 

@@ -1,4 +1,4 @@
-"""Pictures, good and bad, as bytes, and files that rot. Imported by the tests of bad input."""
+"""Images, good and bad, as bytes, and files that rot. Imported by the tests of bad input."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def noise(height: int = 12, width: int = 10) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-PICTURE = encoded(noise())
+IMAGE = encoded(noise())
 
 
 def bomb(side: int) -> bytes:

@@ -56,11 +56,11 @@ def write_encoded(
 
 
 def write_images(folder: Path, sides: Sequence[tuple[int, int]], each: int = 8) -> Path:
-    """An images folder as annotate makes it: picture n is of sides[n], (width, height)."""
+    """An images folder as annotate makes it: image n is of sides[n], (width, height)."""
     manifest = Manifest("images", ("original", "short"), (), ("sharpness",))
     for shard, start in enumerate(range(0, len(sides), each)):
         numbers = range(start, min(start + each, len(sides)))
-        made = write_shard(folder / "shards" / f"{shard:05d}.tar", map(_picture(sides), numbers))
+        made = write_shard(folder / "shards" / f"{shard:05d}.tar", map(_image(sides), numbers))
         rows = [(n, kind) for n in numbers for kind in manifest.captions]
         write_scores(
             scores_path(folder, made),
@@ -73,7 +73,7 @@ def write_images(folder: Path, sides: Sequence[tuple[int, int]], each: int = 8) 
     return folder
 
 
-def _picture(sides: Sequence[tuple[int, int]]) -> Callable[[int], tuple[str, dict[str, bytes]]]:
+def _image(sides: Sequence[tuple[int, int]]) -> Callable[[int], tuple[str, dict[str, bytes]]]:
     def sample(n: int) -> tuple[str, dict[str, bytes]]:
         width, height = sides[n]
         pixels = np.random.default_rng(n).integers(0, 256, (height, width, 3), np.uint8)

@@ -17,7 +17,7 @@ from miro.inspect.inspect_dataset import InspectConfig, inspect
 
 
 def shade(number: int) -> np.ndarray:
-    """A picture of one grey, by which it is known on a contact sheet."""
+    """An image of one grey, by which it is known on a contact sheet."""
     return np.full((24 + number % 10, 40, 3), 20 * (number % 10), np.uint8)
 
 
@@ -32,12 +32,12 @@ def make_dataset(
     scores: Mapping[str, Sequence[float]],
     *,
     captions: Sequence[Mapping[str, str]] = (),
-    pictures: Mapping[int, bytes] | None = None,
+    images: Mapping[int, bytes] | None = None,
     shards: int = 2,
     count: int = 10,
 ) -> Path:
     """`count` samples in shards, each with a score for each of its captions."""
-    captions = captions or [{"original": f"picture {i}"} for i in range(count)]
+    captions = captions or [{"original": f"image {i}"} for i in range(count)]
     kinds = list(dict.fromkeys(kind for texts in captions for kind in texts))
     rows = [(i, kind) for i, texts in enumerate(captions) for kind in texts]
     made = []
@@ -46,7 +46,7 @@ def make_dataset(
             (
                 f"key{i}",
                 {
-                    "png": (pictures or {}).get(int(i), png(shade(int(i)))),
+                    "png": (images or {}).get(int(i), png(shade(int(i)))),
                     "json": json.dumps({"captions": captions[i]}).encode(),
                 },
             )

@@ -18,7 +18,7 @@ from miro.sources.sample import RawSample, RejectedSample
 from miro.sources.source import Source
 
 
-def picture(shade: int) -> bytes:
+def encoded_image(shade: int) -> bytes:
     return encoded(Image.new("RGB", (5, 4), (shade, 0, 0)))
 
 
@@ -33,10 +33,10 @@ def write_tar(path: Path, samples: Sequence[tuple[str, Mapping[str, bytes]]]) ->
     return path
 
 
-def pictures(folder: Path, count: int = 4) -> Path:
+def image_folder(folder: Path, count: int = 4) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
-        (folder / f"{number}.png").write_bytes(picture(number))
+        (folder / f"{number}.png").write_bytes(encoded_image(number))
     return folder
 
 

@@ -58,7 +58,7 @@ class Brightness(CaptionLength):
         return torch.stack([image.float().mean() for image in images])
 
 
-def picture(number: int, form: str = "PNG", size: tuple[int, int] = (9, 7)) -> bytes:
+def encoded_image(number: int, form: str = "PNG", size: tuple[int, int] = (9, 7)) -> bytes:
     pixels = np.random.default_rng(number).integers(0, 256, (*size, 3), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, form)
@@ -71,9 +71,9 @@ def make_folder(root: Path, count: int = 12) -> Path:
         form = ("PNG", "JPEG", "WEBP")[i % 3]
         path = root / f"part {i % 2}" / f"{i:03d}.{form.lower()}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        data = picture(i, form, (6 + i % 4, 8))
+        data = encoded_image(i, form, (6 + i % 4, 8))
         path.write_bytes(data[:40] if i % 5 == 4 else data)
-        path.with_suffix(".txt").write_text(f"picture number {i}\n")
+        path.with_suffix(".txt").write_text(f"image number {i}\n")
     return root
 
 
@@ -125,7 +125,7 @@ def test_a_folder_becomes_shards_with_the_bytes_captions_and_scores(tmp_path: Pa
             number = int(key.removeprefix("part_0_").removeprefix("part_1_"))
             file = source / f"part {number % 2}" / f"{number:03d}.{extension}"
             assert data == file.read_bytes()
-            assert json_member == {"captions": {"original": f"picture number {number}"}}
+            assert json_member == {"captions": {"original": f"image number {number}"}}
             image = decode(data)
             expected = [r.score([image], ["x"]).item() for r in (Colourfulness(), Sharpness())]
             assert rows[key, "original"] == expected
@@ -139,10 +139,10 @@ def test_names_that_make_the_same_key_are_told_apart(tmp_path: Path) -> None:
     for number, name in enumerate(names):
         path = tmp_path / "in" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture(number, path.suffix[1:].upper()))
+        path.write_bytes(encoded_image(number, path.suffix[1:].upper()))
         path.with_suffix(".txt").write_text(name)
     long = tmp_path / "in" / ("z" * 200 + ".png")
-    long.write_bytes(picture(9))
+    long.write_bytes(encoded_image(9))
     long.with_suffix(".txt").write_text("long")
     annotate(tmp_path / "in", tmp_path / "out", rewards=["sharpness"], config=SMALL)
     keys = read_scores(tmp_path / "out").keys
@@ -156,12 +156,13 @@ def test_tars_keep_every_caption_kind_and_what_their_json_says(tmp_path: Path) -
     make_tar(
         tmp_path / "in" / "x-0.tar",
         [
-            ("0", {"jpg": picture(0, "JPEG"), "txt": b"one"}),
-            ("1", {"webp": picture(1, "WEBP"), "json": more}),
+            ("0", {"jpg": encoded_image(0, "JPEG"), "txt": b"one"}),
+            ("1", {"webp": encoded_image(1, "WEBP"), "json": more}),
         ],
     )
     make_tar(
-        tmp_path / "in" / "x-1.tar", [("0", {"PNG": picture(2), "json": b'{"caption":"two"}'})]
+        tmp_path / "in" / "x-1.tar",
+        [("0", {"PNG": encoded_image(2), "json": b'{"caption":"two"}'})],
     )
     lengths, bright = CaptionLength(), Brightness()
     dest = tmp_path / "out"
@@ -182,11 +183,11 @@ def test_tars_keep_every_caption_kind_and_what_their_json_says(tmp_path: Path) -
     assert [shard.samples for shard in manifest.shards] == [2, 1]
     (_, first), (_, second) = iterate_shard(dest / "shards" / "00000.tar")
     assert json.loads(second["json"]) == {"captions": captions, "width": 9}
-    assert first["jpg"] == picture(0, "JPEG")
+    assert first["jpg"] == encoded_image(0, "JPEG")
 
 
 def test_a_large_tar_is_cut_into_shards(tmp_path: Path) -> None:
-    samples = [(f"{i:03d}", {"png": picture(i), "txt": b"caption"}) for i in range(12)]
+    samples = [(f"{i:03d}", {"png": encoded_image(i), "txt": b"caption"}) for i in range(12)]
     tar = make_tar(tmp_path / "in.tar", samples)
     annotate(tar, tmp_path / "out", rewards=["sharpness"], config=SMALL)
     assert [shard.samples for shard in Manifest.read(tmp_path / "out").shards] == [5, 5, 2]

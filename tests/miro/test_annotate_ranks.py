@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers.multirank import Together
-from test_annotate import contents, make_folder, make_tar, picture
+from test_annotate import contents, encoded_image, make_folder, make_tar
 
 from miro.conditioning import Bins
 from miro.data.shards import Manifest, read_scores, scores_path
@@ -45,7 +45,8 @@ def test_ranks_make_what_one_process_makes(tmp_path: Path) -> None:
 def test_tars_are_divided_too_and_their_parts_are_in_order(tmp_path: Path) -> None:
     for tar in range(4):
         samples = [
-            (f"{i:03d}", {"png": picture(i), "txt": f"{tar} {i}".encode()}) for i in range(tar * 6)
+            (f"{i:03d}", {"png": encoded_image(i), "txt": f"{tar} {i}".encode()})
+            for i in range(tar * 6)
         ]
         make_tar(tmp_path / "in" / f"{tar}.tar", samples)
     annotate(tmp_path / "in", tmp_path / "one", rewards=BOTH, config=CONFIG)

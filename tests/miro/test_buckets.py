@@ -1,4 +1,4 @@
-"""Pictures of several aspects and resolutions: encoded, trained on, and drawn."""
+"""Images of several aspects and resolutions: encoded, trained on, and drawn."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -88,7 +88,7 @@ def test_the_nearest_bucket_is_nearest_by_ratio() -> None:
     assert nearest(sides, 1 / 1.29) == (32, 32) and nearest(sides, 1 / 1.30) == (40, 24)
 
 
-def test_a_picture_covers_its_bucket_and_is_cropped_at_its_centre() -> None:
+def test_an_image_covers_its_bucket_and_is_cropped_at_its_centre() -> None:
     image = torch.zeros(3, 30, 120, dtype=torch.uint8)
     image[:, :, 35:85] = 200  # The middle 50 columns are those that 24 x 40 keeps.
 
@@ -100,7 +100,7 @@ def test_a_picture_covers_its_bucket_and_is_cropped_at_its_centre() -> None:
     assert center_crop_resize(noise, 64, 64).shape == (3, 64, 64)
 
 
-def test_each_picture_is_encoded_in_its_bucket(images: Path, bucketed: Path) -> None:
+def test_each_image_is_encoded_in_its_bucket(images: Path, bucketed: Path) -> None:
     data = EncodedDataset(bucketed)
 
     assert data.shapes == (SQUARE, WIDE, TALL) and data.latent_shape == SQUARE
@@ -115,7 +115,7 @@ def test_each_picture_is_encoded_in_its_bucket(images: Path, bucketed: Path) -> 
     assert record["latent_shape"] == [3, 32, 32] and record["buckets"] == ["1:1", "3:2", "2:3"]
 
 
-def test_a_bucket_without_pictures_is_no_shape_of_the_data(images: Path, tmp_path: Path) -> None:
+def test_a_bucket_without_images_is_no_shape_of_the_data(images: Path, tmp_path: Path) -> None:
     encode(images, tmp_path, config=replace(CONFIG, buckets=(*CONFIG.buckets, "9:1")))
 
     data = EncodedDataset(tmp_path)
@@ -131,7 +131,7 @@ def test_other_buckets_are_another_encoding(images: Path, bucketed: Path) -> Non
             encode(images, bucketed, config=config)
 
 
-def test_several_sizes_are_complete_folders_and_a_picture_is_decoded_once(
+def test_several_sizes_are_complete_folders_and_an_image_is_decoded_once(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded: list[int] = []
@@ -277,7 +277,7 @@ def test_two_ranks_learn_the_same_in_buckets(
     torch.testing.assert_close(found, losses(whole), rtol=1e-5, atol=0)
 
 
-def test_pictures_are_drawn_in_the_nearest_trained_aspect(whole: RunFolder, tmp_path: Path) -> None:
+def test_images_are_drawn_in_the_nearest_trained_aspect(whole: RunFolder, tmp_path: Path) -> None:
     sizes = {None: (32, 32), "16:9": (40, 24), "1:1": (32, 32), "1:4": (24, 40)}
 
     for number, (aspect, size) in enumerate(sizes.items()):

@@ -55,14 +55,14 @@ def test_a_folder_of_photos_goes_through_all_stages(own: Path):
     assert len(rejected) == 1 and "broken" in rejected[0]
 
 
-def test_sampling_writes_pictures_and_the_best_of_several(own: Path, tmp_path: Path):
+def test_sampling_writes_images_and_the_best_of_several(own: Path, tmp_path: Path):
     ask = ["--reward", "colourfulness=0.6", "--negative", "sharpness=0.2", "--reward-scale", 1]
     run("sample", own / "run", "--prompt", "photo number 3", "photo number 5", *ask, "--steps", 2,
         "--count", 2, "--best-of", 2, "--best-by", "sharpness", "--out", tmp_path)  # fmt: skip
-    pictures = sorted(tmp_path.glob("*.png"))
-    assert len(pictures) == 4
-    assert Image.open(pictures[0]).size == (32, 32)
-    record = json.loads(pictures[0].with_suffix(".json").read_text())
+    images = sorted(tmp_path.glob("*.png"))
+    assert len(images) == 4
+    assert Image.open(images[0]).size == (32, 32)
+    record = json.loads(images[0].with_suffix(".json").read_text())
     assert record["prompt"] == "photo number 3"
 
 

@@ -32,7 +32,7 @@ KINDS = ("original", "short")
 CONFIG = EncodeConfig(workers=1, max_rejected=0.5)
 
 
-def picture(number: int, width: int = 8, height: int = 8) -> bytes:
+def image(number: int, width: int = 8, height: int = 8) -> bytes:
     pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
@@ -45,7 +45,7 @@ def captions(number: int) -> dict[str, str]:
 
 
 def make_images(folder: Path, shards: int = 3, each: int = 4, **changed: bytes) -> Path:
-    """An images folder as annotate makes it; `changed` gives pictures of its own to some keys."""
+    """An images folder as annotate makes it; `changed` gives images of its own to some keys."""
     manifest = Manifest("images", KINDS, (), ("colourfulness", "alignment"))
     for shard in range(shards):
         numbers = range(shard * each, (shard + 1) * each)
@@ -53,7 +53,7 @@ def make_images(folder: Path, shards: int = 3, each: int = 4, **changed: bytes) 
             (
                 f"k{n}",
                 {
-                    "png": changed.get(f"k{n}", picture(n)),
+                    "png": changed.get(f"k{n}", image(n)),
                     "json": json.dumps({"captions": captions(n), "number": n}).encode(),
                 },
             )
@@ -197,7 +197,7 @@ def test_a_small_cache_encodes_the_same(images, encoded, tmp_path):
         np.testing.assert_allclose(ours.text(i, 1), theirs.text(i, 1), atol=2e-3)
 
 
-def test_a_broken_picture_is_set_aside_with_its_scores(tmp_path):
+def test_a_broken_image_is_set_aside_with_its_scores(tmp_path):
     source = make_images(tmp_path / "images", k5=b"<html>not found</html>")
     summary = encode(source, tmp_path / "dest", config=CONFIG)
     assert (summary.samples, summary.rejected) == (11, 1)
@@ -212,16 +212,16 @@ def test_a_broken_picture_is_set_aside_with_its_scores(tmp_path):
     assert table.values[row].tolist() == [104, -104]
 
 
-def test_too_many_broken_pictures_stop_the_run_and_keep_what_was_done(tmp_path):
+def test_too_many_broken_images_stop_the_run_and_keep_what_was_done(tmp_path):
     source = make_images(tmp_path / "images", k5=b"x", k6=b"x")
     with pytest.raises(ValueError, match=r"2 of 12 samples.*max_rejected.*rejected\.jsonl"):
         encode(source, tmp_path / "dest", config=EncodeConfig(max_rejected=0.1))
     assert Manifest.read(tmp_path / "dest").samples == 4
 
 
-def test_pictures_of_several_sizes_need_a_size(tmp_path):
-    source = make_images(tmp_path / "images", k6=picture(6, 12, 10))
-    with pytest.raises(ValueError, match="00001.tar:k6: the picture is 12 x 10.*give a size"):
+def test_images_of_several_sizes_need_a_size(tmp_path):
+    source = make_images(tmp_path / "images", k6=image(6, 12, 10))
+    with pytest.raises(ValueError, match="00001.tar:k6: the image is 12 x 10.*give a size"):
         encode(source, tmp_path / "dest", config=CONFIG)
     summary = encode(source, tmp_path / "sized", config=replace(CONFIG, size=6))
     assert summary.samples == 12
@@ -236,8 +236,8 @@ def test_another_configuration_is_refused_with_the_difference(images, encoded):
 
 
 def test_another_source_is_refused(encoded, tmp_path):
-    other = make_images(tmp_path, k0=picture(99))
-    with pytest.raises(ValueError, match=r"00000\.tar was encoded from other pictures"):
+    other = make_images(tmp_path, k0=image(99))
+    with pytest.raises(ValueError, match=r"00000\.tar was encoded from other images"):
         encode(other, encoded, config=CONFIG)
 
 

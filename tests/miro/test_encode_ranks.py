@@ -93,7 +93,7 @@ def test_a_reward_that_was_added_reaches_every_rank_s_shards(scored: Path, tmp_p
     assert manifest.source["models"].keys() == {"colourfulness", "sharpness"}
 
 
-def test_a_record_of_a_shard_of_other_pictures_does_not_count(scored: Path, tmp_path: Path) -> None:
+def test_a_record_of_a_shard_of_other_images_does_not_count(scored: Path, tmp_path: Path) -> None:
     encode(scored, tmp_path / "one", config=CONFIG)
     first, second = Manifest.read(scored).shards[:2]
     (tmp_path / "one" / "units" / "00000.json").write_bytes(

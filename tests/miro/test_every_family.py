@@ -1,4 +1,4 @@
-"""A few hundred ordinary pictures through every command, with a model of every family."""
+"""A few hundred ordinary images through every command, with a model of every family."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SMALL = (
 
 
 def write_photographs(folder: Path) -> None:
-    """Pictures of several shapes and formats with captions beside them, and the odd ones too."""
+    """Images of several shapes and formats with captions beside them, and the odd ones too."""
     folder.mkdir()
     ways = list(ODD.values())
     for number in range(COUNT):
@@ -69,7 +69,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
-def test_pictures_go_through_every_command(
+def test_images_go_through_every_command(
     weights: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(clip_family, "HPS_ARCHITECTURE", TOY)
@@ -101,7 +101,7 @@ def test_pictures_go_through_every_command(
     table = read_scores(captioned)
     assert Counter(table.captions).keys() == {"original", "long", "short"}
     assert np.isfinite(table.values).all()
-    assert (table.values.std(0) > 0).all(), "every reward tells pictures apart"
+    assert (table.values.std(0) > 0).all(), "every reward tells images apart"
     # A caption has scores of its own, but for the reward that does not read it.
     rows = {(k, c): v for k, c, v in zip(table.keys, table.captions, table.values, strict=True)}
     key = table.keys[0]

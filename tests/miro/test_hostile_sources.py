@@ -13,8 +13,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.corrupt import PICTURE, bomb
-from helpers.sources import good, picture, pictures, refused, save_to_disk, write_csv, write_tar
+from helpers.corrupt import IMAGE, bomb
+from helpers.sources import (
+    encoded_image,
+    good,
+    image_folder,
+    refused,
+    save_to_disk,
+    write_csv,
+    write_tar,
+)
 
 from miro.data.shards import read_scores
 from miro.prepare.annotate import annotate
@@ -22,7 +30,7 @@ from miro.sources.source import open_source
 
 
 def test_of_a_bad_csv_the_bad_rows_are_set_aside(tmp_path: Path) -> None:
-    pictures(tmp_path)
+    image_folder(tmp_path)
     lines = [
         b"path,caption,note",
         b"0.png,good,x",
@@ -75,7 +83,7 @@ def test_of_a_bad_csv_the_bad_rows_are_set_aside(tmp_path: Path) -> None:
 
 
 def test_a_quotation_mark_that_is_never_closed_costs_a_megabyte_of_rows(tmp_path: Path) -> None:
-    pictures(tmp_path)
+    image_folder(tmp_path)
     filler = "0.png,good\n" * 300_000
 
     source = open_source(
@@ -88,7 +96,7 @@ def test_a_quotation_mark_that_is_never_closed_costs_a_megabyte_of_rows(tmp_path
 
 
 def test_of_a_bad_jsonl_the_bad_lines_are_set_aside(tmp_path: Path) -> None:
-    pictures(tmp_path)
+    image_folder(tmp_path)
     lines = [
         b'{"file_name": "0.png", "caption": "good", "box": [1, {"a": null}]}',
         b'{"file_name": "1.png", "caption": ',
@@ -128,7 +136,7 @@ def test_of_a_bad_jsonl_the_bad_lines_are_set_aside(tmp_path: Path) -> None:
 
 
 def test_text_that_is_not_utf8_spoils_its_own_row_alone(tmp_path: Path) -> None:
-    pictures(tmp_path)
+    image_folder(tmp_path)
     texts = [b"good", b"gr\xfcn", b"x" * 10_000_000, b"", b"good"]
     paths = [b"0.png", b"1.png", b"2.png", b"3.png", b"\xff.png"]
     table = pa.table(
@@ -140,7 +148,7 @@ def test_text_that_is_not_utf8_spoils_its_own_row_alone(tmp_path: Path) -> None:
     )
     pq.write_table(table, tmp_path / "a.parquet")
     save_to_disk(tmp_path / "disk", table)
-    pictures(tmp_path / "disk")
+    image_folder(tmp_path / "disk")
 
     for path in [tmp_path / "a.parquet", tmp_path / "disk"]:
         source = open_source(path, 3)
@@ -151,8 +159,8 @@ def test_text_that_is_not_utf8_spoils_its_own_row_alone(tmp_path: Path) -> None:
 
 
 def hub_rows(count: int) -> pa.Table:
-    images = [{"bytes": picture(i), "path": None} for i in range(count)]
-    texts = [f"picture {i} " + "of many " * i for i in range(count)]
+    images = [{"bytes": encoded_image(i), "path": None} for i in range(count)]
+    texts = [f"image {i} " + "of many " * i for i in range(count)]
     return pa.table({"image": images, "text": texts})
 
 
@@ -218,11 +226,11 @@ def expanding_png() -> bytes:
         )
 
     comment = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(100_000_000)))
-    return PICTURE[:33] + comment + PICTURE[33:]
+    return IMAGE[:33] + comment + IMAGE[33:]
 
 
-def test_pictures_that_expand_are_set_aside_wherever_they_come_from(tmp_path: Path) -> None:
-    folder = pictures(tmp_path / "folder", 1)
+def test_images_that_expand_are_set_aside_wherever_they_come_from(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "folder", 1)
     (folder / "bomb.png").write_bytes(bomb(100_000))
     (folder / "comment.png").write_bytes(expanding_png())
     for image in folder.glob("*.png"):
@@ -249,7 +257,7 @@ def test_members_of_a_tar_that_are_no_plain_files_are_set_aside(tmp_path: Path) 
             info.type, info.linkname = kind, "/etc/passwd"
             tar.addfile(info)
         for name in ["../up", "/top", "in/../../up", "a/good"]:
-            for extension, data in [("png", PICTURE), ("txt", b"good")]:
+            for extension, data in [("png", IMAGE), ("txt", b"good")]:
                 info = tarfile.TarInfo(f"{name}.{extension}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
@@ -271,8 +279,8 @@ def test_a_member_too_large_for_memory_is_set_aside(
 ) -> None:
     monkeypatch.setattr("miro.sources.webdataset.MAX_IMAGE_BYTES", 1000)
     samples = [
-        ("a", {"png": PICTURE, "txt": b"x"}),
-        ("b", {"png": PICTURE + bytes(999), "txt": b"x"}),
+        ("a", {"png": IMAGE, "txt": b"x"}),
+        ("b", {"png": IMAGE + bytes(999), "txt": b"x"}),
     ]
 
     source = open_source(write_tar(tmp_path / "a.tar", samples), 100)

@@ -43,7 +43,7 @@ def test_contact_sheets_show_the_best_and_the_worst_in_their_order(tmp_path: Pat
     scores = [3, 9, 4, 1, 5, 2, 6, NAN, 8, 7]
     folder = make_dataset(tmp_path, {"clip": scores, "vqa": list(range(10))})
 
-    html, record = page_of(folder, pictures=4)
+    html, record = page_of(folder, images=4)
 
     assert keys_of(record, "clip", "best") == ["key1", "key8", "key9", "key6"]
     assert keys_of(record, "clip", "worst") == ["key3", "key5", "key0", "key2"]
@@ -53,7 +53,7 @@ def test_contact_sheets_show_the_best_and_the_worst_in_their_order(tmp_path: Pat
         assert sheets[title].shape == (CELL, 4 * CELL, 3)
         centres = sheets[title][CELL // 2, CELL // 2 :: CELL, 0].astype(int)
         assert np.abs(centres - 20 * np.array(numbers)).max() <= 3
-    assert 'title="9.00: picture 1 (key1, original)"' in html
+    assert 'title="9.00: image 1 (key1, original)"' in html
 
 
 def test_of_a_sample_with_several_captions_the_extreme_pair_is_shown_once(tmp_path: Path) -> None:
@@ -76,34 +76,34 @@ def test_a_sheet_is_full_though_several_pairs_of_a_sample_are_among_the_best(
     captions = [{"original": f"short {i}", "long": f"long {i}"} for i in range(3)]
     folder = make_dataset(tmp_path, {"clip": [9, 8, 1, 7, 2, 3]}, captions=captions)
 
-    _, record = page_of(folder, pictures=2)
+    _, record = page_of(folder, images=2)
 
     assert keys_of(record, "clip", "best") == ["key0", "key1"]
 
 
-def test_a_picture_that_cannot_be_decoded_is_left_out_and_said(tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_decoded_is_left_out_and_said(tmp_path: Path) -> None:
     folder = make_dataset(
-        tmp_path, {"clip": list(range(10))}, pictures={9: png(shade(9))[:60], 0: b"<html>"}
+        tmp_path, {"clip": list(range(10))}, images={9: png(shade(9))[:60], 0: b"<html>"}
     )
 
-    html, record = page_of(folder, pictures=3)
+    html, record = page_of(folder, images=3)
 
     assert keys_of(record, "clip", "best") == ["key8", "key7"]
     assert keys_of(record, "clip", "worst") == ["key1", "key2"]
     assert sheets_of(html)["Clip, best"].shape == (CELL, 2 * CELL, 3)
-    assert "1 could not be decoded: key9: the picture is" in text_of(html)
+    assert "1 could not be decoded: key9: the image is" in text_of(html)
     assert "key0: this is an HTML page" in text_of(html)
-    assert record["looks"]["no_picture"] == 1  # the truncated one has its header
+    assert record["looks"]["no_image"] == 1  # the truncated one has its header
 
 
-def test_a_sheet_whose_pictures_are_all_damaged_says_so(tmp_path: Path) -> None:
-    damaged = {i: b"no picture" for i in range(10)}
+def test_a_sheet_whose_images_are_all_damaged_says_so(tmp_path: Path) -> None:
+    damaged = {i: b"no image" for i in range(10)}
 
-    html, record = page_of(make_dataset(tmp_path, {"clip": list(range(10))}, pictures=damaged))
+    html, record = page_of(make_dataset(tmp_path, {"clip": list(range(10))}, images=damaged))
 
     assert sheets_of(html) == {}
     assert "10 could not be decoded" in text_of(html)
-    assert record["looks"]["no_picture"] == 10
+    assert record["looks"]["no_image"] == 10
 
 
 def test_text_of_strangers_is_escaped(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_what_annotate_set_aside_is_on_the_page(tmp_path: Path) -> None:
         (tmp_path / "in").mkdir(exist_ok=True)
         data = png(shade(i))
         (tmp_path / "in" / f"{i}.png").write_bytes(data[:50] if i < 3 else data)
-        (tmp_path / "in" / f"{i}.txt").write_text(f"picture {i}")
+        (tmp_path / "in" / f"{i}.txt").write_text(f"image {i}")
     config = AnnotateConfig(samples_per_shard=4)
     annotate(tmp_path / "in", tmp_path / "out", rewards=["colourfulness"], config=config)
 
@@ -177,8 +177,8 @@ def test_what_annotate_set_aside_is_on_the_page(tmp_path: Path) -> None:
     assert read_scores(tmp_path / "out").keys == ["3", "4", "5", "6", "7"]
 
 
-def test_latents_that_are_pixels_are_shown_as_pictures(encoded: Path, tmp_path: Path) -> None:
-    page = inspect(encoded, tmp_path / "page.html", config=InspectConfig(pictures=6))
+def test_latents_that_are_pixels_are_shown_as_images(encoded: Path, tmp_path: Path) -> None:
+    page = inspect(encoded, tmp_path / "page.html", config=InspectConfig(images=6))
     source = inspect(encoded.parent / "scored", tmp_path / "source.html")
 
     record, original = (
@@ -207,9 +207,9 @@ def test_latents_of_an_autoencoder_are_not_shown_and_it_is_said(
     other = {**manifest.encoding, "latents": "stabilityai/sdxl-vae"}
     replace(manifest, encoding=other).write(tmp_path)
 
-    html, record = page_of(tmp_path, pictures=5)
+    html, record = page_of(tmp_path, images=5)
 
-    assert "holds latents of stabilityai/sdxl-vae, not pictures" in text_of(html)
+    assert "holds latents of stabilityai/sdxl-vae, not images" in text_of(html)
     assert sheets_of(html) == {}
     (best, *_) = record["sheets"]
     assert len(best["shown"]) == 5 and best["skipped"] == []
@@ -260,7 +260,7 @@ def test_only_the_shards_that_hold_what_is_shown_are_opened(
             super().__init__(folder, manifest)
 
     monkeypatch.setattr(contact, "ShardIndex", Watched)
-    survey_of(folder, InspectConfig(pictures=2), lambda done, total: None)
+    survey_of(folder, InspectConfig(images=2), lambda done, total: None)
 
     assert opened == ["00000.tar", "00004.tar"]
 
@@ -270,7 +270,7 @@ def test_the_command_writes_the_page_and_says_where(
 ) -> None:
     folder = make_dataset(tmp_path / "data", {"clip": list(range(10))})
 
-    main(["inspect", str(folder), "--pictures", "2", "--out", str(tmp_path / "p.html")])
+    main(["inspect", str(folder), "--images", "2", "--out", str(tmp_path / "p.html")])
 
     assert "<h1>data</h1>" in (tmp_path / "p.html").read_text()
     assert "p.json" in "".join(capsys.readouterr().err.split())

@@ -67,12 +67,12 @@ def save_autoencoder(folder: Path, **extra: Any) -> Any:
 def test_autoencoder_latents_are_scaled_and_shifted_as_its_configuration_says(tmp_path):
     model = save_autoencoder(tmp_path, scaling_factor=0.3, shift_factor=0.1)
     codec = build_codec(str(tmp_path))
-    pictures = images(16, 24)
-    mean, std = codec.encode(pictures)
+    batch = images(16, 24)
+    mean, std = codec.encode(batch)
     assert std is not None
     assert tuple(mean.shape[1:]) == codec.latent_shape(16, 24) == (4, 4, 6)
     with torch.no_grad():
-        posterior = model.encode(pictures.float() / 127.5 - 1).latent_dist
+        posterior = model.encode(batch.float() / 127.5 - 1).latent_dist
     torch.testing.assert_close(mean, (posterior.mean - 0.1) * 0.3)
     torch.testing.assert_close(std, posterior.std * 0.3)
 
@@ -81,10 +81,10 @@ def test_autoencoder_latents_are_scaled_and_shifted_as_its_configuration_says(tm
 def test_autoencoder_decodes_what_it_encoded(tmp_path):
     model = save_autoencoder(tmp_path, scaling_factor=0.3, shift_factor=0.1)
     codec = build_codec(str(tmp_path))
-    pictures = images(16, 16)
-    mean, _ = codec.encode(pictures)
+    batch = images(16, 16)
+    mean, _ = codec.encode(batch)
     with torch.no_grad():
-        z = model.encode(pictures.float() / 127.5 - 1).latent_dist.mean
+        z = model.encode(batch.float() / 127.5 - 1).latent_dist.mean
         expected = (model.decode(z).sample / 2 + 0.5).clamp(0, 1)
     decoded = codec.decode(mean)
     assert decoded.dtype == torch.float32
@@ -98,11 +98,11 @@ def test_autoencoder_statistics_per_channel_are_used(tmp_path):
         tmp_path, scaling_factor=0.5, latents_mean=means, latents_std=stds, shift_factor=None
     )
     codec = build_codec(str(tmp_path))
-    pictures = images(8, 8)
+    batch = images(8, 8)
     with torch.no_grad():
-        z = model.encode(pictures.float() / 127.5 - 1).latent_dist.mean
+        z = model.encode(batch.float() / 127.5 - 1).latent_dist.mean
     column = torch.tensor(means).view(4, 1, 1), torch.tensor(stds).view(4, 1, 1)
-    torch.testing.assert_close(codec.encode(pictures)[0], (z - column[0]) * 0.5 / column[1])
+    torch.testing.assert_close(codec.encode(batch)[0], (z - column[0]) * 0.5 / column[1])
 
 
 @needs_diffusers

@@ -74,7 +74,7 @@ def encoded(source: Path, dest: Path, encoding: EncodingConfig) -> Path:
 
 
 @pytest.mark.parametrize("buckets", [(), ("1:1", "2:1")])
-def test_a_run_learns_the_same_from_pictures_as_from_their_encoded_folder(
+def test_a_run_learns_the_same_from_images_as_from_their_encoded_folder(
     scored: Path, tmp_path: Path, buckets: tuple[str, ...]
 ) -> None:
     encoding = replace(SQUARE, buckets=buckets, multiple=8)
@@ -122,9 +122,7 @@ def test_half_of_the_visits_are_mirrored_by_their_position(scored: Path) -> None
     assert torch.equal(turned[120:150], again)
 
 
-def test_a_killed_run_on_mirrored_pictures_goes_on_bit_for_bit(
-    scored: Path, tmp_path: Path
-) -> None:
+def test_a_killed_run_on_mirrored_images_goes_on_bit_for_bit(scored: Path, tmp_path: Path) -> None:
     config = replace(config_of(scored), mirror=True)
     train(config, tmp_path / "whole")
 
@@ -171,7 +169,7 @@ def test_images_and_their_weights_may_be_mixed(scored: Path, tmp_path: Path) -> 
     assert data.latents(np.array([3, 1])).shape == (2, 3, 16, 16)
 
 
-def test_a_picture_that_rots_during_a_run_is_named_with_the_remedy(
+def test_an_image_that_rots_during_a_run_is_named_with_the_remedy(
     scored: Path, tmp_path: Path
 ) -> None:
     annotate(scored, tmp_path / "copy", rewards=[])

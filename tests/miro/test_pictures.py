@@ -1,4 +1,4 @@
-"""Squares of pictures: as PIL makes them, made once, shared among rewards."""
+"""Squares of images: as PIL makes them, made once, shared among rewards."""
 
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ def test_where_half_a_pixel_is_left_over_a_view_says_which_way_it_rounds() -> No
     assert torch.equal(down, picture[:, :, 1:225])
 
 
-def test_a_padded_square_holds_the_whole_picture_on_the_mean_colour() -> None:
+def test_a_padded_square_holds_the_whole_image_on_the_mean_colour() -> None:
     picture = torch.full((3, 20, 40), 200, dtype=torch.uint8)
 
     square = ImageTransform(40, "pad").of(picture)
@@ -59,7 +59,7 @@ def test_a_padded_square_holds_the_whole_picture_on_the_mean_colour() -> None:
 
 
 @pytest.mark.parametrize(("shape", "inside"), [((20, 40), (10, 30)), ((16, 1000), (19, 20))])
-def test_a_letterboxed_square_holds_the_whole_picture_on_black(
+def test_a_letterboxed_square_holds_the_whole_image_on_black(
     shape: tuple[int, int], inside: tuple[int, int]
 ) -> None:
     picture = torch.full((3, *shape), 200, dtype=torch.uint8)
@@ -84,7 +84,7 @@ def test_a_square_is_made_once_for_all_who_look_at_it() -> None:
     assert len(pairs) == 3 and pairs[1] is images[0] and pairs[1:] == images
 
 
-def test_the_squares_of_many_pictures_are_those_of_each() -> None:
+def test_the_squares_of_many_images_are_those_of_each() -> None:
     images = [photograph(40 + n, 90 - n, n) for n in range(20)]
 
     squares = ImageBatch(images).preprocessed(ImageTransform(24))
@@ -92,7 +92,7 @@ def test_the_squares_of_many_pictures_are_those_of_each() -> None:
     assert torch.equal(squares, torch.stack([ImageTransform(24).of(image) for image in images]))
 
 
-def test_what_one_picture_fails_with_is_raised() -> None:
+def test_what_one_image_fails_with_is_raised() -> None:
     def change(picture: torch.Tensor) -> torch.Tensor:
         raise OSError(f"{picture.shape[1]} rows")
 
@@ -100,7 +100,7 @@ def test_what_one_picture_fails_with_is_raised() -> None:
         for_each([photograph(3, 4), photograph(5, 4)], change)
 
 
-def test_one_image_in_several_places_is_one_picture() -> None:
+def test_one_image_in_several_places_is_one_image() -> None:
     image, other = photograph(50, 60), photograph(50, 60, 1)
 
     pictures = ImageBatch([image, other, image])
@@ -108,12 +108,12 @@ def test_one_image_in_several_places_is_one_picture() -> None:
     assert pictures.rows == [0, 1, 0] and len(pictures.distinct) == 2
 
 
-def test_what_is_no_picture_is_refused_by_its_number() -> None:
+def test_what_is_no_image_is_refused_by_its_number() -> None:
     with pytest.raises(ValueError, match="image 1: expected uint8"):
         ImageBatch([photograph(8, 8), torch.zeros(3, 8, 8)]).preprocessed(ImageTransform(8))
 
 
-def test_no_pictures_have_no_squares() -> None:
+def test_no_images_have_no_squares() -> None:
     assert ImageBatch(()).preprocessed(ImageTransform(8)).shape == (0, 3, 8, 8)
 
 

@@ -1,4 +1,4 @@
-"""From prompts to pictures: guidance, targets, best of N, and what a pipeline refuses."""
+"""From prompts to images: guidance, targets, best of N, and what a pipeline refuses."""
 
 import json
 import shutil
@@ -94,9 +94,7 @@ def test_guidance_is_its_formula(
     torch.testing.assert_close(out, by_hand(model, text, guidance, 3), rtol=1e-3, atol=1e-3)
 
 
-def test_each_part_of_guidance_changes_the_picture(
-    model: FlowTransformer, text: PackedText
-) -> None:
+def test_each_part_of_guidance_changes_the_image(model: FlowTransformer, text: PackedText) -> None:
     ways = [
         Guidance(HIGH), Guidance(LOW), Guidance(HIGH, LOW, 2.0), Guidance(HIGH, text_scale=2.0),
         Guidance(RewardTarget((None,) * 3)),
@@ -162,7 +160,7 @@ def test_a_network_that_knows_the_data_is_led_to_it(
     assert calls[:steps] == pytest.approx([1 - n / steps for n in range(steps)])
 
 
-def test_a_limit_keeps_the_picture_in_range(model: FlowTransformer, text: PackedText) -> None:
+def test_a_limit_keeps_the_image_in_range(model: FlowTransformer, text: PackedText) -> None:
     guidance = Guidance(HIGH, LOW, 30.0)
 
     free = sample(model, FLOW, text, guidance, NOISE, steps=3)
@@ -198,7 +196,7 @@ def test_noise_depends_on_seed_and_number_alone() -> None:
     assert abs(many.mean()) < 0.02 and abs(many.std() - 1) < 0.02
 
 
-def test_the_best_of_each_prompts_pictures_is_chosen() -> None:
+def test_the_best_of_each_prompts_images_is_chosen() -> None:
     nan = float("nan")
     scores = torch.tensor([0.1, 0.9, 0.3, -5.0, nan, -7.0, nan, nan, -torch.inf])
 
@@ -207,7 +205,7 @@ def test_the_best_of_each_prompts_pictures_is_chosen() -> None:
     assert best_of(torch.tensor([nan, -1e30]), 2).tolist() == [1]
 
 
-def test_bytes_are_rounded_pictures() -> None:
+def test_bytes_are_rounded_images() -> None:
     levels = torch.arange(256, dtype=torch.float32) / 255
 
     assert torch.equal(to_bytes(levels), torch.arange(256).byte())
@@ -259,7 +257,7 @@ def test_a_run_is_loaded_at_its_newest_weights_and_a_weights_folder_at_its_own(
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.05)])
-def test_a_picture_depends_on_its_prompt_seed_and_number_alone(
+def test_an_image_depends_on_its_prompt_seed_and_number_alone(
     runs: Callable[..., Path], precision: str, tolerance: float
 ) -> None:
     pipeline = Pipeline.load(runs(precision))
@@ -278,14 +276,14 @@ def test_a_picture_depends_on_its_prompt_seed_and_number_alone(
     assert (other[0] - together[1]).abs().max() > 2 * tolerance
 
 
-def test_targets_reach_the_picture(runs: Callable[..., Path]) -> None:
+def test_targets_reach_the_image(runs: Callable[..., Path]) -> None:
     pipeline = Pipeline.load(runs())
 
-    def picture(target: RewardTarget) -> Tensor:
+    def image(target: RewardTarget) -> Tensor:
         return pipeline(["a red frog"], Guidance(target), steps=3)
 
-    high, low = picture(pipeline.target()), picture(pipeline.target(default=0.0))
-    silent = picture(pipeline.target({"colourfulness": None, "sharpness": None}))
+    high, low = image(pipeline.target()), image(pipeline.target(default=0.0))
+    silent = image(pipeline.target({"colourfulness": None, "sharpness": None}))
     assert (high - low).abs().max() > 1e-3 and (high - silent).abs().max() > 1e-3
 
 
@@ -338,7 +336,7 @@ def test_prompts_are_read_at_the_length_the_data_was_encoded_at(
     assert text.lengths.tolist() == [5] and "5 tokens" in caplog.text
 
 
-def test_an_empty_prompt_is_a_picture_without_text(runs: Callable[..., Path]) -> None:
+def test_an_empty_prompt_is_an_image_without_text(runs: Callable[..., Path]) -> None:
     assert Pipeline.load(runs()).read(["", "two cats"]).lengths.tolist()[0] == 0
 
 

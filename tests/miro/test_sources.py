@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers.sources import drain, good, picture, refused, write_tar
+from helpers.sources import drain, encoded_image, good, refused, write_tar
 from torch import Tensor
 
 from miro.data.shards import Manifest, read_scores, verify
@@ -38,28 +38,28 @@ def captions_in(folder: Path, size: int = 100) -> dict[str, dict[str, str]]:
 
 def make_folder(root: Path) -> Path:
     for i in range(11):
-        put(root / f"{i % 3}" / f"{i}.png", picture(i))
-        put(root / f"{i % 3}" / f"{i}.txt", f"picture {i}" if i != 5 else "")
+        put(root / f"{i % 3}" / f"{i}.png", encoded_image(i))
+        put(root / f"{i % 3}" / f"{i}.txt", f"image {i}" if i != 5 else "")
     return root
 
 
 def make_tars(root: Path) -> Path:
     for number, count in enumerate([9, 0, 2]):
-        samples = [(f"{i}", {"png": picture(i), "txt": b"picture"}) for i in range(count)]
+        samples = [(f"{i}", {"png": encoded_image(i), "txt": b"image"}) for i in range(count)]
         write_tar(root / f"{number}.tar", samples)
     return root
 
 
 def make_table(root: Path) -> Path:
-    lines = [f'../pictures/{i}.png,"picture {i}\nof ""many"", in rows"' for i in range(11)]
+    lines = [f'../images/{i}.png,"image {i}\nof ""many"", in rows"' for i in range(11)]
     for i in range(11):
-        put(root / "pictures" / f"{i}.png", picture(i))
+        put(root / "images" / f"{i}.png", encoded_image(i))
     return put(root / "tables" / "a.csv", "\n".join(["path,caption", *lines]))
 
 
 def make_parquet(root: Path) -> Path:
-    images = [{"bytes": picture(i), "path": None} for i in range(11)]
-    table = pa.table({"image": images, "text": [f"picture {i}" for i in range(11)]})
+    images = [{"bytes": encoded_image(i), "path": None} for i in range(11)]
+    table = pa.table({"image": images, "text": [f"image {i}" for i in range(11)]})
     root.mkdir()
     pq.write_table(table.slice(0, 7), root / "train-00000-of-00002.parquet", row_group_size=3)
     pq.write_table(table.slice(7), root / "train-00001-of-00002.parquet", row_group_size=3)
@@ -106,11 +106,11 @@ def test_a_fingerprint_is_of_the_contents_and_of_the_cut(make, groups, tmp_path)
     assert open_source(again, 5).fingerprint != one
 
     if make is make_folder:
-        put(again / "more.png", picture(0))
+        put(again / "more.png", encoded_image(0))
     elif make is make_tars:
-        write_tar(again / "1.tar", [("0", {"png": picture(0), "txt": b"picture"})] * 99)
+        write_tar(again / "1.tar", [("0", {"png": encoded_image(0), "txt": b"image"})] * 99)
     elif make is make_table:
-        again.write_bytes(again.read_bytes() + b"\n../pictures/0.png,more")
+        again.write_bytes(again.read_bytes() + b"\n../images/0.png,more")
     else:
         (again / "train-00001-of-00002.parquet").unlink()
     assert open_source(again, 4).fingerprint != one
@@ -172,7 +172,7 @@ def test_shards_are_named_by_group_and_unit(tmp_path: Path) -> None:
 def test_captions_of_a_folder_stand_in_txt_or_json_or_both(tmp_path: Path) -> None:
     captions = {"original": "from json", "long": "a longer one"}
     for name in ["a", "b", "c", "d"]:
-        put(tmp_path / f"{name}.png", picture(0))
+        put(tmp_path / f"{name}.png", encoded_image(0))
     put(tmp_path / "a.txt", "from txt")
     put(tmp_path / "b.json", {"caption": "from json", "width": 5})
     put(tmp_path / "c.txt", "from txt")
@@ -195,7 +195,7 @@ def test_captions_of_a_folder_stand_in_txt_or_json_or_both(tmp_path: Path) -> No
 
 def test_a_caption_file_of_a_folder_that_cannot_be_used_is_told(tmp_path: Path) -> None:
     for name in ["list", "deep", "none", "large", "loop", "digits"]:
-        put(tmp_path / f"{name}.png", picture(0))
+        put(tmp_path / f"{name}.png", encoded_image(0))
     put(tmp_path / "list.json", [1])
     put(tmp_path / "deep.json", '{"caption": "good", "x": ' + "[" * 500 + "]" * 500 + "}")
     put(tmp_path / "none.json", {"width": 5})
@@ -217,7 +217,7 @@ def test_a_caption_file_of_a_folder_that_cannot_be_used_is_told(tmp_path: Path) 
 
 
 def test_json_nested_as_deeply_as_is_allowed_survives_the_whole_way(tmp_path: Path) -> None:
-    put(tmp_path / "in" / "a.png", picture(0))
+    put(tmp_path / "in" / "a.png", encoded_image(0))
     put(tmp_path / "in" / "a.json", '{"caption": "a", "x": ' + "[" * 99 + "]" * 99 + "}")
 
     annotate(tmp_path / "in", tmp_path / "a", rewards=[])
@@ -228,7 +228,7 @@ def test_json_nested_as_deeply_as_is_allowed_survives_the_whole_way(tmp_path: Pa
 
 def test_keys_are_made_once_for_a_whole_folder(tmp_path: Path) -> None:
     for name in ["a b.png", "a_b.png", "a-b.png", "a.b.png"]:
-        put(tmp_path / name, picture(0))
+        put(tmp_path / name, encoded_image(0))
         put(tmp_path / name.replace(".png", ".txt"), "caption")
 
     source = open_source(tmp_path, 1)
@@ -269,7 +269,7 @@ def test_tars_by_a_brace_range_in_the_order_it_says(tmp_path: Path) -> None:
     for split in ["train", "val"]:
         for number in range(3):
             name = tmp_path / split / f"{number:05d}.tar"
-            write_tar(name, [("0", {"png": picture(number), "txt": b"x", "cls": b"1"})])
+            write_tar(name, [("0", {"png": encoded_image(number), "txt": b"x", "cls": b"1"})])
     (tmp_path / "val" / "00001.tar").write_bytes(b"")
 
     source = open_source(f"{tmp_path}/{{val,train}}/{{00000..00001}}.tar", 4)
@@ -308,7 +308,11 @@ def test_the_released_layout_gives_its_captions_and_keeps_its_scores(tmp_path: P
         "caption_length": 8,
     }
     arrays = {"vae_embeddings_mean_256.npy": b"x" * 999, "flan_t5_xl_embeddings.npy": b"y" * 999}
-    members = {"jpg": picture(0), "txt": b"<PERSON> alt text", "json": json.dumps(said).encode()}
+    members = {
+        "jpg": encoded_image(0),
+        "txt": b"<PERSON> alt text",
+        "json": json.dumps(said).encode(),
+    }
     tar = write_tar(tmp_path / "0.tar", [("000", {**members, **arrays})])
 
     (sample,) = good(open_source(tar, 4)).values()
@@ -324,7 +328,7 @@ def test_the_released_layout_gives_its_captions_and_keeps_its_scores(tmp_path: P
 def test_the_same_captions_are_found_in_the_shards_that_annotate_makes(tmp_path: Path) -> None:
     said = {"captions": {"original": "a", "long": ""}, "long_caption": "c", "tall_caption": "d"}
     tar = write_tar(
-        tmp_path / "0.tar", [("0", {"png": picture(0), "json": json.dumps(said).encode()})]
+        tmp_path / "0.tar", [("0", {"png": encoded_image(0), "json": json.dumps(said).encode()})]
     )
 
     annotate(tar, tmp_path / "a", rewards=["sharpness"])

@@ -62,9 +62,7 @@ def test_scores_far_out_do_not_squeeze_the_histogram_and_are_said(tmp_path: Path
     scores = np.linspace(0, 1, 3000)
     scores[[0, 1, 2]] = 1e6, -1e6, 2e6
 
-    html, record = page_of(
-        make_dataset(tmp_path, {"clip": scores.tolist()}, count=3000), pictures=0
-    )
+    html, record = page_of(make_dataset(tmp_path, {"clip": scores.tolist()}, count=3000), images=0)
 
     (clip,) = record["rewards"]
     assert (clip["below"], clip["above"]) == (3, 3)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from helpers.corrupt import encoded, noise
 from helpers.sources import (
+    encoded_image,
     good,
-    picture,
-    pictures,
+    image_folder,
     refused,
     save_to_disk,
     write_csv,
@@ -36,7 +36,7 @@ def captions_of(path: Path, columns: Columns | None = None) -> list[dict[str, st
 
 
 def test_a_csv_with_commas_quotes_and_new_lines_in_its_captions(tmp_path: Path) -> None:
-    pictures(tmp_path)
+    image_folder(tmp_path)
     said = ["one, two", 'a "quoted" one', "first line\nsecond line", "naïve ☃"]
     rows = [f'{i}.png,"{text.replace(chr(34), chr(34) * 2)}",{i}' for i, text in enumerate(said)]
     text = "\r\n".join(["\ufeffpath,caption,width", *rows, "", ""])
@@ -47,13 +47,13 @@ def test_a_csv_with_commas_quotes_and_new_lines_in_its_captions(tmp_path: Path) 
     assert (source.total, source.groups) == (4, 2)
     assert list(found) == ["00000000", "00000001", "00000002", "00000003"]
     assert [candidate.captions["original"] for candidate in found.values()] == said
-    assert found["00000002"].image == picture(2)
+    assert found["00000002"].image == encoded_image(2)
     assert found["00000002"].extra == {"width": "2"}
     assert found["00000002"].origin == "a.csv:00000002"
 
 
 def test_a_tsv_and_a_jsonl_say_the_same_as_a_csv(tmp_path: Path) -> None:
-    pictures(tmp_path)
+    image_folder(tmp_path)
     said = ["one, two", "tab\there", 'a "quoted" one']
     rows = [{"image": f"{i}.png", "text": text} for i, text in enumerate(said)]
     lines = [f'{i}.png\t"{text.replace(chr(34), chr(34) * 2)}"' for i, text in enumerate(said)]
@@ -87,7 +87,7 @@ def test_any_row_of_a_long_text_file_is_found_again(kind: str, tmp_path: Path) -
 def test_columns_are_found_by_their_names(
     write: Callable[[Path, list[Any]], Path], tmp_path: Path
 ) -> None:
-    pictures(tmp_path)
+    image_folder(tmp_path)
     row = {
         "Image_Path": "0.png",
         "width": 5,
@@ -112,7 +112,7 @@ def test_columns_are_found_by_their_names(
 
 
 def test_columns_can_be_named(tmp_path: Path) -> None:
-    pictures(tmp_path)
+    image_folder(tmp_path)
     row = {"image": "absent.png", "where": "0.png", "what": "a", "caption": "b", "caption_x": "c"}
     row |= {"caption_y": "not asked for"}
     path = write_jsonl(tmp_path / "a.jsonl", [row])
@@ -129,7 +129,7 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
 
 
 def test_columns_that_are_not_there_are_refused_before_work_starts(tmp_path: Path) -> None:
-    pictures(tmp_path)
+    image_folder(tmp_path)
     path = write_csv(tmp_path / "a.csv", "path,caption,x\n0.png,good,1\n")
     for columns, says in [
         (Columns(image="pth"), "unknown column 'pth'; did you mean 'path'"),
@@ -155,7 +155,7 @@ def test_columns_that_are_not_there_are_refused_before_work_starts(tmp_path: Pat
 
 
 def test_several_captions_in_one_cell_are_all_taken(tmp_path: Path) -> None:
-    pictures(tmp_path)
+    image_folder(tmp_path)
     rows = [{"image": "0.png", "captions": ["a", "b", ""]}, {"image": "1.png", "captions": []}]
     kinds = [{"image": "2.png", "captions": {"original": "c", "long one": "d"}}]
 
@@ -172,17 +172,20 @@ def test_several_captions_in_one_cell_are_all_taken(tmp_path: Path) -> None:
 
 
 def test_a_path_may_lead_anywhere_from_the_folder_of_its_table(tmp_path: Path) -> None:
-    pictures(tmp_path / "pictures")
+    image_folder(tmp_path / "images")
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables" / "loop").symlink_to("loop")
-    paths = ["../pictures/0.png", str(tmp_path / "pictures" / "1.png"), "loop/2.png"]
+    paths = ["../images/0.png", str(tmp_path / "images" / "1.png"), "loop/2.png"]
     lines = [f"{path},good" for path in paths]
 
     source = open_source(
         write_csv(tmp_path / "tables" / "a.csv", "\n".join(["path,caption", *lines])), 3
     )
 
-    assert [candidate.image for candidate in good(source).values()] == [picture(0), picture(1)]
+    assert [candidate.image for candidate in good(source).values()] == [
+        encoded_image(0),
+        encoded_image(1),
+    ]
     assert "link to itself" in refused(source)["a.csv:00000002", "image"]
 
 
@@ -190,7 +193,7 @@ def test_a_path_may_lead_anywhere_from_the_folder_of_its_table(tmp_path: Path) -
 
 
 def test_rows_of_parquet_keep_what_json_can_hold(tmp_path: Path) -> None:
-    pictures(tmp_path)
+    image_folder(tmp_path)
     row = {
         "path": "0.png",
         "text": "good",
@@ -213,9 +216,9 @@ def test_a_hugging_face_dataset_gives_its_images_by_bytes_or_path(
 ) -> None:
     forms = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]
     images = [{"bytes": encoded(noise(), form), "path": None} for form in forms]
-    pictures(tmp_path / "data")
+    image_folder(tmp_path / "data")
     images += [
-        {"bytes": picture(9), "path": "named.PNG"},
+        {"bytes": encoded_image(9), "path": "named.PNG"},
         {"bytes": None, "path": str(tmp_path / "data" / "3.png")},
         {"bytes": None, "path": None},
         {"bytes": b"<html>", "path": None},
@@ -223,7 +226,7 @@ def test_a_hugging_face_dataset_gives_its_images_by_bytes_or_path(
     ]
     rows = [{"image": image, "text": f"{i}", "n": i} for i, image in enumerate(images)]
     for row in rows:
-        row["text"] = f"picture {row['text']}"
+        row["text"] = f"image {row['text']}"
     folder = tmp_path / "data"
     if where == "disk":
         folder = save_to_disk(tmp_path / "disk", rows)
@@ -240,15 +243,15 @@ def test_a_hugging_face_dataset_gives_its_images_by_bytes_or_path(
     extensions = ["png", "jpg", "webp", "gif", "bmp", "tif", "png", "png", "jpg"]
     assert [c.extension for c in found.values()] == extensions
     assert [c.image for c in list(found.values())[:7]] == [i["bytes"] for i in images[:7] if i]
-    assert found["00000007"].image == picture(3)
-    assert found["00000003"].captions == {"original": "picture 3"}
+    assert found["00000007"].image == encoded_image(3)
+    assert found["00000003"].captions == {"original": "image 3"}
     assert found["00000003"].extra == {"n": 3}
     assert [int(o[-8:]) for o, _ in refused(source)] == [8, 10]
     assert len(read_scores(tmp_path / "out").keys) == 8  # the HTML page was found out, too
 
 
 def test_a_dataset_with_splits_asks_for_one(tmp_path: Path) -> None:
-    rows = [{"image": {"bytes": picture(0), "path": None}, "text": "good"}] * 4
+    rows = [{"image": {"bytes": encoded_image(0), "path": None}, "text": "good"}] * 4
     for split in ["train", "test"]:
         save_to_disk(tmp_path / "disk" / split, rows)
         (tmp_path / "hub").mkdir(exist_ok=True)
@@ -264,7 +267,7 @@ def test_a_dataset_with_splits_asks_for_one(tmp_path: Path) -> None:
 
 
 def test_files_of_one_table_must_have_its_columns(tmp_path: Path) -> None:
-    pictures(tmp_path)
+    image_folder(tmp_path)
     for name, column in [("0", "caption"), ("1", "caption"), ("2", "text")]:
         write_csv(tmp_path / f"{name}.csv", f"path,{column},x\n{name}.png,said by {name},1\n")
 

@@ -1,4 +1,4 @@
-"""Ten thousand pictures as the web has them: one in a hundred is odd or broken, in twelve ways."""
+"""Ten thousand images as the web has them: one in a hundred is odd or broken, in twelve ways."""
 
 import hashlib
 import io
@@ -65,8 +65,8 @@ def _alpha(number: int) -> bytes:
     return encoded(image, "PNG")
 
 
-CAPTION = b"a picture"
-# (extension, picture, caption, what rejected.jsonl says, None where the picture is good)
+CAPTION = b"an image"
+# (extension, image, caption, what rejected.jsonl says, None where the image is good)
 Odd = tuple[str, Callable[[int], bytes], bytes, str | None]
 ODD: dict[str, Odd] = {
     "truncated": ("jpg", lambda n: jpeg(n)[:-200], CAPTION, "cut short"),
@@ -85,7 +85,7 @@ ODD: dict[str, Odd] = {
 
 
 def odd(number: int) -> str | None:
-    """Every hundredth picture is odd, the ways in turn."""
+    """Every hundredth image is odd, the ways in turn."""
     return None if number % 100 else list(ODD)[number // 100 % len(ODD)]
 
 
@@ -103,7 +103,7 @@ def write_tars(folder: Path) -> None:
 
 
 class Recording(Colourfulness):
-    """Notes every picture it scores, in a file that outlives its process."""
+    """Notes every image it scores, in a file that outlives its process."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.long
-def test_every_good_picture_is_scored_once_and_every_bad_one_listed_however_often_killed(
+def test_every_good_image_is_scored_once_and_every_bad_one_listed_however_often_killed(
     tmp_path: Path,
 ) -> None:
     source, dest, whole = tmp_path / "in", tmp_path / "killed", tmp_path / "whole"
@@ -167,7 +167,7 @@ def test_every_good_picture_is_scored_once_and_every_bad_one_listed_however_ofte
 
 
 @pytest.mark.long
-def test_odd_pictures_are_scored_as_what_a_person_sees(tmp_path: Path) -> None:
+def test_odd_images_are_scored_as_what_a_person_sees(tmp_path: Path) -> None:
     write_tars(tmp_path / "in")
     dest = tmp_path / "out"
 

@@ -93,7 +93,7 @@ def test_a_folder_that_is_not_its_own_is_refused(fitted: Path, tmp_path: Path, s
 
 
 def test_alignment_without_a_folder_says_how_to_make_one():
-    with pytest.raises(ValueError, match="miro fit-clip"):
+    with pytest.raises(ValueError, match="openmoji fit-clip"):
         build_reward("openmoji.alignment:Alignment")
 
 

@@ -40,7 +40,12 @@ def test_the_flops_of_a_batch_are_those_of_the_kernels(images: int) -> None:
     made = step_budget.inputs(images, text, "meta")
     with torch.device("meta"):
         model = FlowTransformer(config, LATENTS, made.text.states.shape[1], 7)
-    with use_backend("triton"), allow_cpu_tensors(), torch.no_grad(), step_budget.Budget() as budget:
+    with (
+        use_backend("triton"),
+        allow_cpu_tensors(),
+        torch.no_grad(),
+        step_budget.Budget() as budget,
+    ):
         step_budget.forward(model, replace(made, text=made.text.to(dtype=torch.float32)))
 
     shapes = made.x.shape, made.text.states.shape, (7, made.rewards.levels.numel())
