@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -31,15 +32,9 @@ if INTERPRETING:
 
     correct()
 
-# torch's multi-tensor functions: what torch.optim's foreach implementations are built on.
-foreach_add_ = torch._foreach_add_
-foreach_addcdiv_ = torch._foreach_addcdiv_
-foreach_addcmul_ = torch._foreach_addcmul_
-foreach_div_ = torch._foreach_div_
-foreach_lerp_ = torch._foreach_lerp_
-foreach_mul = torch._foreach_mul
-foreach_mul_ = torch._foreach_mul_
-foreach_sqrt = torch._foreach_sqrt
+# torch's multi-tensor functions, on which the foreach implementations of torch.optim are built.
+_FOREACH = ("add_", "addcdiv_", "addcmul_", "div_", "lerp_", "mul", "mul_", "sqrt")
+foreach = SimpleNamespace(**{name: getattr(torch, f"_foreach_{name}") for name in _FOREACH})
 
 
 def jit(function: Callable[..., Any]) -> Any:

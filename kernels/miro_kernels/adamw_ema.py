@@ -27,20 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miro_kernels._triton import (
-    ceil_div,
-    counts_no_flops,
-    foreach_add_,
-    foreach_addcdiv_,
-    foreach_addcmul_,
-    foreach_div_,
-    foreach_lerp_,
-    foreach_mul,
-    foreach_mul_,
-    foreach_sqrt,
-    jit,
-    tl,
-)
+from miro_kernels._triton import ceil_div, counts_no_flops, foreach, jit, tl
 from miro_kernels.backend import select_backend
 from miro_kernels.tiles import tile
 
@@ -71,16 +58,16 @@ def adamw_ema_reference(
         if not scale >= 0:
             return
         if scale != 1:
-            wide = list(foreach_mul(wide, scale))
-    foreach_lerp_(exp_avgs, wide, 1 - betas[0])
-    foreach_mul_(exp_avg_sqs, betas[1])
-    foreach_addcmul_(exp_avg_sqs, wide, wide, 1 - betas[1])
-    denominators = foreach_sqrt(exp_avg_sqs)
-    foreach_div_(denominators, (1 - betas[1] ** step) ** 0.5)
-    foreach_add_(denominators, eps)
-    foreach_mul_(masters, 1 - lr * weight_decay)
-    foreach_addcdiv_(masters, exp_avgs, denominators, -lr / (1 - betas[0] ** step))
-    foreach_lerp_(emas, masters, 1 - ema_decay)
+            wide = list(foreach.mul(wide, scale))
+    foreach.lerp_(exp_avgs, wide, 1 - betas[0])
+    foreach.mul_(exp_avg_sqs, betas[1])
+    foreach.addcmul_(exp_avg_sqs, wide, wide, 1 - betas[1])
+    denominators = foreach.sqrt(exp_avg_sqs)
+    foreach.div_(denominators, (1 - betas[1] ** step) ** 0.5)
+    foreach.add_(denominators, eps)
+    foreach.mul_(masters, 1 - lr * weight_decay)
+    foreach.addcdiv_(masters, exp_avgs, denominators, -lr / (1 - betas[0] ** step))
+    foreach.lerp_(emas, masters, 1 - ema_decay)
     for param, master in zip(params, masters, strict=True):
         if param is not master:
             param.copy_(master)

@@ -154,10 +154,8 @@ def _backward_kernel(
     q_weight = _load_weight(q_weight_ptr, columns, HALF)
     k_weight = _load_weight(k_weight_ptr, columns, HALF)
     # Accumulate per row and sum the rows once at the end: that sum crosses warps.
-    dq_first = tl.zeros((ROWS, BLOCK), tl.float32)
-    dq_second = tl.zeros((ROWS, BLOCK), tl.float32)
-    dk_first = tl.zeros((ROWS, BLOCK), tl.float32)
-    dk_second = tl.zeros((ROWS, BLOCK), tl.float32)
+    zeros = tl.zeros((ROWS, BLOCK), tl.float32)
+    dq_first, dq_second, dk_first, dk_second = zeros, zeros, zeros, zeros
     start = tl.program_id(1) * SAMPLES
     for sample in tl.range(start, tl.minimum(start + SAMPLES, n_samples), num_stages=STAGES):
         position = (tl.cast(sample, tl.int64) * n_tokens + token)[:, None]
@@ -252,8 +250,8 @@ def _qk_norm_rope(
     return q_out, k_out
 
 
-@torch.library.custom_op("miro::qk_rope_norm_backward", mutates_args=())
-def _qk_rope_norm_backward(
+@torch.library.custom_op("miro::qk_norm_rope_backward", mutates_args=())
+def _qk_norm_rope_backward(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
     dq_out: Tensor, dk_out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -291,21 +289,19 @@ def _(q: Tensor, k: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-@_qk_rope_norm_backward.register_fake
+@_qk_norm_rope_backward.register_fake
 def _(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, *others: Tensor) -> Any:
     return tuple(tensor.new_empty(tensor.shape) for tensor in (q, k, q_weight, k_weight))
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _differentiate(ctx: Any, dq_out: Tensor, dk_out: Tensor) -> tuple[Tensor | None, ...]:
-    return *_qk_rope_norm_backward(*ctx.saved_tensors, dq_out, dk_out), None, None
+    return *_qk_norm_rope_backward(*ctx.saved_tensors, dq_out, dk_out), None, None
 
 
-_qk_norm_rope.register_autograd(_differentiate, setup_context=_save)
-counts_no_flops("qk_norm_rope", "qk_rope_norm_backward")
+_qk_norm_rope.register_autograd(
+    _differentiate, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)
+counts_no_flops("qk_norm_rope", "qk_norm_rope_backward")
 
 
 def qk_norm_rope(
@@ -332,12 +328,12 @@ def qk_norm_rope(
     check_rank(op, "q", q, "B N heads head_size")
     _, tokens, _, size = q.shape
     if size % 2:
-        raise ValueError(f"{op}: the head size must be even to be rotated, got {size}")
+        raise ValueError(f"{op}: the head size must be even, got {size}")
     check_shape(op, "k", k, tuple(q.shape), "(B, N, heads, head size)")
-    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-        check_shape(op, name, weight, (size,), "(head size,)")
-    for name, angle in (("cos", cos), ("sin", sin)):
-        check_shape(op, name, angle, (tokens, size // 2), "(N, head size / 2)")
+    check_shape(op, "q_weight", q_weight, (size,), "(head size,)")
+    check_shape(op, "k_weight", k_weight, (size,), "(head size,)")
+    check_shape(op, "cos", cos, (tokens, size // 2), "(N, head size / 2)")
+    check_shape(op, "sin", sin, (tokens, size // 2), "(N, head size / 2)")
     check_floats(op, q=q, k=k, q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin)
     if select_backend(op, q, _unsupported(q, cos, sin)) == "triton":
         return _qk_norm_rope(q, k, q_weight, k_weight, cos, sin)

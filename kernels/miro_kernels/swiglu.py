@@ -128,15 +128,13 @@ def _(packed: Tensor, dout: Tensor) -> Tensor:
     return packed.new_empty(packed.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _differentiate(ctx: Any, dout: Tensor) -> Tensor:
     return _swiglu_backward(*ctx.saved_tensors, dout)
 
 
-_swiglu.register_autograd(_differentiate, setup_context=_save)
+_swiglu.register_autograd(
+    _differentiate, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)
 counts_no_flops("swiglu", "swiglu_backward")
 
 
