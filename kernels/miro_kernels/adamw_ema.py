@@ -139,7 +139,7 @@ def _chunks(sizes: tuple[int, ...], chunk: int, device: torch.device) -> Tensor:
 @torch.library.custom_op(
     "miro::adamw_ema", mutates_args=("params", "masters", "exp_avgs", "exp_avg_sqs", "emas")
 )
-def _adamw_ema(
+def adamw_ema_op(
     params: list[Tensor],
     grads: list[Tensor],
     masters: list[Tensor],
@@ -190,7 +190,7 @@ def _adamw_ema(
         )
 
 
-@_adamw_ema.register_fake
+@adamw_ema_op.register_fake
 def _(*arguments: Any) -> None:
     return None
 
@@ -303,7 +303,7 @@ class AdamWEMA(torch.optim.Optimizer):
             rates["grad_scale"] = self.grad_scale
             if select_backend("AdamWEMA", same_step[0], _unsupported(*lists)) == "triton":
                 beta1, beta2 = group["betas"]
-                _adamw_ema(*lists, step=step, beta1=beta1, beta2=beta2, **rates)
+                adamw_ema_op(*lists, step=step, beta1=beta1, beta2=beta2, **rates)
             else:
                 adamw_ema_reference(*lists, step=step, betas=group["betas"], **rates)
 

@@ -241,7 +241,7 @@ def _launch_config(
 
 
 @torch.library.custom_op("miro::qk_norm_rope", mutates_args=())
-def _qk_norm_rope(
+def qk_norm_rope_op(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
@@ -251,7 +251,7 @@ def _qk_norm_rope(
 
 
 @torch.library.custom_op("miro::qk_norm_rope_backward", mutates_args=())
-def _qk_norm_rope_backward(
+def qk_norm_rope_backward_op(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
     dq_out: Tensor, dk_out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -284,21 +284,21 @@ def _qk_norm_rope_backward(
     return dq, dk, dq_weight, dk_weight
 
 
-@_qk_norm_rope.register_fake
+@qk_norm_rope_op.register_fake
 def _(q: Tensor, k: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-@_qk_norm_rope_backward.register_fake
+@qk_norm_rope_backward_op.register_fake
 def _(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, *others: Tensor) -> Any:
     return tuple(tensor.new_empty(tensor.shape) for tensor in (q, k, q_weight, k_weight))
 
 
 def _differentiate(ctx: Any, dq_out: Tensor, dk_out: Tensor) -> tuple[Tensor | None, ...]:
-    return *_qk_norm_rope_backward(*ctx.saved_tensors, dq_out, dk_out), None, None
+    return *qk_norm_rope_backward_op(*ctx.saved_tensors, dq_out, dk_out), None, None
 
 
-_qk_norm_rope.register_autograd(
+qk_norm_rope_op.register_autograd(
     _differentiate, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
 )
 counts_no_flops("qk_norm_rope", "qk_norm_rope_backward")
@@ -336,7 +336,7 @@ def qk_norm_rope(
     check_shape(op, "sin", sin, (tokens, size // 2), "(N, head size / 2)")
     check_floats(op, q=q, k=k, q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin)
     if select_backend(op, q, _unsupported(q, cos, sin)) == "triton":
-        return _qk_norm_rope(q, k, q_weight, k_weight, cos, sin)
+        return qk_norm_rope_op(q, k, q_weight, k_weight, cos, sin)
     return qk_norm_rope_reference(q, k, q_weight, k_weight, cos, sin)
 
 

@@ -89,7 +89,7 @@ def _launch(kernel: Any, settings: Tile, rows: int, features: int, **tensors: Te
 
 
 @torch.library.custom_op("miro::swiglu", mutates_args=())
-def _swiglu(packed: Tensor) -> Tensor:
+def swiglu_op(packed: Tensor) -> Tensor:
     packed = packed.contiguous()
     features = packed.shape[-1] // 2
     out = packed.new_empty((*packed.shape[:-1], features))
@@ -102,7 +102,7 @@ def _swiglu(packed: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("miro::swiglu_backward", mutates_args=())
-def _swiglu_backward(packed: Tensor, dout: Tensor) -> Tensor:
+def swiglu_backward_op(packed: Tensor, dout: Tensor) -> Tensor:
     packed, dout = packed.contiguous(), dout.contiguous()
     dpacked = torch.empty_like(packed)
     if dout.numel():
@@ -118,21 +118,21 @@ def _swiglu_backward(packed: Tensor, dout: Tensor) -> Tensor:
     return dpacked
 
 
-@_swiglu.register_fake
+@swiglu_op.register_fake
 def _(packed: Tensor) -> Tensor:
     return packed.new_empty((*packed.shape[:-1], packed.shape[-1] // 2))
 
 
-@_swiglu_backward.register_fake
+@swiglu_backward_op.register_fake
 def _(packed: Tensor, dout: Tensor) -> Tensor:
     return packed.new_empty(packed.shape)
 
 
 def _differentiate(ctx: Any, dout: Tensor) -> Tensor:
-    return _swiglu_backward(*ctx.saved_tensors, dout)
+    return swiglu_backward_op(*ctx.saved_tensors, dout)
 
 
-_swiglu.register_autograd(
+swiglu_op.register_autograd(
     _differentiate, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
 )
 counts_no_flops("swiglu", "swiglu_backward")
@@ -155,5 +155,5 @@ def swiglu(packed: Tensor) -> Tensor:
         raise ValueError(f"swiglu: packed's last dimension must be even, got {packed.shape[-1]}")
     check_floats("swiglu", packed=packed)
     if select_backend("swiglu", packed) == "triton":
-        return _swiglu(packed)
+        return swiglu_op(packed)
     return swiglu_reference(packed)

@@ -59,7 +59,9 @@ def test_a_file_overrides_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ({"sm_90": {"norm_backward": {**GOOD, "rows": "4"}}}, "power of 2, got '4'"),
     ],
 )
-def test_an_invalid_file_is_rejected_with_the_entry(tmp_path: Path, content: dict, message: str) -> None:
+def test_an_invalid_file_is_rejected_with_the_entry(
+    tmp_path: Path, content: dict, message: str
+) -> None:
     file = tmp_path / "tiles.json"
     file.write_text(json.dumps(content))
 
