@@ -55,8 +55,8 @@ def adaln_backward_op(
     x: Tensor, modulation: list[Tensor], rewards: list[Tensor], dh: Tensor, stats: Tensor
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Return the gradients of x, modulation, and [block, table]."""
-    dx, _, *others = launcher.backward(x, None, modulation, rewards, None, dh, stats)
-    return dx, *others
+    dx, _, dmodulation, dtables = launcher.backward(x, None, modulation, rewards, None, dh, stats)
+    return dx, dmodulation, dtables
 
 
 @torch.library.custom_op("miro::reward_gated_residual_adaln_backward", mutates_args=())
@@ -70,11 +70,11 @@ def gated_backward_op(
     stats: Tensor,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     """Return the gradients of x, branch, modulation, and [block, table]."""
-    dx, dbranch, *others = launcher.backward(
+    dx, dbranch, dmodulation, dtables = launcher.backward(
         residual, branch, modulation, rewards, dresidual, dh, stats
     )
     assert dbranch is not None
-    return dx, dbranch, *others
+    return dx, dbranch, dmodulation, dtables
 
 
 @adaln_op.register_fake

@@ -28,7 +28,7 @@ def test_a_few_steps_have_the_losses_of_the_torch_backend(
 ) -> None:
     few = replace(training, images=24, checkpoint_every=24, weights_at=(), device=device)
     few = replace(few, model=replace(few.model, heads=1))
-    few = replace(few, optimizer=replace(few.optimizer, matrices=optimizer))
+    few = replace(few, optimizer=replace(few.optimizer, name=optimizer))
 
     for kernels in ("torch", "triton"):
         train(replace(few, kernels=kernels), tmp_path / kernels)
