@@ -33,21 +33,11 @@ from miro_kernels.tiles import tile
 
 
 def adamw_ema_reference(
-    params: list[Tensor],
-    grads: list[Tensor],
-    masters: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    emas: list[Tensor],
-    *,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    ema_decay: float,
+    params: list[Tensor], grads: list[Tensor], masters: list[Tensor], exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor], emas: list[Tensor], *, step: int, lr: float,
+    betas: tuple[float, float], eps: float, weight_decay: float, ema_decay: float,
     grad_scale: Tensor | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Update lists of tensors in place by one step; all but params and grads are fp32.
 
     Reading `grad_scale` synchronises with a GPU.
@@ -140,21 +130,11 @@ def _chunks(sizes: tuple[int, ...], chunk: int, device: torch.device) -> Tensor:
     "miro::adamw_ema", mutates_args=("params", "masters", "exp_avgs", "exp_avg_sqs", "emas")
 )
 def adamw_ema_op(
-    params: list[Tensor],
-    grads: list[Tensor],
-    masters: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    emas: list[Tensor],
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    ema_decay: float,
+    params: list[Tensor], grads: list[Tensor], masters: list[Tensor], exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor], emas: list[Tensor], step: int, lr: float, beta1: float,
+    beta2: float, eps: float, weight_decay: float, ema_decay: float,
     grad_scale: Tensor | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Update as the reference, in one launch per combination of dtypes and alignment."""
     launches: dict[Any, list[tuple[Tensor, ...]]] = defaultdict(list)
     for tensors in zip(params, grads, masters, exp_avgs, exp_avg_sqs, emas, strict=True):
@@ -222,14 +202,9 @@ class AdamWEMA(torch.optim.Optimizer):
     """
 
     def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.99),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        ema_decay: float = 0.999,
-    ) -> None:
+        self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8, weight_decay: float = 0.0, ema_decay: float = 0.999,
+    ) -> None:  # fmt: skip
         if lr < 0 or eps <= 0 or weight_decay < 0:
             raise ValueError(
                 f"AdamWEMA: lr and weight_decay must be at least 0 and eps above 0, "

@@ -24,11 +24,19 @@ class ModelShape(Protocol):
     """The fields of a model's configuration that decide the shapes of its kernels."""
 
     @property
-    def channels(self) -> int: ...
+    def channels(self) -> int:
+        """Channels of a token."""
+        ...
+
     @property
-    def heads(self) -> int: ...
+    def heads(self) -> int:
+        """Attention heads."""
+        ...
+
     @property
-    def hidden(self) -> int: ...
+    def hidden(self) -> int:
+        """Width of the SwiGLU."""
+        ...
 
 
 def prewarm(
@@ -48,7 +56,7 @@ def prewarm(
     Does nothing if the backend is not Triton, or under the interpreter.
 
     Args:
-        model: channels, heads and hidden (the SwiGLU's width) of the transformer.
+        model: configuration of the transformer.
         batch: samples per step on this device.
         tokens: tokens per image.
         rewards: rewards in the modulation table.

@@ -244,6 +244,7 @@ def _launch_config(
 def qk_norm_rope_op(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """Return q and k, normalised and rotated."""
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     grid, arguments = _launch_config(q, k, (q_weight, k_weight), cos, sin, tile("qk_forward"))
     _forward_kernel[grid](**arguments, q_out_ptr=q_out, k_out_ptr=k_out)

@@ -90,6 +90,7 @@ def _launch(kernel: Any, settings: Tile, rows: int, features: int, **tensors: Te
 
 @torch.library.custom_op("miro::swiglu", mutates_args=())
 def swiglu_op(packed: Tensor) -> Tensor:
+    """Return (..., F)."""
     packed = packed.contiguous()
     features = packed.shape[-1] // 2
     out = packed.new_empty((*packed.shape[:-1], features))
@@ -103,6 +104,7 @@ def swiglu_op(packed: Tensor) -> Tensor:
 
 @torch.library.custom_op("miro::swiglu_backward", mutates_args=())
 def swiglu_backward_op(packed: Tensor, dout: Tensor) -> Tensor:
+    """Return the gradient of packed."""
     packed, dout = packed.contiguous(), dout.contiguous()
     dpacked = torch.empty_like(packed)
     if dout.numel():
