@@ -88,7 +88,7 @@ def prepare(search: Search, batch: int) -> Run:
 
 def with_tile(kernel: str, settings: Settings, run: Run) -> Run:
     def chosen() -> Any:
-        with tiles.replaced({target().family: {kernel: settings}}):
+        with tiles.override_tiles({target().family: {kernel: settings}}):
             return run()
 
     return chosen

@@ -1,8 +1,8 @@
-"""Fused operations of the MIRO flow transformer: functions without parameters.
+"""Fused operations of the MIRO flow transformer, as functions without parameters.
 
-Every operation has a `<name>_reference` in plain torch beside it, which is its specification, the
-path a CPU takes and the oracle of its tests. `use_backend`, or the variable MIRO_KERNELS, says
-which of the two computes, and `prewarm` compiles the kernels of a run before its first step.
+Each operation has a `<name>_reference` in plain torch, which is its specification, its CPU path and
+the oracle of its tests. `use_backend` or the environment variable MIRO_KERNELS selects the backend;
+`prewarm` compiles the kernels of a run before its first step.
 """
 
 from miro_kernels.adaln import adaln, gated_residual_adaln, reward_adaln

@@ -1,13 +1,15 @@
-"""What all kernels share: Triton where it is installed, the target, tiles, and jit functions.
+"""Triton where it is installed, the launch target, and the private names of torch and triton.
 
-Triton is absent from some platforms' wheels, and a laptop must still import every op for its torch
-path. Kernels are therefore made by `jit` below, which leaves the function alone without Triton.
+Some platforms have no Triton wheel, and `import miro_kernels` must still work there for the torch
+path: the decorator `jit` below returns the function unchanged without Triton. Private or
+undocumented names of torch and triton are used in this module only.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -25,53 +27,58 @@ else:
     triton = tl = None
     INTERPRETING = False
 if INTERPRETING:
-    # As it comes, the interpreter multiplies the bits of bf16 numbers, and says nothing.
+    # The stock interpreter multiplies the bit patterns of bf16 numbers, without an error.
     from miro_kernels.lab.interpret import correct
 
     correct()
 
+# torch's multi-tensor functions, on which the foreach implementations of torch.optim are built.
+_FOREACH = ("add_", "addcdiv_", "addcmul_", "div_", "lerp_", "mul", "mul_", "sqrt")
+foreach = SimpleNamespace(**{name: getattr(torch, f"_foreach_{name}") for name in _FOREACH})
+
 
 def jit(function: Callable[..., Any]) -> Any:
-    """triton.jit; without Triton the function itself, which nothing then launches."""
+    """Decorate with `triton.jit`, or return the function unchanged without Triton."""
     return triton.jit(function) if AVAILABLE else function
 
 
-def jit_for_any(*varying: str) -> Callable[[Callable[..., Any]], Any]:
-    """As `jit`, for kernels whose integers `varying` differ from one step to the next.
+def jit_unspecialized(*arguments: str) -> Callable[[Callable[..., Any]], Any]:
+    """Decorate as `jit`, but do not specialize the integers `arguments`.
 
-    Triton compiles anew for a number that is 1 or a multiple of 16; these it takes as they come.
+    Triton recompiles when an integer argument becomes 1 or a multiple of 16; do not where it
+    changes from step to step.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
-        return triton.jit(do_not_specialize=varying)(function) if AVAILABLE else function
+        return triton.jit(do_not_specialize=arguments)(function) if AVAILABLE else function
 
     return decorate
 
 
 class Target(NamedTuple):
-    """What a launch is compiled for."""
+    """The device that launches are compiled for."""
 
     backend: str
     """cuda or hip."""
     arch: int | str
-    """Compute capability times ten, or the name of a gfx."""
+    """Compute capability times ten, or a gfx name."""
 
     @property
     def family(self) -> str:
         """The row of the table of tiles: sm_80, sm_90, sm_100 or gfx942."""
         if self.backend == "hip":
             return "gfx942"
-        # 12.x is Blackwell in name, but has the shared memory and registers of 8.x.
+        # 12.x is sold as Blackwell, but has the shared memory and registers of 8.x.
         major = int(self.arch) // 10
         return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
 INTERPRETED = Target("cuda", 90)
-"""What launches are shaped for under the interpreter, which has no target of its own."""
+"""The target whose tiles are used under the interpreter, which has no device."""
 
 
 def target() -> Target:
-    """The target of the launches of this process; the one place that asks Triton for it."""
+    """Return the target of this process's launches."""
     if INTERPRETING:
         return INTERPRETED
     active: Any = triton.runtime.driver.active.get_current_target()
@@ -79,16 +86,17 @@ def target() -> Target:
 
 
 def power_of_2(number: int) -> int:
-    """The smallest power of 2 that is at least `number`, and at least 1."""
+    """Return the smallest power of 2 that is at least `number` and at least 1."""
     return 1 << max(0, number - 1).bit_length()
 
 
 def ceil_div(a: int, b: int) -> int:
+    """Return a / b, rounded up."""
     return -(-a // b)
 
 
 def counts_no_flops(*names: str) -> None:
-    """Register the miro ops `names` as elementwise, which torch's FLOP counter counts as 0."""
+    """Register the miro ops `names` in torch's FLOP counter, which counts elementwise ops as 0."""
     for name in names:
         register_flop_formula(getattr(torch.ops.miro, name))(lambda *shapes, **out: 0)
 

@@ -1,7 +1,7 @@
-"""Compiling what a run needs before its first step.
+"""Compile the kernels of a run before its first step.
 
-A kernel is compiled where it is first launched, which takes seconds; on many ranks that is a first
-step in which some wait long for others, or for a collective that times out.
+Triton compiles a kernel at its first launch, which takes seconds. With many ranks the first step
+would then leave some ranks waiting for others in a collective, until it times out.
 """
 
 from __future__ import annotations
@@ -20,19 +20,27 @@ from miro_kernels.qk_norm_rope import qk_norm_rope
 from miro_kernels.swiglu import swiglu
 
 
-class Shape(Protocol):
-    """The part of a model's configuration that decides the shapes of its kernels."""
+class ModelShape(Protocol):
+    """The fields of a model's configuration that decide the shapes of its kernels."""
 
     @property
-    def channels(self) -> int: ...
+    def channels(self) -> int:
+        """Channels of a token."""
+        ...
+
     @property
-    def heads(self) -> int: ...
+    def heads(self) -> int:
+        """Attention heads."""
+        ...
+
     @property
-    def hidden(self) -> int: ...
+    def hidden(self) -> int:
+        """Width of the SwiGLU."""
+        ...
 
 
 def prewarm(
-    model: Shape,
+    model: ModelShape,
     *,
     batch: int,
     tokens: int,
@@ -45,35 +53,36 @@ def prewarm(
 ) -> None:
     """Launch every kernel of a block and of the optimizer once, forward and backward.
 
-    Does nothing where the backend is not Triton, or Triton only interprets.
+    Does nothing if the backend is not Triton, or under the interpreter.
 
     Args:
-        model: channels, heads and hidden (the SwiGLU's width) of the transformer.
-        batch: samples of a step on this device.
-        tokens: of an image.
-        rewards, levels: of the table of modulation.
-        dtype: of parameters and activations.
-        device: where the run computes.
-        text: tokens of each sample's text; their number compiles nothing anew.
-        optimized: dtypes of the parameters and of the gradients that the optimizer sees; None where
-            both are `dtype`, as they are where nothing is sharded or accumulated.
+        model: configuration of the transformer.
+        batch: samples per step on this device.
+        tokens: tokens per image.
+        rewards: rewards in the modulation table.
+        levels: bins per reward in that table.
+        dtype: dtype of parameters and activations.
+        device: device of the run.
+        text: text tokens per sample; another number compiles no other kernel.
+        optimized: dtypes of the optimizer's parameters and gradients; None if both are `dtype`, as
+            without sharding and gradient accumulation.
     """
-    some = torch.empty(0, dtype=dtype, device=device)
-    if INTERPRETING or select_backend("prewarm", some) != "triton":
+    like = torch.empty(0, dtype=dtype, device=device)
+    if INTERPRETING or select_backend("prewarm", like) != "triton":
         return
     channels, heads = model.channels, model.heads
     size = channels // heads
 
     def zeros(*shape: int) -> Tensor:
-        return some.new_zeros(shape).requires_grad_()
+        return like.new_zeros(shape).requires_grad_()
 
-    # Strides are those of the transformer: slices of one base, one table and one list of offsets,
-    # and q, k and v of one projection. They are part of what a kernel is compiled for.
+    # Use the transformer's strides, which kernels are specialized for: slices of one base, one
+    # table and one tensor of block offsets, and q, k and v of one projection.
     x, base = zeros(batch, tokens, channels), zeros(batch, 2, 3, channels)[:, 1]
     block, table = zeros(3, 3, channels)[1], zeros(rewards, levels, 2, 3, channels)[:, :, 1]
     bins = torch.zeros(batch, rewards, dtype=torch.int64, device=device)
-    known = (bins, bins.bool())
-    h = reward_adaln(x, base[:, 1:], block[1:], table[:, :, 1:], *known)
+    conditions = (bins, bins.bool())
+    h = reward_adaln(x, base[:, 1:], block[1:], table[:, :, 1:], *conditions)
     assert isinstance(h, Tensor)
     q, k, v = zeros(batch, tokens, 3, heads, size).unbind(2)
     weight = zeros(size)
@@ -81,19 +90,19 @@ def prewarm(
     q, k = qk_norm_rope(q, k, weight, weight, angles, angles)
     text_k, text_v = zeros(batch * text, 2, heads, size).unbind(1)
     offsets = torch.arange(batch + 1, dtype=torch.int32, device=device) * text
-    # Keys have been normed, which leaves them dense.
+    # Text keys are contiguous in the transformer, because they are normalised.
     branch = attention(q, k, v, text_k.contiguous(), text_v, offsets, text).flatten(2)
-    both = reward_adaln(x, base, block, table, *known, branch=branch)
+    gated = reward_adaln(x, base, block, table, *conditions, branch=branch)
     hidden = swiglu(zeros(batch, tokens, 2 * model.hidden))
-    # Twice, since in the last norm of a network x′ has no other use.
-    for outputs in ((h, *both, hidden), both[1:]):
+    # Twice: x′ of the network's last norm is unused, so that its backward has no dresidual.
+    for outputs in ((h, *gated, hidden), gated[1:]):
         torch.autograd.backward(outputs, [torch.zeros_like(z) for z in outputs], retain_graph=True)
-    # The optimizer's kernel has a form for sizes that are no multiple of 16.
-    held, gradients = optimized or (dtype, dtype)
-    params = [nn.Parameter(some.new_zeros(size, dtype=held)) for size in (16, 1)]
+    # The optimizer's kernel is compiled once more for sizes that are not multiples of 16.
+    param_dtype, grad_dtype = optimized or (dtype, dtype)
+    params = [nn.Parameter(like.new_zeros(size, dtype=param_dtype)) for size in (16, 1)]
     for param in params:
-        param.grad_dtype = gradients
-        param.grad = torch.zeros_like(param, dtype=gradients)
+        param.grad_dtype = grad_dtype
+        param.grad = torch.zeros_like(param, dtype=grad_dtype)
     optimizer = AdamWEMA(params)
     optimizer.grad_scale = torch.ones((), device=device)
     optimizer.step()

@@ -25,7 +25,7 @@ def adaln_by_loops(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tenso
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("eps", [1e-6, 0.1])
-def test_adaln_is_its_formula(draw: Callable[..., Tensor], shape: tuple, eps: float) -> None:
+def test_adaln_matches_its_formula(draw: Callable[..., Tensor], shape: tuple, eps: float) -> None:
     x, shift, scale = draw(*shape), draw(shape[0], shape[2]), draw(shape[0], shape[2])
 
     out = adaln(x, shift, scale, eps)
@@ -35,7 +35,9 @@ def test_adaln_is_its_formula(draw: Callable[..., Tensor], shape: tuple, eps: fl
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gated_residual_adaln_is_its_formula(draw: Callable[..., Tensor], shape: tuple) -> None:
+def test_gated_residual_adaln_matches_its_formula(
+    draw: Callable[..., Tensor], shape: tuple
+) -> None:
     x, branch = draw(*shape), draw(*shape)
     gate, shift, scale = (draw(shape[0], shape[2]) for _ in range(3))
 
@@ -48,7 +50,7 @@ def test_gated_residual_adaln_is_its_formula(draw: Callable[..., Tensor], shape:
     )
 
 
-def test_strides_of_the_arguments_do_not_matter(draw: Callable[..., Tensor]) -> None:
+def test_strided_arguments_give_the_results_of_contiguous_ones(draw: Callable[..., Tensor]) -> None:
     x, branch = draw(5, 4, 3).transpose(0, 2), draw(3, 4, 10)[..., ::2]
     gate, shift, scale = draw(3, 15).unflatten(1, (5, 3)).unbind(2)
 
@@ -63,7 +65,7 @@ def test_strides_of_the_arguments_do_not_matter(draw: Callable[..., Tensor]) -> 
 
 
 @pytest.mark.parametrize(("dtype", "ulp"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
-def test_low_precision_results_are_the_exact_ones_rounded_once(
+def test_low_precision_results_are_exact_up_to_one_rounding(
     draw: Callable[..., Tensor], dtype: torch.dtype, ulp: float
 ) -> None:
     x, branch = draw(2, 5, 123, dtype=dtype), draw(2, 5, 123, dtype=dtype)
@@ -75,7 +77,7 @@ def test_low_precision_results_are_the_exact_ones_rounded_once(
     assert residual.dtype == h.dtype == alone.dtype == dtype
     wide = [z.double() for z in (x, branch, gate, shift, scale)]
     exact, _ = gated_residual_adaln(*wide, eps=1e-6)
-    # Rounding costs half a unit in the last place; fp32 inside, a little more near zero.
+    # Rounding costs half an ulp, and the fp32 arithmetic a little more near zero.
     torch.testing.assert_close(residual.double(), exact, rtol=ulp, atol=1e-5)
     torch.testing.assert_close(
         alone.double(), adaln(wide[0], wide[3], wide[4]), rtol=ulp, atol=1e-5
@@ -83,7 +85,7 @@ def test_low_precision_results_are_the_exact_ones_rounded_once(
     assert torch.equal(h, adaln(residual, shift, scale)), "h is the norm of the x′ returned"
 
 
-def test_modulation_in_fp32_is_not_rounded_to_the_tokens_dtype(
+def test_fp32_modulation_is_not_rounded_to_the_dtype_of_x(
     draw: Callable[..., Tensor],
 ) -> None:
     x = draw(1, 3, 64, dtype=torch.bfloat16)
@@ -95,7 +97,7 @@ def test_modulation_in_fp32_is_not_rounded_to_the_tokens_dtype(
     torch.testing.assert_close(out.double(), exact, rtol=2**-8, atol=1e-5)
 
 
-def test_a_large_mean_does_not_drown_the_variance(draw: Callable[..., Tensor]) -> None:
+def test_the_variance_is_accurate_with_a_large_mean(draw: Callable[..., Tensor]) -> None:
     x = draw(1, 4, 256, dtype=torch.float32) + 1000
     shift, scale = torch.zeros(1, 256), torch.zeros(1, 256)
 
@@ -104,13 +106,13 @@ def test_a_large_mean_does_not_drown_the_variance(draw: Callable[..., Tensor]) -
     torch.testing.assert_close(adaln(x, shift, scale).double(), exact, rtol=1e-3, atol=1e-3)
 
 
-def test_gradients_of_adaln(draw: Callable[..., Tensor]) -> None:
+def test_adaln_passes_gradcheck(draw: Callable[..., Tensor]) -> None:
     arguments = [draw(2, 3, 5), draw(2, 5), draw(2, 5)]
 
     assert torch.autograd.gradcheck(adaln, [z.requires_grad_() for z in arguments])
 
 
-def test_gradients_of_gated_residual_adaln(draw: Callable[..., Tensor]) -> None:
+def test_gated_residual_adaln_passes_gradcheck(draw: Callable[..., Tensor]) -> None:
     tokens = [draw(2, 3, 5) for _ in range(2)]
     arguments = [z.requires_grad_() for z in (*tokens, *(draw(2, 5) for _ in range(3)))]
 
@@ -121,7 +123,7 @@ def test_gradients_of_gated_residual_adaln(draw: Callable[..., Tensor]) -> None:
     ("changed", "shape"),
     [("shift", (2, 7)), ("scale", (3, 8)), ("gate", (2, 3, 8)), ("branch", (2, 4, 8))],
 )
-def test_an_argument_of_the_wrong_shape_is_named(
+def test_a_wrong_shape_raises_with_the_argument(
     draw: Callable[..., Tensor], changed: str, shape: tuple
 ) -> None:
     arguments: dict[str, Any] = {"x": draw(2, 3, 8), "branch": draw(2, 3, 8)}
@@ -136,6 +138,6 @@ def test_an_argument_of_the_wrong_shape_is_named(
         assert part in str(error.value)
 
 
-def test_tokens_of_the_wrong_rank_are_named(draw: Callable[..., Tensor]) -> None:
+def test_a_wrong_rank_raises_with_the_argument(draw: Callable[..., Tensor]) -> None:
     with pytest.raises(ValueError, match=r"adaln: x must be \(B, N, D\), got shape \(3, 8\)"):
         adaln(draw(3, 8), draw(3, 8), draw(3, 8))

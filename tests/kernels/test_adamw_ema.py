@@ -1,4 +1,4 @@
-"""AdamWEMA against torch.optim.AdamW and an average kept by hand."""
+"""AdamWEMA against torch.optim.AdamW and an EMA in plain torch."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -27,31 +27,29 @@ def groups(params: list[nn.Parameter]) -> list[dict]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("skip", [False, True], ids=["all have gradients", "some have none"])
-def test_twenty_steps_are_those_of_adamw_with_an_average(
-    draw: Draw, dtype: torch.dtype, skip: bool
-) -> None:
-    ours = parameters(draw, dtype)
-    theirs = [nn.Parameter(param.detach().float().clone()) for param in ours]
-    averages = [param.detach().clone() for param in theirs]
-    optimizer = AdamWEMA(groups(ours), **RATES, ema_decay=0.9)
-    oracle = torch.optim.AdamW(groups(theirs), **RATES)
+def test_twenty_steps_match_adamw_and_an_ema(draw: Draw, dtype: torch.dtype, skip: bool) -> None:
+    params = parameters(draw, dtype)
+    expected = [nn.Parameter(param.detach().float().clone()) for param in params]
+    emas = [param.detach().clone() for param in expected]
+    optimizer = AdamWEMA(groups(params), **RATES, ema_decay=0.9)
+    oracle = torch.optim.AdamW(groups(expected), **RATES)
 
     for step in range(20):
-        for number, (param, twin) in enumerate(zip(ours, theirs, strict=True)):
+        for number, (param, twin) in enumerate(zip(params, expected, strict=True)):
             absent = skip and (step + number) % 3 == 0
             param.grad = None if absent else draw(*param.shape, dtype=dtype)
             twin.grad = None if param.grad is None else param.grad.float()
         optimizer.step()
         oracle.step()
-        for average, twin in zip(averages, theirs, strict=True):
+        for ema, twin in zip(emas, expected, strict=True):
             if twin.grad is not None:
-                average.mul_(0.9).add_(twin.detach(), alpha=0.1)
+                ema.mul_(0.9).add_(twin.detach(), alpha=0.1)
 
-    for param, twin, average in zip(ours, theirs, averages, strict=True):
+    for param, twin, ema in zip(params, expected, emas, strict=True):
         master = optimizer.master(param)
         assert master.dtype == optimizer.ema(param).dtype == torch.float32
         torch.testing.assert_close(master, twin, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(optimizer.ema(param), average, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(optimizer.ema(param), ema, rtol=1e-5, atol=1e-6)
         assert torch.equal(param, master.to(dtype))
 
 
@@ -63,12 +61,12 @@ def test_updates_below_the_precision_of_bf16_add_up_in_the_master() -> None:
         param.grad = torch.ones_like(param)
         optimizer.step()
 
-    # A step of 1e-4 is lost on a bf16 one, whose neighbour below is 0.996.
+    # In bf16 a step of 1e-4 from 1 would be lost: the next value below is 0.996.
     torch.testing.assert_close(optimizer.master(param), torch.full((4,), 0.99), rtol=0, atol=1e-5)
     assert torch.equal(param, optimizer.master(param).bfloat16())
 
 
-def test_a_parameter_without_gradient_is_left_alone(draw: Draw) -> None:
+def test_a_parameter_without_gradient_is_not_updated(draw: Draw) -> None:
     still, moving = nn.Parameter(draw(3).float()), nn.Parameter(draw(3).float())
     optimizer = AdamWEMA([still, moving], lr=0.1, weight_decay=0.5)
     before = still.detach().clone()
@@ -79,7 +77,7 @@ def test_a_parameter_without_gradient_is_left_alone(draw: Draw) -> None:
     assert torch.equal(still, before) and torch.equal(optimizer.ema(still), before)
 
 
-def test_the_decay_of_a_group_may_change_and_zero_keeps_no_average(draw: Draw) -> None:
+def test_ema_decay_may_change_and_0_disables_the_ema(draw: Draw) -> None:
     param = nn.Parameter(draw(4).float())
     optimizer = AdamWEMA([param], lr=0.1, ema_decay=0.99)
     for decay in (0.99, 0.0):
@@ -90,7 +88,7 @@ def test_the_decay_of_a_group_may_change_and_zero_keeps_no_average(draw: Draw) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_saved_and_loaded_state_goes_on_bit_for_bit(draw: Draw, dtype: torch.dtype) -> None:
+def test_a_loaded_state_continues_bit_for_bit(draw: Draw, dtype: torch.dtype) -> None:
     params = parameters(draw, dtype)
     optimizer = AdamWEMA(groups(params), **RATES)
     gradients = [[draw(*p.shape, dtype=dtype) for p in params] for _ in range(6)]
@@ -115,7 +113,7 @@ def test_a_saved_and_loaded_state_goes_on_bit_for_bit(draw: Draw, dtype: torch.d
 
 
 @pytest.mark.parametrize(
-    ("bad", "words"),
+    ("bad", "message"),
     [
         ({"lr": -1.0}, "lr=-1.0"),
         ({"eps": 0.0}, "eps=0.0"),
@@ -125,13 +123,13 @@ def test_a_saved_and_loaded_state_goes_on_bit_for_bit(draw: Draw, dtype: torch.d
         ({"ema_decay": 1.0}, "ema_decay.*1.0"),
     ],
 )
-def test_impossible_rates_are_named(bad: dict, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_invalid_hyperparameters_raise(bad: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         AdamWEMA([nn.Parameter(torch.zeros(2))], **bad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_are_scaled_by_a_number_on_the_device(draw: Draw, dtype: torch.dtype) -> None:
+def test_grad_scale_scales_gradients(draw: Draw, dtype: torch.dtype) -> None:
     plain, scaled = parameters(draw, dtype), []
     scaled = [nn.Parameter(param.detach().clone()) for param in plain]
     grads = [draw(*param.shape, dtype=dtype) for param in plain]
@@ -152,7 +150,9 @@ def test_gradients_are_scaled_by_a_number_on_the_device(draw: Draw, dtype: torch
 
 @pytest.mark.parametrize("scale", [-1.0, float("nan")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_to_skip_changes_no_tensor(draw: Draw, dtype: torch.dtype, scale: float) -> None:
+def test_a_negative_or_nan_grad_scale_skips_the_step(
+    draw: Draw, dtype: torch.dtype, scale: float
+) -> None:
     params = parameters(draw, dtype)
     optimizer = AdamWEMA(groups(params), **RATES)
     for param in params:

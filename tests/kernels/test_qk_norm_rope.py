@@ -1,4 +1,4 @@
-"""RMS norm and rotation of queries and keys, against complex multiplication."""
+"""QK norm and RoPE against complex multiplication."""
 
 from collections.abc import Callable
 
@@ -30,9 +30,9 @@ def arguments(
 def by_complex_numbers(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     normed = F.rms_norm(x, x.shape[-1:], weight, eps=1e-6)
     half = x.shape[-1] // 2
-    turned = torch.complex(normed[..., :half], normed[..., half:])
-    turned = turned * torch.complex(cos, sin)[None, :, None]
-    return torch.cat((turned.real, turned.imag), -1)
+    rotated = torch.complex(normed[..., :half], normed[..., half:])
+    rotated = rotated * torch.complex(cos, sin)[None, :, None]
+    return torch.cat((rotated.real, rotated.imag), -1)
 
 
 def expected(given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -47,7 +47,7 @@ def expected(given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     "shape", [(2, 3, 2, 8), (1, 1, 1, 2), (3, 5, 7, 62), (0, 3, 2, 8), (2, 0, 2, 8)]
 )
-def test_it_is_its_formula(draw: Draw, shape: tuple[int, ...]) -> None:
+def test_it_matches_its_formula(draw: Draw, shape: tuple[int, ...]) -> None:
     given = arguments(draw, shape)
 
     results = qk_norm_rope(**given)
@@ -55,7 +55,7 @@ def test_it_is_its_formula(draw: Draw, shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(results, expected(given), rtol=1e-9, atol=1e-9)
 
 
-def test_slices_of_one_projection_give_what_their_copies_give(draw: Draw) -> None:
+def test_slices_of_a_packed_projection_give_the_results_of_copies(draw: Draw) -> None:
     q, k, _ = draw(2, 5, 3, 4, 8).unbind(2)
     given = arguments(draw, (2, 5, 4, 8))
 
@@ -65,7 +65,7 @@ def test_slices_of_one_projection_give_what_their_copies_give(draw: Draw) -> Non
     torch.testing.assert_close(results, copies)
 
 
-def test_bf16_results_are_the_exact_ones_rounded_once(draw: Draw) -> None:
+def test_bf16_results_are_exact_up_to_one_rounding(draw: Draw) -> None:
     given = arguments(draw, (2, 7, 3, 64), torch.bfloat16)
 
     results = qk_norm_rope(**given)
@@ -84,7 +84,7 @@ def test_a_row_of_zeros_stays_zero(draw: Draw) -> None:
     assert torch.equal(q[1, 2], torch.zeros(2, 8, dtype=torch.float64))
 
 
-def test_every_gradient(draw: Draw) -> None:
+def test_it_passes_gradcheck(draw: Draw) -> None:
     given = arguments(draw, (2, 2, 2, 4))
     names = ("q", "k", "q_weight", "k_weight")
 
@@ -95,7 +95,7 @@ def test_every_gradient(draw: Draw) -> None:
 
 
 @pytest.mark.parametrize("changed", ["k", "q_weight", "k_weight", "cos", "sin"])
-def test_an_argument_of_the_wrong_shape_is_named(draw: Draw, changed: str) -> None:
+def test_a_wrong_shape_raises_with_the_argument(draw: Draw, changed: str) -> None:
     given = arguments(draw)
     good = tuple(given[changed].shape)
     given[changed] = torch.cat((given[changed], given[changed]), -1)
@@ -107,7 +107,7 @@ def test_an_argument_of_the_wrong_shape_is_named(draw: Draw, changed: str) -> No
         assert part in str(error.value)
 
 
-def test_an_odd_head_cannot_be_rotated(draw: Draw) -> None:
+def test_an_odd_head_size_raises(draw: Draw) -> None:
     given = arguments(draw) | {"q": draw(2, 3, 2, 7), "k": draw(2, 3, 2, 7)}
 
     with pytest.raises(ValueError, match="head size must be even.*got 7"):

@@ -1,4 +1,4 @@
-"""Modulation summed from time, block and rewards: against loops over samples and rewards."""
+"""reward_adaln against loops over samples and rewards."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,7 @@ def arguments(
 ) -> dict[str, Any]:  # fmt: skip
     parts = 3 if gated else 2
     generator = torch.Generator().manual_seed(1)
-    made = {
+    tensors = {
         "x": draw(batch, tokens, channels, dtype=dtype),
         "base": draw(batch, parts, channels, dtype=dtype),
         "block": draw(parts, channels, dtype=dtype),
@@ -27,7 +27,7 @@ def arguments(
         "bins": torch.randint(levels, (batch, rewards), generator=generator),
         "keep": torch.rand(batch, rewards, generator=generator) < 0.6,
     }
-    return made | ({"branch": draw(batch, tokens, channels, dtype=dtype)} if gated else {})
+    return tensors | ({"branch": draw(batch, tokens, channels, dtype=dtype)} if gated else {})
 
 
 def modulation_by_loops(given: dict[str, Any]) -> Tensor:
@@ -62,7 +62,7 @@ def outputs(result: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         {"tokens": 0},
     ],
 )
-def test_it_is_its_formula(draw: Draw, sizes: dict[str, Any], gated: bool) -> None:
+def test_it_matches_its_formula(draw: Draw, sizes: dict[str, Any], gated: bool) -> None:
     given = arguments(draw, gated=gated, **sizes)
 
     results = outputs(reward_adaln(**given, eps=1e-5))
@@ -72,7 +72,7 @@ def test_it_is_its_formula(draw: Draw, sizes: dict[str, Any], gated: bool) -> No
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_without_rewards_it_is_plain_adaln(draw: Draw, gated: bool) -> None:
+def test_without_rewards_it_equals_adaln(draw: Draw, gated: bool) -> None:
     given = arguments(draw, gated=gated)
     given["keep"] = torch.zeros_like(given["keep"])
     modulation = (given["base"] + given["block"]).unbind(1)
@@ -86,7 +86,7 @@ def test_without_rewards_it_is_plain_adaln(draw: Draw, gated: bool) -> None:
     torch.testing.assert_close(reward_adaln(**given), plain)
 
 
-def test_the_bin_of_a_reward_that_is_not_kept_has_no_influence(draw: Draw) -> None:
+def test_the_bin_of_a_missing_reward_has_no_effect(draw: Draw) -> None:
     given = arguments(draw, gated=True)
     given["keep"][:, 1] = False
     before = outputs(reward_adaln(**given))
@@ -102,7 +102,7 @@ def test_the_bin_of_a_reward_that_is_not_kept_has_no_influence(draw: Draw) -> No
 
 @pytest.mark.parametrize("bins", [torch.uint8, torch.int32])
 @pytest.mark.parametrize("keep", [torch.uint8, torch.float32])
-def test_bins_and_keep_may_be_of_any_integer_or_zero_one_dtype(
+def test_bins_may_have_any_integer_dtype_and_keep_any_numeric_one(
     draw: Draw, bins: torch.dtype, keep: torch.dtype
 ) -> None:
     given = arguments(draw, gated=False)
@@ -112,7 +112,7 @@ def test_bins_and_keep_may_be_of_any_integer_or_zero_one_dtype(
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_strides_of_the_arguments_do_not_matter(draw: Draw, gated: bool) -> None:
+def test_strided_arguments_give_the_results_of_contiguous_ones(draw: Draw, gated: bool) -> None:
     given = arguments(draw, gated=gated)
     strided: dict[str, Any] = {
         name: torch.stack((value, value), -1)[..., 0] if value.ndim > 1 else value
@@ -126,7 +126,7 @@ def test_strides_of_the_arguments_do_not_matter(draw: Draw, gated: bool) -> None
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_bf16_stays_within_its_roundings(draw: Draw, gated: bool) -> None:
+def test_bf16_results_are_within_rounding_error(draw: Draw, gated: bool) -> None:
     given = arguments(
         draw, batch=4, tokens=5, channels=96, rewards=7, gated=gated, dtype=torch.bfloat16
     )
@@ -139,10 +139,10 @@ def test_bf16_stays_within_its_roundings(draw: Draw, gated: bool) -> None:
     *gate, shift, scale = (2**-8 * added.abs())[:, :, None].unbind(1)
     exact = expected(exact_given)
     if gated:
-        # The rewards' sum is rounded to bf16, then x′.
+        # Two roundings to bf16: the sum over rewards, then x′.
         bound = 2**-8 * exact[0].abs() + gate[0] * exact_given["branch"].abs() + 1e-5
         assert ((results[0].double() - exact[0]).abs() <= bound).all()
-        # h is the norm of the x′ that was returned.
+        # h is the norm of the x′ returned.
         exact_given |= {"x": results[0].double(), "branch": 0 * exact_given["branch"]}
         exact = expected(exact_given)
     normed = F.layer_norm(exact_given["x"], (96,), eps=1e-6)
@@ -151,7 +151,7 @@ def test_bf16_stays_within_its_roundings(draw: Draw, gated: bool) -> None:
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_every_gradient(draw: Draw, gated: bool) -> None:
+def test_it_passes_gradcheck(draw: Draw, gated: bool) -> None:
     given = arguments(draw, batch=2, tokens=3, channels=4, levels=3, gated=gated)
     given["keep"] = torch.tensor([[True, False], [True, True]])
     names = [name for name, value in given.items() if value.is_floating_point()]
@@ -164,19 +164,19 @@ def test_every_gradient(draw: Draw, gated: bool) -> None:
     assert torch.autograd.gradcheck(op, [given[name].requires_grad_() for name in names])
 
 
-def test_only_the_rows_of_the_table_that_were_kept_get_a_gradient(draw: Draw) -> None:
+def test_only_table_rows_of_present_rewards_get_a_gradient(draw: Draw) -> None:
     given = arguments(draw, batch=2, rewards=2, levels=4, gated=False)
     given["bins"], given["keep"] = torch.tensor([[1, 2], [3, 2]]), torch.tensor([[1, 0], [1, 0]])
     given["table"].requires_grad_()
 
     outputs(reward_adaln(**given))[0].square().sum().backward()
 
-    touched = given["table"].grad.abs().sum((2, 3)) > 0
-    assert touched.tolist() == [[False, True, False, True], [False] * 4]
+    nonzero = given["table"].grad.abs().sum((2, 3)) > 0
+    assert nonzero.tolist() == [[False, True, False, True], [False] * 4]
 
 
 @pytest.mark.parametrize("changed", ["base", "block", "table", "bins", "keep", "branch"])
-def test_an_argument_of_the_wrong_shape_is_named(draw: Draw, changed: str) -> None:
+def test_a_wrong_shape_raises_with_the_argument(draw: Draw, changed: str) -> None:
     given = arguments(draw, gated=True)
     good = tuple(given[changed].shape)
     given[changed] = torch.cat((given[changed], given[changed][..., :1]), -1)
@@ -188,7 +188,7 @@ def test_an_argument_of_the_wrong_shape_is_named(draw: Draw, changed: str) -> No
         assert part in str(error.value)
 
 
-def test_a_base_with_a_gate_needs_a_branch(draw: Draw) -> None:
+def test_a_base_with_a_gate_requires_a_branch(draw: Draw) -> None:
     given = arguments(draw, gated=True)
     del given["branch"]
 

@@ -101,9 +101,7 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, list[Tensor], list[Tensor]]:
     """Return the gradients of x, branch, modulation, and of block and table if there are rewards.
 
-    Args:
-        x: the normalised tensor: x, or x′ with a branch.
-        dresidual: gradient that reaches x′ other than through the norm; None if there is none.
+    With a branch, `x` is x′, and `dresidual` is its gradient from all uses but the norm, or None.
     """
     x, dh = x.contiguous(), dh.contiguous()
     batch, tokens, channels = x.shape

@@ -55,8 +55,8 @@ def adaln_backward_op(
     x: Tensor, modulation: list[Tensor], rewards: list[Tensor], dh: Tensor, stats: Tensor
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Return the gradients of x, modulation, and [block, table]."""
-    dx, _, *others = launcher.backward(x, None, modulation, rewards, None, dh, stats)
-    return dx, *others
+    dx, _, dmodulation, dtables = launcher.backward(x, None, modulation, rewards, None, dh, stats)
+    return dx, dmodulation, dtables
 
 
 @torch.library.custom_op("miro::reward_gated_residual_adaln_backward", mutates_args=())
@@ -70,11 +70,11 @@ def gated_backward_op(
     stats: Tensor,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     """Return the gradients of x, branch, modulation, and [block, table]."""
-    dx, dbranch, *others = launcher.backward(
+    dx, dbranch, dmodulation, dtables = launcher.backward(
         residual, branch, modulation, rewards, dresidual, dh, stats
     )
     assert dbranch is not None
-    return dx, dbranch, *others
+    return dx, dbranch, dmodulation, dtables
 
 
 @adaln_op.register_fake
@@ -200,8 +200,8 @@ def reward_adaln(
             or 3 (gate, shift, scale) with a branch.
         block: (K, D) offset of this block.
         table: (R, L, K, D) modulation of R rewards in L bins; R may be 0.
-        bins: (B, R) integers in [0, L), the bin of each reward. A CPU checks the range; on a GPU,
-            where a check would synchronise, a kept reward's bin outside makes its sample NaN.
+        bins: (B, R) integers in [0, L), the bin of each reward. The range is checked on a CPU; on a
+            GPU, to avoid a sync, a bin out of range gives NaN for its sample if keep is set.
         keep: (B, R) bool or 0/1; where 0 the reward is missing or dropped and adds nothing.
         eps: added to the variance.
         branch: (B, N, D) output of the layer before, added to x with the gate; or None.

@@ -60,7 +60,7 @@ def shaped_for_whole_batch(samples: int) -> Iterator[None]:
         }
         for family, kernels in tiles.TILES.items()
     }
-    with mock.patch.object(tiles, "_replaced", scaled):
+    with mock.patch.object(tiles, "_overrides", scaled):
         yield
 
 

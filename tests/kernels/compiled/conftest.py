@@ -1,4 +1,4 @@
-"""The compile lane: kernels are compiled for GPUs that are not there, and what came out is read."""
+"""The compiled lane: kernels are compiled without a GPU, and their machine code is examined."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The launches that profiling/step_budget.py counts for our ops are those of their own code."""
+"""The launches per op that profiling/step_budget.py assumes are those of the ops' own code."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ OPS = {
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_an_op_launches_what_the_budget_says(name: str) -> None:
+def test_an_op_has_the_launches_of_the_budget(name: str) -> None:
     (case,) = (case for case in CASES if case.op == name)
 
     found = case_metrics.compiled(case, torch.bfloat16, "sm_90")

@@ -1,4 +1,4 @@
-"""The norms, the MLP and the rotation off the preset's path: wide and narrow rows, other dtypes."""
+"""Norms, RoPE and SwiGLU at shapes and dtypes other than the preset's."""
 
 from collections.abc import Callable
 from typing import Any
@@ -37,7 +37,7 @@ def activation(make: Callable[..., Tensor], channels: int) -> Any:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("channels", [200, 1152, 2048])
 @pytest.mark.parametrize("op", [norm, rotation, activation], ids=lambda op: op.__name__)
-def test_aligned_shapes_are_moved_in_wide_accesses_without_spills(
+def test_aligned_shapes_have_wide_accesses_and_no_spills(
     op: Callable[..., Any], channels: int, dtype: torch.dtype
 ) -> None:
     def make(*shape: int) -> Tensor:

@@ -1,5 +1,4 @@
-"""The interpreter lane: kernels run on a CPU, every access checked; or on the device of a machine
-that has one."""
+"""The interpreter lane: kernels run on the CPU with every access checked, or on a GPU."""
 
 import os
 from collections.abc import Callable
@@ -32,13 +31,13 @@ def pytest_configure() -> None:
 
 @pytest.fixture
 def device() -> str:
-    """Where this lane's tensors are to lie."""
+    """The device of this lane's tensors."""
     return DEVICE
 
 
 @pytest.fixture
 def count() -> Callable[..., AbstractContextManager[traffic.Traffic]]:
-    """lab.traffic.count; a test that counts is skipped on a device, where nothing can."""
+    """lab.traffic.count; tests that use it are skipped on a GPU, which cannot count traffic."""
     if DEVICE != "cpu":
         pytest.skip("traffic is counted in the interpreter")
     return traffic.count
@@ -46,9 +45,9 @@ def count() -> Callable[..., AbstractContextManager[traffic.Traffic]]:
 
 @pytest.fixture(autouse=True)
 def checked(request: pytest.FixtureRequest):
-    """Every kernel of every test has its accesses checked, unless the test counts by itself.
+    """Check the accesses of every kernel in every test, unless the test counts traffic itself.
 
-    What torch.empty returns holds NaN, so that a result nobody wrote is seen.
+    torch.empty is filled with NaN, so that an output that no kernel stores is noticed.
     """
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -61,7 +60,7 @@ def checked(request: pytest.FixtureRequest):
 
 @pytest.fixture(scope="session")
 def encoded(tmp_path_factory: pytest.TempPathFactory, tiny_t5: Path) -> Path:
-    """An encoded dataset folder of 64 pictures of noise: a GPU's machine may lack the artwork."""
+    """An encoded dataset folder of 64 images of noise: a GPU machine may lack the artwork."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "images").mkdir()
     draw = np.random.default_rng(3)

@@ -1,4 +1,4 @@
-"""adaLN's kernels, alone and gated, against the reference: outputs and every gradient."""
+"""The kernels of adaLN, alone and gated, against the reference: outputs and every gradient."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +13,7 @@ from miro_kernels.adaln.op import adaln_op, gated_op
 from miro_kernels.lab import testing
 
 Draw = Callable[..., Tensor]
-# Tiny; odd; prime and longer than a program's walk; not a power of two, and wide.
+# Tiny; odd; a prime number of tokens and more than one chunk; wide and not a power of two.
 SHAPES = [(1, 1, 8), (2, 5, 24), (2, 67, 200), (1, 3, 1152)]
 OPS = {
     "adaln": (adaln, adaln_reference),
@@ -29,17 +29,17 @@ def triton() -> Iterator[None]:
 
 def arguments(draw: Draw, device: str, op: str, shape: tuple, dtype: torch.dtype) -> dict[str, Any]:
     batch, _, channels = shape
-    made: dict[str, Any] = {"x": draw(*shape)}
+    tensors: dict[str, Any] = {"x": draw(*shape)}
     if op == "gated":
-        made |= {"branch": draw(*shape), "gate": draw(batch, channels)}
-    made |= {"shift": draw(batch, channels), "scale": draw(batch, channels)}
-    made = {name: z.to(device, dtype).requires_grad_() for name, z in made.items()}
-    return made | {"eps": 1e-5}
+        tensors |= {"branch": draw(*shape), "gate": draw(batch, channels)}
+    tensors |= {"shift": draw(batch, channels), "scale": draw(batch, channels)}
+    tensors = {name: z.to(device, dtype).requires_grad_() for name, z in tensors.items()}
+    return tensors | {"eps": 1e-5}
 
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_shapes(draw: Draw, device: str, op: str, shape: tuple) -> None:
+def test_shapes_match_the_reference(draw: Draw, device: str, op: str, shape: tuple) -> None:
     given = arguments(draw, device, op, shape, torch.float32)
 
     testing.assert_close(*OPS[op], given, gradient=testing.transposed_gradient)
@@ -47,7 +47,9 @@ def test_shapes(draw: Draw, device: str, op: str, shape: tuple) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision(draw: Draw, device: str, op: str, dtype: torch.dtype) -> None:
+def test_low_precision_matches_the_reference(
+    draw: Draw, device: str, op: str, dtype: torch.dtype
+) -> None:
     given = arguments(draw, device, op, (2, 7, 200), dtype)
     given["shift"] = given["shift"].detach().float().requires_grad_()
 
@@ -56,14 +58,16 @@ def test_low_precision(draw: Draw, device: str, op: str, dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 3e4), (torch.bfloat16, 1e15)])
-def test_large_values(draw: Draw, device: str, op: str, dtype: torch.dtype, size: float) -> None:
+def test_large_values_match_the_reference(
+    draw: Draw, device: str, op: str, dtype: torch.dtype, size: float
+) -> None:
     given = arguments(draw, device, op, (2, 3, 40), dtype)
     given["x"] = (given["x"].detach() * size).requires_grad_()
 
     testing.assert_close(*OPS[op], given)
 
 
-def test_slices_and_transposes(draw: Draw, device: str) -> None:
+def test_strided_arguments_match_the_reference(draw: Draw, device: str) -> None:
     given = arguments(draw, device, "gated", (2, 5, 24), torch.float32)
     modulation = draw(2, 3, 24).to(device, torch.float32)
     for number, name in enumerate(("gate", "shift", "scale")):
@@ -75,7 +79,9 @@ def test_slices_and_transposes(draw: Draw, device: str) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8)], ids=str)
-def test_nothing_gives_nothing(draw: Draw, device: str, op: str, shape: tuple) -> None:
+def test_empty_inputs_give_empty_or_zero_results(
+    draw: Draw, device: str, op: str, shape: tuple
+) -> None:
     found = testing.evaluate(OPS[op][0], arguments(draw, device, op, shape, torch.float32))
 
     assert all(not tensor.any() for tensor in found.values())
@@ -83,7 +89,7 @@ def test_nothing_gives_nothing(draw: Draw, device: str, op: str, shape: tuple) -
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_two_runs_are_equal_bit_for_bit(draw: Draw, device: str, op: str) -> None:
+def test_two_runs_are_bitwise_equal(draw: Draw, device: str, op: str) -> None:
     given = arguments(draw, device, op, (2, 67, 64), torch.bfloat16)
 
     testing.assert_repeats(OPS[op][0], given)
@@ -102,11 +108,11 @@ def test_a_nan_stays_in_its_sample(draw: Draw, device: str, op: str) -> None:
         assert torch.equal(tensor[[0, 2]], clean[name][[0, 2]]), name
 
 
-def test_either_output_may_be_used_alone(draw: Draw, device: str) -> None:
+def test_gradients_when_only_one_output_is_used(draw: Draw, device: str) -> None:
     given = arguments(draw, device, "gated", (2, 5, 24), torch.float32)
     for number in (0, 1):
         op, reference = (
-            lambda f=f, **given: f(**given)[number]  # noqa: B023, called in this turn
+            lambda f=f, **given: f(**given)[number]  # noqa: B023, called in the same iteration
             for f in OPS["gated"]
         )
         testing.assert_close(op, reference, given)
@@ -120,7 +126,7 @@ def test_the_registered_ops_pass_opcheck(draw: Draw, device: str) -> None:
     torch.library.opcheck(gated_op, (x, branch, modulation, [], eps))
 
 
-def test_what_the_kernels_cannot_take_is_refused(draw: Draw, device: str) -> None:
+def test_unsupported_arguments_raise(draw: Draw, device: str) -> None:
     given = arguments(draw, device, "adaln", (1, 2, 8), torch.float64)
     with pytest.raises(ValueError, match="adaln: the backend triton.*fp32, bf16 and fp16.*float64"):
         adaln(**given)

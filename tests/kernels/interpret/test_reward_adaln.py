@@ -1,4 +1,4 @@
-"""reward_adaln's kernels, both forms, against the reference: outputs and every gradient."""
+"""The kernels of reward_adaln, alone and gated, against the reference, with every gradient."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +17,7 @@ SIZES = {
     "usual": {},
     "smallest": {"batch": 1, "tokens": 1, "channels": 8, "rewards": 1, "levels": 1},
     "odd": {"batch": 3, "tokens": 67, "channels": 200, "rewards": 7, "levels": 5},
-    "more samples than a step of the table's kernel": {"batch": 19, "tokens": 2, "channels": 24},
+    "more samples than table_kernel sums at once": {"batch": 19, "tokens": 2, "channels": 24},
     "no rewards": {"rewards": 0},
 }
 
@@ -34,53 +34,59 @@ def arguments(
 ) -> dict[str, Any]:  # fmt: skip
     parts = 3 if gated else 2
     generator = torch.Generator().manual_seed(1)
-    # As the model has them: slices of what all sites share.
-    made = {
+    # As in the model: slices of tensors that all layers share.
+    tensors = {
         "x": draw(batch, tokens, channels),
         "base": draw(batch, 2, 3, channels)[:, 1, 3 - parts :],
         "block": draw(3, 3, channels)[1, 3 - parts :],
         "table": draw(rewards, levels, 2, 3, channels)[:, :, 1, 3 - parts :],
     }
     if gated:
-        made["branch"] = draw(batch, tokens, channels)
-    made = {name: z.to(device, dtype).requires_grad_() for name, z in made.items()}
-    return made | {
+        tensors["branch"] = draw(batch, tokens, channels)
+    tensors = {name: z.to(device, dtype).requires_grad_() for name, z in tensors.items()}
+    return tensors | {
         "bins": torch.randint(levels, (batch, rewards), generator=generator).to(device),
         "keep": (torch.rand(batch, rewards, generator=generator) < 0.6).to(device),
         "eps": 1e-6,
     }
 
 
-def reference(**given: Any) -> Any:
-    return reward_adaln_reference(**given)
-
-
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_sizes(draw: Draw, device: str, sizes: dict[str, int], gated: bool) -> None:
-    testing.assert_close(reward_adaln, reference, arguments(draw, device, gated=gated, **sizes))
+def test_sizes_match_the_reference(
+    draw: Draw, device: str, sizes: dict[str, int], gated: bool
+) -> None:
+    testing.assert_close(
+        reward_adaln, reward_adaln_reference, arguments(draw, device, gated=gated, **sizes)
+    )
 
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision(draw: Draw, device: str, dtype: torch.dtype, gated: bool) -> None:
+def test_low_precision_matches_the_reference(
+    draw: Draw, device: str, dtype: torch.dtype, gated: bool
+) -> None:
     given = arguments(draw, device, gated=gated, dtype=dtype, channels=40, batch=9)
 
-    testing.assert_close(reward_adaln, reference, given)
+    testing.assert_close(reward_adaln, reward_adaln_reference, given)
 
 
 @pytest.mark.parametrize("bins", [torch.int32, torch.int64])
 @pytest.mark.parametrize("keep", [torch.bool, torch.float32, torch.int64])
-def test_kinds_of_bins_and_keep(draw: Draw, device: str, bins: Any, keep: Any) -> None:
+def test_dtypes_of_bins_and_keep_match_the_reference(
+    draw: Draw, device: str, bins: Any, keep: Any
+) -> None:
     given = arguments(draw, device, gated=False)
     given |= {"bins": given["bins"].to(bins), "keep": given["keep"].to(keep)}
 
-    testing.assert_close(reward_adaln, reference, given)
+    testing.assert_close(reward_adaln, reward_adaln_reference, given)
 
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("empty", ["batch", "tokens"])
-def test_nothing_gives_nothing(draw: Draw, device: str, empty: str, gated: bool) -> None:
+def test_empty_inputs_give_empty_or_zero_results(
+    draw: Draw, device: str, empty: str, gated: bool
+) -> None:
     given = arguments(draw, device, gated=gated, **{empty: 0})
 
     found = testing.evaluate(reward_adaln, given)
@@ -90,17 +96,17 @@ def test_nothing_gives_nothing(draw: Draw, device: str, empty: str, gated: bool)
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_two_runs_are_equal_bit_for_bit(draw: Draw, device: str, gated: bool) -> None:
+def test_two_runs_are_bitwise_equal(draw: Draw, device: str, gated: bool) -> None:
     given = arguments(draw, device, gated=gated, tokens=67, batch=5, dtype=torch.bfloat16)
 
     testing.assert_repeats(reward_adaln, given)
 
 
-def test_a_level_that_the_table_lacks_makes_its_sample_nan(draw: Draw, device: str) -> None:
+def test_a_bin_out_of_range_makes_its_sample_nan(draw: Draw, device: str) -> None:
     given = arguments(draw, device, gated=False)
     given["keep"] = torch.tensor([[True, True], [False, True], [True, True]], device=device)
     clean = reward_adaln(**given)
-    given["bins"][1, 0] = 4  # not known: no matter
+    given["bins"][1, 0] = 4  # masked by keep, so it has no effect
     assert torch.equal(reward_adaln(**given), clean)
     given["bins"][2, 0] = -1
 

@@ -1,4 +1,4 @@
-"""The trainer on the kernels: the same losses as on torch, and a network that compiles whole."""
+"""Training with the kernels: the losses of the torch backend, and a network without graph break."""
 
 import json
 from dataclasses import replace
@@ -23,12 +23,12 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_few_steps_lose_what_they_lose_on_torch(
+def test_a_few_steps_have_the_losses_of_the_torch_backend(
     training: TrainConfig, tmp_path: Path, device: str, optimizer: str
 ) -> None:
     few = replace(training, images=24, checkpoint_every=24, weights_at=(), device=device)
     few = replace(few, model=replace(few.model, heads=1))
-    few = replace(few, optimizer=replace(few.optimizer, matrices=optimizer))
+    few = replace(few, optimizer=replace(few.optimizer, name=optimizer))
 
     for kernels in ("torch", "triton"):
         train(replace(few, kernels=kernels), tmp_path / kernels)
@@ -42,7 +42,7 @@ def test_a_few_steps_lose_what_they_lose_on_torch(
 
 
 @pytest.mark.parametrize("stage", ["1", "2", "3"])
-def test_stages_lose_what_stage_0_loses(
+def test_zero_stages_have_the_losses_of_stage_0(
     training: TrainConfig, tmp_path: Path, device: str, stage: Literal["1", "2", "3"]
 ) -> None:
     few = replace(training, images=24, checkpoint_every=24, weights_at=(), device=device)
@@ -59,7 +59,7 @@ def test_stages_lose_what_stage_0_loses(
     )
 
 
-def test_a_network_is_traced_whole(device: str) -> None:
+def test_the_network_compiles_without_graph_break(device: str) -> None:
     torch.manual_seed(0)
     config = ModelConfig(channels=32, depth=1, heads=1, hidden=16, patch=2)
     model = FlowTransformer(config, (1, 4, 4), 8, rewards=2).to(device)
