@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -22,11 +21,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-m", "openmoji", "demo", "--quick", "--folder", str(folder)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
-    while not any((folder / "miro" / "checkpoints").glob("0*")):
-        assert process.poll() is None and time.monotonic() < deadline, "training did not start"
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    try:
+        while not any((folder / "miro" / "checkpoints").glob("0*")):
+            assert process.poll() is None and time.monotonic() < deadline, "training did not start"
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
     time.sleep(1.5)  # until its workers have ended
     run_demo(DemoConfig(folder=folder, quick=True))
     return folder
