@@ -120,8 +120,8 @@ def test_every_word_of_a_category_stays_in_training(category: str) -> None:
     assert set(CONCEPTS) <= words("train")
     if category == "colour_attribution":
         train = caption_specs(category, "train")
-        seen = {pair for s in train for pair in zip(s.tints, s.concepts, strict=True)}
-        assert len(seen) == len(CONCEPTS) * len(TINTS)
+        pairs = {pair for s in train for pair in zip(s.tints, s.concepts, strict=True)}
+        assert len(pairs) == len(CONCEPTS) * len(TINTS)
 
 
 def test_a_composition_does_not_depend_on_the_order() -> None:
