@@ -1,65 +1,111 @@
-"""The alignment reward: how far a picture bears out its caption, by a judge fitted here."""
+"""The alignment reward: how well an image supports its caption, by a CoCa fitted to the dataset."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from miro.rewards.base import RewardOptions, batches_by_size
+from miro.rewards.base import Reward, RewardOptions, batches_by_size
 from openmoji.coca import load_captioner
+from openmoji.compositions import HARD_NEGATIVES, hard_negative, variants
+from openmoji.scenes import SceneStream, render_samples
+
+MAX_CACHED_CAPTIONS = 100_000
+TEST_SEED = 31_337
 
 
 class Alignment:
-    """How much of what a caption says the picture bears out, by an open_clip CoCa fitted here.
+    """Normalized pointwise mutual information of an image and its caption.
 
-    The sum of r_w over the caption's words (openmoji.coca) as a share of what the caption
-    says at all, −Σ log p(word | words before), which is normalised pointwise mutual information: 1
-    where the picture leaves no word in doubt, 0 where it tells nothing, below 0 where it speaks
-    against the caption. Without the division a long true caption would outscore every short one.
-    Captions longer than the network's context are cut.
+        (log p(caption | image) − log p(caption)) / −log p(caption)
+
+    1 if the image determines every word, 0 if it is uninformative, below 0 if it contradicts the
+    caption. Without the normalization long true captions would outscore short ones. Captions longer
+    than the network's context are truncated. An empty caption gives 0/0 = NaN, a missing score.
+
+    Args:
+        weights: The folder that `python -m openmoji fit-clip` wrote.
+        options: Only the device is used.
     """
 
     name = "alignment"
-    model = "open_clip CoCa of miro fit-clip"
+    model = "open_clip CoCa of openmoji fit-clip"
     reads_caption = True
-    range = (-1.0, 1.0)
 
-    def __init__(
-        self, weights: str | None, options: RewardOptions | torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, weights: str | None, options: RewardOptions) -> None:
         if weights is None:
             raise ValueError(
-                "the alignment reward needs a fitted network: run `python -m openmoji fit-clip DATA "
-                "FOLDER`, then pass openmoji.alignment:Alignment=FOLDER"
+                "alignment needs weights: run `python -m openmoji fit-clip DATA FOLDER` and give "
+                "openmoji.alignment:Alignment=FOLDER"
             )
-        device = options.device if isinstance(options, RewardOptions) else options
-        self._device = torch.device(device)
+        self._device = torch.device(options.device)
         self._model = load_captioner(Path(weights), self._device)
-        self._habit: dict[str, Tensor] = {}
+        self._unconditional: dict[str, Tensor] = {}
 
     @torch.inference_mode()
     def score(self, images: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
-        """float32 (B,), a share; NaN for a caption that says nothing."""
+        """See `Reward.score`."""
         scores = torch.empty(len(images), device=self._device)
         for indices, pixels in batches_by_size(images, captions, self._device):
-            said: list[str] = [captions[int(i)] for i in indices]
-            words = self._model.words(said)
-            given = self._model.log_likelihoods(self._model.see(pixels), words)
-            habit = self._without_picture(said).sum(1)
-            # Nothing said divided by nothing is NaN: not known.
-            scores[indices] = (given.sum(1) - habit) / -habit
+            texts = [captions[int(i)] for i in indices]
+            tokens = self._model.tokenize(texts)
+            conditional = self._model.log_likelihoods(self._model.encode_image(pixels), tokens)
+            unconditional = self._unconditional_log_likelihoods(texts).sum(1)
+            scores[indices] = (conditional.sum(1) - unconditional) / -unconditional
         return scores
 
-    def _without_picture(self, captions: Sequence[str]) -> Tensor:
-        """What each caption scores with nothing to see; computed once for a distinct caption."""
-        new = [caption for caption in dict.fromkeys(captions) if caption not in self._habit]
+    def _unconditional_log_likelihoods(self, captions: Sequence[str]) -> Tensor:
+        """(B, context − 1); cached, as it does not depend on the image."""
+        cache = self._unconditional
+        new = [caption for caption in dict.fromkeys(captions) if caption not in cache]
         if new:
-            if len(self._habit) > 100_000:
-                self._habit.clear()
+            if len(cache) > MAX_CACHED_CAPTIONS:
+                cache.clear()
                 new = list(dict.fromkeys(captions))
-            found = self._model.without_picture(self._model.words(new))
-            self._habit.update(zip(new, found.unbind(), strict=True))
-        return torch.stack([self._habit[caption] for caption in captions])
+            found = self._model.unconditional_log_likelihoods(self._model.tokenize(new))
+            cache.update(zip(new, found.unbind(), strict=True))
+        return torch.stack([cache[caption] for caption in captions])
+
+
+def auc(positive: Tensor, negative: Tensor) -> float:
+    """The probability that a positive score exceeds a negative one; ties count half."""
+    both = torch.cat((positive, negative)).double()
+    _, inverse, counts = both.unique(return_inverse=True, return_counts=True)
+    rank = counts.cumsum(0) - (counts - 1) / 2
+    total = rank[inverse[: len(positive)]].sum() - len(positive) * (len(positive) + 1) / 2
+    return float(total / (len(positive) * len(negative)))
+
+
+def alignment_auc(
+    reward: Reward, *, scenes: int = 1_000, strength: float = 0.0
+) -> Mapping[str, float]:
+    """AUC of true captions against captions with one error, by kind of error.
+
+    The images are new, but of training compositions: the model finds captions of held-out ones
+    unlikely in any case, so these would measure its prior.
+
+    Args:
+        reward: The reward.
+        scenes: Images per kind; all true scores are compared with all wrong ones.
+        strength: Of the degradations; 0 for clean images.
+    """
+    stream = SceneStream(TEST_SEED, "train", wrong_captions=0.0, strength=strength)
+    found, index = {}, 0
+    by_kind = {kind: [] for kind in HARD_NEGATIVES}
+    while any(len(samples) < scenes for samples in by_kind.values()):
+        sample = stream[index]
+        index += 1
+        for kind, samples in by_kind.items():
+            if len(samples) < scenes and variants(sample.caption_spec, kind):
+                samples.append(sample)
+    rng = np.random.default_rng(TEST_SEED)
+    for kind, samples in by_kind.items():
+        images = list(torch.from_numpy(render_samples(samples)).permute(0, 3, 1, 2))
+        positive = [sample.caption_spec.caption for sample in samples]
+        negative = [hard_negative(sample.caption_spec, kind, rng) for sample in samples]
+        found[kind] = auc(reward.score(images, positive), reward.score(images, negative))
+    return found

@@ -1,7 +1,7 @@
-"""What a scene or a caption says, which compositions exist, and which of them are held out.
+"""Captions and scenes as data, the compositions they can state, and which are held out.
 
-A `Statement` is one caption as data, a `Scene` one picture as data. The COMPOSITION of a statement
-is what it combines, whichever way round it is put ("a frog left of a fish" is "a fish right of a
+A `CaptionSpec` is a caption as data, a `Scene` an image as data. The COMPOSITION of a caption is
+the combination of words it states, in either order ("a frog left of a fish" is "a fish right of a
 frog"):
 
     single_object       concept, background
@@ -11,15 +11,14 @@ frog"):
     position            concept at one end of an axis, concept at the other
     colour_attribution  {(concept, tint), (concept, tint)}
 
-A lone concept combines nothing, so its background is part of its composition; with the background
-left unsaid it states no composition. One in eight of each category's compositions is held out, in
-the order of a fixed hash, so that no seed and no library version decides it. A word (for
-attribution, an object with its tint) may lose only about twice that share, which leaves every word
-of a category in that category's training compositions.
+A single concept combines nothing, so its background is part of its composition; if the caption does
+not mention the background, it states no composition. One in eight compositions of each category is
+held out, in the order of a stable hash, so that neither the seed nor a library version changes the
+split. A word (for attribution, an object with its tint) loses at most about twice that share, so
+every word of a category stays in its training compositions.
 
-Training pictures show, and training captions state, wrong captions included, only compositions
-that are not held out. A composition belongs to its category: the two objects of a held-out pair do
-meet in pictures of other categories, as the words of a held-out colour do.
+Training images and training captions, wrong captions included, contain no held-out composition of
+their category. The objects of a held-out pair may meet in images of other categories.
 """
 
 from __future__ import annotations
@@ -51,32 +50,41 @@ NUMBERS = {2: "two", 3: "three", 4: "four"}
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 RELATIONS = tuple(OPPOSITE)
 SIDE_BY_SIDE = RELATIONS[:2]
-MIN_DISTANCE = 0.1  # picture widths between two centres before one is left of, or above, the other
-# One thing wrong. The first five are those an alignment score is judged by.
-HARD_KINDS = (
+MIN_DISTANCE = 0.1  # between two centers, in image widths, for a relation to be true
+HARD_NEGATIVES = (
     "swapped_objects",
     "flipped_relation",
     "swapped_colours",
     "wrong_count",
     "replaced_object",
 )
-WRONG_KINDS = (*HARD_KINDS, "wrong_tint")
+"""Kinds of captions with one error, by which the alignment reward is evaluated."""
+NEGATIVES = (*HARD_NEGATIVES, "wrong_tint")
 
 
 @dataclass(frozen=True)
-class Statement:
-    """What a caption states: concepts[0] is `relation` concepts[1] and has the tint tints[0]."""
+class CaptionSpec:
+    """A caption as data: concepts[0] is `relation` concepts[1] and has the tint tints[0].
+
+    Attributes:
+        category: One of CATEGORIES.
+        concepts: One concept, or two different ones.
+        tints: None, or one per concept.
+        relation: One of RELATIONS, for the category position.
+        count: Of concepts[0]; above 1 for the category counting.
+        background: None if the caption does not mention it.
+    """
 
     category: str
-    concepts: tuple[str, ...]  # one, or two different ones
-    tints: tuple[str, ...] = ()  # none, or one per concept
-    relation: str | None = None  # one of RELATIONS, in the category position
-    count: int = 1  # of concepts[0]; more than one in the category counting
-    background: str | None = None  # None: not said
+    concepts: tuple[str, ...]
+    tints: tuple[str, ...] = ()
+    relation: str | None = None
+    count: int = 1
+    background: str | None = None
 
     @property
     def composition(self) -> tuple[str, ...] | None:
-        """The words this combines, in one order for all ways to put it; None if it states none."""
+        """The category and its words in canonical order; None if the caption states none."""
         match self.category:
             case "single_object":
                 if self.background is None:
@@ -108,149 +116,177 @@ class Statement:
         if self.category == "counting":
             text = f"{NUMBERS[self.count]} {_plural(self.concepts[0])}"
         else:
-            things = [
+            nouns = [
                 _with_article(" ".join(words))
                 for words in zip(*filter(None, (self.tints, self.concepts)), strict=True)
             ]
-            text = f" {self.relation or 'and'} ".join(things)
+            text = f" {self.relation or 'and'} ".join(nouns)
         if self.background is not None:
             text += f" on {_with_article(self.background)} background"
         return text
 
+    @property
+    def mirrored(self) -> CaptionSpec:
+        """The same statement about two concepts in the other order."""
+        return replace(
+            self,
+            concepts=self.concepts[::-1],
+            tints=self.tints[::-1],
+            relation=None if self.relation is None else OPPOSITE[self.relation],
+        )
+
     def to_json(self) -> dict[str, Any]:
-        """Plain values for a JSON member."""
+        """As JSON types."""
         return asdict(self)
 
     @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Statement:
-        """The inverse of `to_json`; TypeError or KeyError if it is something else."""
-        lists = {name: tuple(content[name]) for name in ("concepts", "tints")}
-        return cls(**{**content, **lists})
+    def from_json(cls, content: dict[str, Any]) -> CaptionSpec:
+        """The inverse of `to_json`."""
+        words = {name: tuple(content[name]) for name in ("concepts", "tints")}
+        return cls(**{**content, **words})
 
 
 @dataclass(frozen=True)
-class Thing:
-    """One object in a picture; x to the right, y down, all three in picture widths."""
+class SceneObject:
+    """One object in an image.
+
+    Attributes:
+        concept: One of CONCEPTS.
+        tint: One of TINTS; None for the drawing's own colors.
+        x: Of the center, to the right, in image widths.
+        y: Of the center, downwards, in image widths.
+        width: In image widths.
+    """
 
     concept: str
-    tint: str | None  # None: the drawing's own colours
-    x: float  # of the centre
+    tint: str | None
+    x: float
     y: float
     width: float
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in a picture."""
+    """The content of an image."""
 
     category: str
-    things: tuple[Thing, ...]
+    objects: tuple[SceneObject, ...]
     background: str
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for a JSON member."""
+        """As JSON types."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Scene:
-        """The inverse of `to_json`; TypeError or KeyError if it is something else."""
-        return cls(**{**content, "things": tuple(Thing(**thing) for thing in content["things"])})
+        """The inverse of `to_json`."""
+        return cls(**{**content, "objects": tuple(SceneObject(**o) for o in content["objects"])})
 
 
-def holds(said: Statement, scene: Scene) -> bool:
-    """Whether the statement is true of the scene, by GenEval's rules plus the background if said.
+def is_true(spec: CaptionSpec, scene: Scene) -> bool:
+    """Whether a caption is true of a scene, by GenEval's rules and its background if mentioned.
 
-    Objects beyond those named do not make a statement false, except more of the counted concept.
+    Additional objects do not make a caption false, except more of the counted concept.
     """
-    groups = [[t for t in scene.things if t.concept == concept] for concept in said.concepts]
-    if not all(groups) or said.background not in (None, scene.background):
+    groups = [[o for o in scene.objects if o.concept == concept] for concept in spec.concepts]
+    if not all(groups) or spec.background not in (None, scene.background):
         return False
-    if said.category == "counting":
-        return len(groups[0]) == said.count
-    if said.tints:
-        pairs = zip(groups, said.tints, strict=True)
-        return all(thing.tint == tint for group, tint in pairs for thing in group)
-    if said.relation is not None:
+    if spec.category == "counting":
+        return len(groups[0]) == spec.count
+    if spec.tints:
+        pairs = zip(groups, spec.tints, strict=True)
+        return all(item.tint == tint for group, tint in pairs for item in group)
+    if spec.relation is not None:
         (x0, y0), (x1, y1) = (
-            (np.mean([t.x for t in group]), np.mean([t.y for t in group])) for group in groups
+            (np.mean([o.x for o in group]), np.mean([o.y for o in group])) for group in groups
         )
         gap = {"left of": x1 - x0, "right of": x0 - x1, "above": y1 - y0, "below": y0 - y1}
-        return bool(gap[said.relation] > MIN_DISTANCE)
+        return bool(gap[spec.relation] > MIN_DISTANCE)
     return True
 
 
 @functools.cache
-def statements(category: str, split: str) -> tuple[Statement, ...]:
-    """A category's compositions in a split, each put one way; background only where it counts."""
+def caption_specs(category: str, split: str) -> tuple[CaptionSpec, ...]:
+    """The compositions of a category in a split, in one order of their concepts each."""
     if split not in SPLITS:
         raise unknown_name("split", split, SPLITS)
-    every = _every_statement(category)
+    specs = _all_specs(category)
     if split == "all":
-        return every
-    return tuple(s for s in every if (s.composition in held_out()) == (split == "heldout"))
+        return specs
+    return tuple(s for s in specs if (s.composition in held_out()) == (split == "heldout"))
 
 
-def may_state(said: Statement, split: str) -> bool:
-    """Whether a caption of the split may state this; only training is kept from anything."""
-    return split != "train" or said.composition not in held_out()
+@functools.cache
+def specs_by_caption() -> dict[str, CaptionSpec]:
+    """Every caption that a scene can have, in both orders and with every background."""
+    specs = [spec for category in CATEGORIES for spec in _all_specs(category)]
+    specs += [spec.mirrored for spec in specs if len(spec.concepts) == 2]
+    varied = [replace(s, background=b) for s in specs for b in (None, *BACKGROUNDS)]
+    return {spec.caption: spec for spec in varied}
+
+
+def is_allowed(spec: CaptionSpec, split: str) -> bool:
+    """Whether captions of the split may state this; only training has held-out compositions."""
+    return split != "train" or spec.composition not in held_out()
 
 
 @functools.cache
 def held_out() -> frozenset[tuple[str, ...]]:
-    """The compositions that training neither shows nor states."""
+    """The compositions that training images and captions do not contain."""
     chosen: set[tuple[str, ...]] = set()
     for category in CATEGORIES:
-        every = [s.composition for s in _every_statement(category)]
-        compositions = sorted(filter(None, every), key=_stable_hash)
+        found = [spec.composition for spec in _all_specs(category)]
+        compositions = sorted(filter(None, found), key=_stable_hash)
         uses = Counter(word for composition in compositions for word in composition[1:])
         room = {word: math.ceil(2 * HELD_OUT_SHARE * uses[word]) for word in uses}
-        wanted = round(HELD_OUT_SHARE * len(compositions))
+        remaining = round(HELD_OUT_SHARE * len(compositions))
         for _, *words in compositions:
-            if wanted > 0 and all(room[word] > 0 for word in words):
+            if remaining > 0 and all(room[word] > 0 for word in words):
                 room |= {word: room[word] - 1 for word in words}
                 chosen.add((category, *words))
-                wanted -= 1
-        assert wanted == 0, f"{category}: {wanted} compositions too few"
+                remaining -= 1
+        assert remaining == 0, f"{category}: {remaining} compositions too few"
     return frozenset(chosen)
 
 
-def variants(said: Statement, kind: str) -> list[Statement]:
-    """Every statement that differs from this one in exactly the thing `kind` names; [] if none.
+def variants(spec: CaptionSpec, kind: str) -> list[CaptionSpec]:
+    """All captions that differ from this one by one error of a kind of NEGATIVES; [] if none.
 
-    Swapped objects are a kind of the category position only: in "a frog and a fish" they change
-    nothing, and in "a red frog and a blue fish" they are swapped colours.
+    Swapped objects are an error in the category position only: "a frog and a fish" stays true, and
+    in "a red frog and a blue fish" it is the same as swapped colours.
     """
-    if kind not in WRONG_KINDS:
-        raise unknown_name("kind of wrong caption", kind, WRONG_KINDS)
-    position, attribution = said.category == "position", said.category == "colour_attribution"
+    if kind not in NEGATIVES:
+        raise unknown_name("kind of wrong caption", kind, NEGATIVES)
+    position, attribution = spec.category == "position", spec.category == "colour_attribution"
     if kind == "swapped_objects" and position:
-        return [replace(said, concepts=said.concepts[::-1])]
-    if kind == "flipped_relation" and said.relation is not None:
-        return [replace(said, relation=OPPOSITE[said.relation])]
+        return [replace(spec, concepts=spec.concepts[::-1])]
+    if kind == "flipped_relation" and spec.relation is not None:
+        return [replace(spec, relation=OPPOSITE[spec.relation])]
     if kind == "swapped_colours" and attribution:
-        return [replace(said, tints=said.tints[::-1])]
-    if kind == "wrong_count" and said.category == "counting":
-        return [replace(said, count=count) for count in NUMBERS if count != said.count]
+        return [replace(spec, tints=spec.tints[::-1])]
+    if kind == "wrong_count" and spec.category == "counting":
+        return [replace(spec, count=count) for count in NUMBERS if count != spec.count]
     if kind == "replaced_object":
-        return [replace(said, concepts=words) for words in _replaced(said.concepts, CONCEPTS)]
+        return [replace(spec, concepts=words) for words in _replaced(spec.concepts, CONCEPTS)]
     if kind == "wrong_tint":
-        return [replace(said, tints=words) for words in _replaced(said.tints, tuple(TINTS))]
+        return [replace(spec, tints=words) for words in _replaced(spec.tints, tuple(TINTS))]
     return []
 
 
-def hard_captions(said: Statement, kind: str, rng: np.random.Generator) -> str:
-    """The caption with one thing wrong, drawn from all ways to get it wrong.
+def hard_negative(spec: CaptionSpec, kind: str, rng: np.random.Generator) -> str:
+    """A random caption with one error of the kind.
 
-    ValueError if nothing of that kind can be wrong in this statement (see `variants`).
+    Raises:
+        ValueError: The caption cannot have this error (see `variants`).
     """
-    wrong = variants(said, kind)
-    if not wrong:
-        raise ValueError(f"{said.caption!r} ({said.category}) has nothing for the kind {kind!r}")
-    return wrong[rng.integers(len(wrong))].caption
+    options = variants(spec, kind)
+    if not options:
+        raise ValueError(f"{spec.caption!r} ({spec.category}) cannot have the error {kind!r}")
+    return options[rng.integers(len(options))].caption
 
 
 def _replaced(words: tuple[str, ...], pool: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """`words` with one of them replaced by a word of the pool that is not among them."""
+    """`words` with one of them replaced by another word of the pool."""
     return [
         (*words[:k], other, *words[k + 1 :])
         for k in range(len(words))
@@ -260,44 +296,35 @@ def _replaced(words: tuple[str, ...], pool: tuple[str, ...]) -> list[tuple[str, 
 
 
 @functools.cache
-def _every_statement(category: str) -> tuple[Statement, ...]:
+def _all_specs(category: str) -> tuple[CaptionSpec, ...]:
     """Every composition of a category, once."""
+    make = functools.partial(CaptionSpec, category)
     pairs = list(itertools.combinations(CONCEPTS, 2))
     match category:
         case "single_object":
-            found = [
-                Statement(category, (concept,), background=background)
-                for concept, background in itertools.product(CONCEPTS, BACKGROUNDS)
-            ]
+            options = itertools.product(CONCEPTS, BACKGROUNDS)
+            found = [make((concept,), background=background) for concept, background in options]
         case "two_objects":
-            found = [Statement(category, pair) for pair in pairs]
+            found = [make(pair) for pair in pairs]
         case "counting":
-            found = [
-                Statement(category, (concept,), count=count)
-                for concept, count in itertools.product(CONCEPTS, NUMBERS)
-            ]
+            options = itertools.product(CONCEPTS, NUMBERS)
+            found = [make((concept,), count=count) for concept, count in options]
         case "colours":
-            found = [
-                Statement(category, (concept,), tints=(tint,))
-                for concept, tint in itertools.product(CONCEPTS, TINTS)
-            ]
+            options = itertools.product(CONCEPTS, TINTS)
+            found = [make((concept,), tints=(tint,)) for concept, tint in options]
         case "position":
-            found = [
-                Statement(category, pair, relation=relation)
-                for pair, relation in itertools.product(pairs, RELATIONS)
-            ]
+            options = itertools.product(pairs, RELATIONS)
+            found = [make(pair, relation=relation) for pair, relation in options]
         case "colour_attribution":
-            found = [
-                Statement(category, pair, tints=tints)
-                for pair, tints in itertools.product(pairs, itertools.permutations(TINTS, 2))
-            ]
+            options = itertools.product(pairs, itertools.permutations(TINTS, 2))
+            found = [make(pair, tints=tints) for pair, tints in options]
         case _:
             raise unknown_name("category", category, CATEGORIES)
     return tuple(found)
 
 
 def _stable_hash(composition: tuple[str, ...]) -> bytes:
-    """The same in every process and version, unlike `hash`."""
+    """Unlike `hash`, the same in every process and version."""
     return hashlib.blake2b("|".join(composition).encode(), digest_size=8).digest()
 
 

@@ -1,4 +1,4 @@
-"""The demo's report: one HTML file with every figure, plot and picture in it."""
+"""The demo's report: one HTML file with all results, plots and images."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from miro.report import plots
+from miro.report.plots import line_styles
 from miro.report.render import data_uri, label, number, plot, write_page
 from miro.report.training_plots import training_plots
+from openmoji.demo_plots import category_dots, radar, score_curves, value_range
 from openmoji.page_data import (
     BASELINE,
     MIRO,
@@ -21,78 +22,66 @@ from openmoji.page_data import (
     read_demo,
 )
 
-# What each metric is, for readers who meet it here first.
 METRIC_NOTES = {
-    "colourfulness": "Spread and strength of the colours (Hasler and Süsstrunk 2003).",
-    "sharpness": "How far edges stand out from noise, as the logarithm of a ratio.",
-    "alignment": "How far the picture bears out the caption, by an open_clip model fitted here.",
-    VERIFIER: "Share of pictures that show all that the prompt says. No model was trained on it.",
+    "colourfulness": "Spread and strength of the colors (Hasler and Süsstrunk 2003).",
+    "sharpness": "Log ratio of edge strength to noise.",
+    "alignment": "How well the image supports the caption, by an open_clip model fitted here.",
+    VERIFIER: "Share of images that show all of the prompt. No model was trained on it.",
 }
-_WIDE, _NARROW = 960, 580  # CSS pixels a grid may take beside its labels, by width of the screen
+_WIDE, _NARROW = 960, 580  # CSS pixels of a grid beside its labels, by screen width
 
 
 def write_demo_report(folder: Path) -> Path:
-    """Write folder/report.html from what `miro demo` left in the folder, and return its path.
+    """Write FOLDER/report.html from a demo folder.
+
+    Returns:
+        Its path.
 
     Raises:
-        ValueError: results.json is missing, or a file is broken; names it and what to run.
+        ValueError: results.json is missing, or a file is invalid.
     """
-    demo = read_demo(Path(folder))
-    panels = _score_panels(demo)
+    demo = read_demo(folder)
+    curves = _curves(demo)
     return write_page(
-        Path(folder) / "report.html",
+        folder / "report.html",
         "demo.html",
-        [Path(__file__).parent],
+        folders=[Path(__file__).parent],
         demo=demo,
-        looks=plots.looks(demo.models),
+        styles=line_styles(demo.models),
         notes=METRIC_NOTES,
-        factors={s: _factors(demo, s) for s in demo.crossing_factor},
-        verdicts=[v for s in demo.final if (v := _verdict(demo, s)) is not None],
-        curves=panels,
-        curve_models=list(dict.fromkeys(model for row in panels for model in row["models"])),
+        efficiencies={
+            setting: {m: efficiency_text(demo, setting, m) for m in demo.metrics if m in by_metric}
+            for setting, by_metric in demo.data_efficiency.items()
+        },
+        comparisons=[c for s in demo.final if (c := _comparison(demo, s)) is not None],
+        curves=curves,
+        curve_models=list(dict.fromkeys(model for row in curves for model in row["models"])),
         radars=_radars(demo),
         table=_final_table(demo),
         categories=_category_plots(demo),
-        grids=[_sheet(grid) for grid in demo.grids],
+        grids=[_grid(grid) for grid in demo.grids],
         training=training_plots(demo.training),
         pixels=demo.grids[0].cell if demo.grids else None,
     )
 
 
-def factor_text(factor: float | None, at_least: bool) -> str:
-    """A crossing factor as it is written everywhere: 1.25×, 4.0×, ≥ 6.7×, or none."""
-    if not factor or not math.isfinite(factor):
+def efficiency_text(demo: DemoResults, setting: str, metric: str) -> str:
+    """A data efficiency as text: 1.25×, 4.0×, ≥ 6.7×, or none."""
+    efficiency = demo.data_efficiency.get(setting, {}).get(metric)
+    if not efficiency or not math.isfinite(efficiency):
         return "none"
-    return f"{'≥ ' if at_least else ''}{factor:.{2 if factor < 2 else 1}f}×"
+    crossing = demo.crossing(setting, metric)
+    at_least = crossing is not None and crossing.at_least
+    return f"{'≥ ' if at_least else ''}{efficiency:.{2 if efficiency < 2 else 1}f}×"
 
 
-def _factors(demo: DemoResults, setting: str) -> dict[str, str]:
-    """Metric -> factor as text, in the order of the metrics."""
-    given = demo.crossing_factor[setting]
-    texts = {}
-    for metric in (m for m in demo.metrics if m in given):
-        crossing = _crossing(demo, setting, metric)
-        texts[metric] = factor_text(given[metric], crossing is not None and crossing.at_least)
-    return texts
-
-
-def _crossing(demo: DemoResults, setting: str, metric: str) -> Crossing | None:
-    factor = demo.crossing_factor.get(setting, {}).get(metric)
-    curves = demo.curves
-    if curves is None or metric not in curves.values.get(setting, {}).get(BASELINE, {}):
-        return None
-    return curves.crossing(setting, metric, factor)
-
-
-def _verdict(demo: DemoResults, setting: str) -> dict[str, Any] | None:
-    """What the verifier says of MIRO against the baseline, and how sure that is."""
+def _comparison(demo: DemoResults, setting: str) -> dict[str, Any] | None:
+    """MIRO against the baseline by the verifier, with the standard error of the difference."""
     scores, errors = demo.final[setting], demo.standard_error.get(setting, {})
-    if any(VERIFIER not in scores.get(model, {}) for model in (BASELINE, MIRO)):
-        return None
-    miro, baseline = scores[MIRO][VERIFIER], scores[BASELINE][VERIFIER]
+    miro, baseline = (scores.get(m, {}).get(VERIFIER, math.nan) for m in (MIRO, BASELINE))
     if not (math.isfinite(miro) and math.isfinite(baseline)):
         return None
-    factors = demo.crossing_factor.get(setting, {})
+    efficiencies = demo.data_efficiency.get(setting, {})
     parts = [errors.get(model, {}).get(VERIFIER, math.nan) for model in (BASELINE, MIRO)]
     error = math.hypot(*parts)
     return {
@@ -105,75 +94,68 @@ def _verdict(demo: DemoResults, setting: str) -> dict[str, Any] | None:
             if m not in (BASELINE, MIRO) and VERIFIER in row
         },
         "error": error,
-        "sure": abs(miro - baseline) > 2 * error,  # False where the error is not known
-        "crossing": _crossing(demo, setting, VERIFIER),
-        "never": VERIFIER in factors and not factors[VERIFIER],
+        "significant": abs(miro - baseline) > 2 * error,  # False if the error is NaN
+        "crossing": demo.crossing(setting, VERIFIER),
+        "never": VERIFIER in efficiencies and not efficiencies[VERIFIER],
     }
 
 
-def _score_panels(demo: DemoResults) -> list[dict[str, Any]]:
-    """The training curves: per setting with both models, a plot for each metric."""
+def _curves(demo: DemoResults) -> list[dict[str, Any]]:
+    """Per setting with both models, a plot of each metric along training."""
     found = []
-    for setting, scores, metrics in _compared(demo):
-        assert demo.curves is not None
+    for setting, curves, metrics in _compared(demo):
         panels = []
         for metric in metrics:
-            crossing = _crossing(demo, setting, metric)
-            figure = plots.score_curves(**_panel_arguments(demo.curves, setting, metric, crossing))
-            factor = demo.crossing_factor.get(setting, {}).get(metric)
+            crossing = demo.crossing(setting, metric)
+            figure = score_curves(**_panel(curves, setting, metric, crossing))
             panels.append(
                 {
                     "metric": metric,
                     "plot": plot(figure, f"curve {setting} {metric}"),
-                    "factor": factor_text(factor, crossing is not None and crossing.at_least),
+                    "efficiency": efficiency_text(demo, setting, metric),
                 }
             )
-        found.append({"setting": setting, "models": list(scores), "panels": panels})
+        found.append({"setting": setting, "models": list(curves.values[setting]), "panels": panels})
     return found
 
 
-def _compared(
-    demo: DemoResults,
-) -> Iterator[tuple[str, dict[str, dict[str, list[float]]], list[str]]]:
-    """(setting, scores, metrics) of the settings in which both models have curves."""
+def _compared(demo: DemoResults) -> Iterator[tuple[str, Curves, list[str]]]:
+    """(setting, curves, metrics) of the settings with curves of both models."""
     for setting, scores in (demo.curves.values if demo.curves else {}).items():
-        if BASELINE in scores and MIRO in scores:
-            yield setting, scores, [m for m in demo.metrics if m in scores[MIRO]]
+        if demo.curves and BASELINE in scores and MIRO in scores:
+            yield setting, demo.curves, [m for m in demo.metrics if m in scores[MIRO]]
 
 
-def _panel_arguments(
-    curves: Curves, setting: str, metric: str, crossing: Crossing | None
-) -> dict[str, Any]:
-    """The arguments of `plots.score_curves`, with one vertical axis in every setting."""
+def _panel(curves: Curves, setting: str, metric: str, crossing: Crossing | None) -> dict[str, Any]:
+    """The arguments of `score_curves`; the limits are those of all settings."""
     shown = [models for models in curves.values.values() if BASELINE in models]
     every = [scores[metric] for models in shown for scores in models.values() if metric in scores]
     models = curves.values[setting]
     return {
-        "marks": curves.marks,
+        "checkpoints": curves.checkpoints,
         "scores": {model: scores[metric] for model, scores in models.items() if metric in scores},
         "crossing": None if crossing is None else (crossing.images, crossing.score),
-        "limits": plots.value_range(every),
+        "limits": value_range(every),
     }
 
 
 def curve_sheet_panels(demo: DemoResults) -> list[list[dict[str, Any]]]:
-    """The same panels for one picture, with titles that hold the factor."""
-    rows = []
-    for setting, _, metrics in _compared(demo):
-        assert demo.curves is not None
-        row = []
-        for metric in metrics:
-            crossing = _crossing(demo, setting, metric)
-            factor = demo.crossing_factor.get(setting, {}).get(metric)
-            text = factor_text(factor, crossing is not None and crossing.at_least)
-            title = f"{label(metric)}, {label(setting).lower()}: {text}"
-            row.append({"title": title, **_panel_arguments(demo.curves, setting, metric, crossing)})
-        rows.append(row)
-    return rows
+    """The panels of `curves_sheet`, a row per setting, with the data efficiency in the titles."""
+    return [
+        [
+            {
+                "title": f"{label(metric)}, {label(setting).lower()}: "
+                f"{efficiency_text(demo, setting, metric)}",
+                **_panel(curves, setting, metric, demo.crossing(setting, metric)),
+            }
+            for metric in metrics
+        ]
+        for setting, curves, metrics in _compared(demo)
+    ]
 
 
 def _radars(demo: DemoResults) -> list[dict[str, Any]]:
-    """A radar per setting that has several models; an axis has one scale in all of them."""
+    """A radar chart per setting with several models, all with the same axes."""
     compared = {s: models for s, models in demo.final.items() if len(models) > 1}
     spans = {}
     for metric in demo.metrics:
@@ -189,13 +171,13 @@ def _radars(demo: DemoResults) -> list[dict[str, Any]]:
             for model, row in models.items()
         }
         rims = [number(high) for _, high in spans.values()]
-        figure = plots.radar([label(metric) for metric in spans], rims, shares)
+        figure = radar([label(metric) for metric in spans], rims, shares)
         radars.append({"setting": setting, "plot": plot(figure, f"radar {setting}")})
     return radars
 
 
 def _final_table(demo: DemoResults) -> list[dict[str, Any]]:
-    """Settings with a row per model and a cell per metric; the best of a setting is marked."""
+    """Per setting a row per model and a cell per metric; the best of a setting is marked."""
     rows = [row for models in demo.final.values() for row in models.values()]
     # The largest score of a metric sets the decimals of its column.
     sizes = {metric: max(map(abs, _known(rows, metric)), default=0.0) for metric in demo.metrics}
@@ -230,6 +212,7 @@ def _known(rows: Iterable[Mapping[str, float]], metric: str) -> list[float]:
 
 
 def _category_plots(demo: DemoResults) -> list[dict[str, Any]]:
+    """The verifier's accuracy by category, per setting with several models."""
     found = []
     for setting, models in demo.verifier_by_category.items():
         if len(models) < 2:
@@ -240,13 +223,13 @@ def _category_plots(demo: DemoResults) -> list[dict[str, Any]]:
             for model in demo.models
             if model in models
         }
-        figure = plots.category_dots([label(category) for category in categories], shares)
+        figure = category_dots([label(category) for category in categories], shares)
         found.append({"setting": setting, "plot": plot(figure, f"categories {setting}")})
     return found
 
 
-def _sheet(grid: Grid) -> dict[str, Any]:
-    """A grid for the template, with the whole numbers by which its pixels are enlarged."""
+def _grid(grid: Grid) -> dict[str, Any]:
+    """A grid with the integer factors by which it is enlarged on wide and narrow screens."""
     width = len(grid.columns) * grid.cell
     wide, narrow = (max(1, min(4, room // width)) for room in (_WIDE, _NARROW))
-    return {"grid": grid, "wide": wide, "narrow": narrow, "source": data_uri(grid.picture)}
+    return {"grid": grid, "wide": wide, "narrow": narrow, "source": data_uri(grid.image)}

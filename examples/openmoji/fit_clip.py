@@ -1,10 +1,9 @@
-"""`miro fit-clip`: a small open_clip model fitted to a dataset's own, partly wrong pairs."""
+"""Fitting the small CoCa of the alignment reward to a dataset's own, partly wrong pairs."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -21,34 +20,40 @@ from miro.sources.tar import iterate_shard
 from miro.utils.atomic_io import atomic_write
 from miro.utils.rng import generator_from, seed_from
 from miro.utils.serialize import differences
-from openmoji.coca import CONFIG, PAD, WEIGHTS, Captioner, CaptionerConfig, save_config, tokenize
-
-log = logging.getLogger(__name__)
+from openmoji.coca import (
+    CONFIG,
+    PAD,
+    WEIGHTS,
+    Captioner,
+    CaptionerConfig,
+    config_text,
+    open_clip_tokens,
+)
 
 METRICS = "metrics.json"
-LONGEST = 64
-"""Tokens of a caption that are read at most."""
+MAX_TOKENS = 64
+"""Longer captions are truncated."""
 
 
 @dataclass(frozen=True)
 class FitClipConfig:
-    """How the model is made. Steps are fixed, not seconds: a seed gives the same model."""
+    """Size and training of the model; deterministic for a seed."""
 
     steps: int = 3_000
     batch_size: int = 64
     learning_rate: float = 2e-3
-    """Of words, places, gains and biases, by AdamW."""
+    """Of AdamW, for embeddings, norms and biases."""
     matrix_rate: float = 3e-3
-    """Of matrices, by Muon (Keller Jordan 2024)."""
+    """Of Muon (Keller Jordan 2024), for hidden matrices."""
     warmup_steps: int = 100
     weight_decay: float = 0.01
     trim: float = 0.45
-    """Share of a batch that is left out once the model knows its way: the pairs whose captions it
-    finds contradicted most. Wrong captions teach nothing, and drown what relations teach."""
+    """Share of a batch that gets no gradient: the pairs whose captions the image contradicts most.
+    Wrong captions would otherwise dominate the gradient of relations (trimmed loss)."""
     trim_from: float = 0.15
-    """Share of the steps after which pairs are left out."""
-    hide_picture: float = 0.1
-    """Share of pairs whose picture is withheld, so that the model knows captions by habit too."""
+    """Share of the steps after which the loss is trimmed."""
+    image_dropout: float = 0.1
+    """Share of pairs without an image, which trains the unconditional likelihood."""
     image_size: int = 32
     conv_width: int = 24
     text_width: int = 96
@@ -57,13 +62,13 @@ class FitClipConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "warmup_steps", "image_size", "conv_width"):
             if getattr(self, name) < 1:
-                raise ValueError(f"fit-clip: {name} must be 1 or more, got {getattr(self, name)}")
+                raise ValueError(f"fit-clip: {name} is {getattr(self, name)}; give 1 or more")
         for name in ("trim", "trim_from"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"fit-clip: {name} is {getattr(self, name)}; give 0 to below 1")
-        if not 0 < self.hide_picture < 1:
+        if not 0 < self.image_dropout < 1:
             raise ValueError(
-                f"fit-clip: hide_picture is {self.hide_picture}; give 0 to 1, both out"
+                f"fit-clip: image_dropout is {self.image_dropout}; give a number between 0 and 1"
             )
 
 
@@ -74,12 +79,19 @@ def fit_clip(
     config: FitClipConfig | None = None,
     progress: Callable[[int, int | None, str], None] | None = None,
 ) -> Path:
-    """Fit to the pairs of the images folder `data`, write `dest`, and return it.
+    """Fit a Captioner and write it to `dest`, unless `dest` has it already.
 
-    What was fitted with the same configuration to the same shards is left as it is.
+    Args:
+        data: A dataset folder of captioned images.
+        dest: The folder to write.
+        config: Size and training.
+        progress: Called with (step, steps, detail).
+
+    Returns:
+        `dest`.
 
     Raises:
-        ValueError: `data` holds no images, or `dest` was fitted otherwise.
+        ValueError: `data` has no images, or `dest` a model of another configuration or dataset.
     """
     config = config or FitClipConfig()
     manifest = Manifest.read(data)
@@ -89,12 +101,12 @@ def fit_clip(
     if (dest / METRICS).exists():
         found = differences(made_from, json.loads((dest / METRICS).read_text())["made_from"])
         if found:
-            raise ValueError(f"{dest} was fitted otherwise ({'; '.join(found)}); give another DEST")
+            raise ValueError(f"{dest} has another model ({'; '.join(found)}); give another DEST")
         return dest
     started = time.perf_counter()
     images, captions = _read_pairs(data, manifest, config.image_size)
     distinct = sorted(set(captions))
-    ids = tokenize(distinct, LONGEST)
+    ids = open_clip_tokens(distinct, MAX_TOKENS)
     context = int((ids != 0).sum(1).max())
     torch.manual_seed(seed_from(config.seed, "fit-clip"))
     model = Captioner(
@@ -107,11 +119,11 @@ def fit_clip(
         )
     )
     position = {caption: row for row, caption in enumerate(distinct)}
-    words = model.words(distinct)[torch.tensor([position[caption] for caption in captions])]
-    losses = _fit(model, images, words, config, progress)
+    tokens = model.tokenize(distinct)[torch.tensor([position[caption] for caption in captions])]
+    losses = _fit(model, images, tokens, config, progress)
     dest.mkdir(parents=True, exist_ok=True)
     atomic_write(dest / WEIGHTS, save(dict(model.state_dict())))
-    atomic_write(dest / CONFIG, save_config(dest, model.config).encode())
+    atomic_write(dest / CONFIG, config_text(model.config).encode())
     metrics = {
         "made_from": made_from,
         "pairs": len(captions),
@@ -120,37 +132,36 @@ def fit_clip(
         "loss": losses,
         "seconds": round(time.perf_counter() - started, 1),
     }
-    # Last: a folder with metrics is complete.
+    # Written last: it marks the folder as complete.
     atomic_write(dest / METRICS, json.dumps(metrics, indent=1).encode())
     return dest
 
 
 def _read_pairs(data: Path, manifest: Manifest, size: int) -> tuple[Tensor, list[str]]:
-    """All pictures as uint8 (N, 3, size, size), one a caption, and the captions."""
+    """Images uint8 (N, 3, size, size), one per caption, and the captions."""
     from miro.images.transforms import center_crop_resize
 
-    pictures, captions = [], []
+    images, captions = [], []
     for shard in manifest.shards:
         for _, members in iterate_shard(shard_path(data, shard)):
             record = json.loads(members["json"])
-            image = next(d for name, d in members.items() if name != "json")
-            picture = decode(image)
-            if picture.shape[1:] != (size, size):
-                picture = center_crop_resize(picture, size, size)
+            image = decode(next(d for name, d in members.items() if name != "json"))
+            if image.shape[1:] != (size, size):
+                image = center_crop_resize(image, size, size)
             for caption in record["captions"].values():
-                pictures.append(picture)
+                images.append(image)
                 captions.append(caption)
-    return torch.stack(pictures), captions
+    return torch.stack(images), captions
 
 
 def _fit(
     model: Captioner,
     images: Tensor,
-    words: Tensor,
+    tokens: Tensor,
     config: FitClipConfig,
     progress: Callable[[int, int | None, str], None] | None,
 ) -> list[float]:
-    """Train in place; the mean loss in nats a caption, of each fiftieth of the steps."""
+    """Train in place; returns the mean loss in nats per caption of each fiftieth of the steps."""
     matrices = [
         p for n, p in model.named_parameters() if p.ndim == 2 and ("blocks" in n or "attn" in n)
     ]
@@ -170,7 +181,7 @@ def _fit(
         fused=True,
     )
     rates = {muon: config.matrix_rate, adamw: config.learning_rate}
-    weights = _rare_words_count_more(words)
+    weights = _token_weights(tokens)
     window = max(1, config.steps // 50)
     total, means = torch.zeros(()), []
     model.train()
@@ -181,15 +192,16 @@ def _fit(
             for group in optimizer.param_groups:
                 group["lr"] = rate * factor
         pairs = torch.randint(len(images), (config.batch_size,), generator=generator)
-        hidden = torch.rand(config.batch_size, generator=generator) < config.hide_picture
-        said = words[pairs]
-        with _fast_arithmetic():
-            seen = model.see(images[pairs])
-            seen = torch.where(hidden[:, None, None], model.no_picture.to(seen.dtype), seen)
-            likelihoods = model.log_likelihoods(seen, said)
-        losses = -(likelihoods * weights[said[:, 1:]]).sum(1)
+        dropped = torch.rand(config.batch_size, generator=generator) < config.image_dropout
+        batch = tokens[pairs]
+        with _bf16():
+            encoded = model.encode_image(images[pairs])
+            null = model.no_picture.to(encoded.dtype)
+            encoded = torch.where(dropped[:, None, None], null, encoded)
+            likelihoods = model.log_likelihoods(encoded, batch)
+        losses = -(likelihoods * weights[batch[:, 1:]]).sum(1)
         if step >= config.trim_from * config.steps:
-            losses = losses[_least_contradicted(model, likelihoods, said, hidden, config.trim)]
+            losses = losses[_least_contradicted(model, likelihoods, batch, dropped, config.trim)]
         loss = losses.mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -207,33 +219,33 @@ def _fit(
 
 @torch.no_grad()
 def _least_contradicted(
-    model: Captioner, likelihoods: Tensor, words: Tensor, hidden: Tensor, trim: float
+    model: Captioner, likelihoods: Tensor, tokens: Tensor, dropped: Tensor, trim: float
 ) -> Tensor:
-    """The pairs of a batch to learn from: all but the `trim` share the picture speaks against."""
-    with _fast_arithmetic():
-        ratios = likelihoods - model.without_picture(words)
-    against = ratios.clamp(max=0).sum(1)
-    # Pairs whose picture is withheld teach habit, wrong captions included: they stay.
-    against[hidden] = 0
-    return against.topk(len(against) - int(trim * len(against))).indices
+    """Indices of all pairs but the share `trim` whose captions the image contradicts most."""
+    with _bf16():
+        information = likelihoods - model.unconditional_log_likelihoods(tokens)
+    contradiction = information.clamp(max=0).sum(1)
+    # The unconditional likelihood is trained on all captions, wrong ones included.
+    contradiction[dropped] = 0
+    return contradiction.topk(len(contradiction) - int(trim * len(contradiction))).indices
 
 
-def _rare_words_count_more(words: Tensor) -> Tensor:
-    """A weight for each row of the vocabulary: one over the root of its count, 1 on average.
+def _token_weights(tokens: Tensor) -> Tensor:
+    """Loss weight per vocabulary entry: count^-½, with a mean of 1 over the corpus.
 
-    Articles and full stops are easily learned and many; what a picture says is in rarer words.
+    Frequent tokens (articles) are easy; the rarer ones describe the image.
     """
-    counts = words[:, 1:].flatten().bincount(minlength=int(words.max()) + 1).float()
+    counts = tokens[:, 1:].flatten().bincount(minlength=int(tokens.max()) + 1).float()
     counts[PAD] = 0
     weights = counts.clamp(min=1).rsqrt()
     return weights * (counts.sum() / (weights * counts).sum())
 
 
 @contextlib.contextmanager
-def _fast_arithmetic() -> Iterator[None]:
-    """bf16 matrix products, and attention as plain products.
+def _bf16() -> Iterator[None]:
+    """Autocast to bf16 with SDPA's math backend.
 
-    Torch's fused attention is much slower than that in its bf16 backward on a CPU.
+    On CPUs the bf16 backward of the flash backend is much slower.
     """
     with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
         yield

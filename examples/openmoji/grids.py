@@ -1,10 +1,11 @@
-"""Contact sheets of the demo: the same prompts and noise, asked for in different ways."""
+"""Image grids of the demo: the same prompts and noise with different reward targets."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -22,84 +23,80 @@ GRID_SEED = 7
 
 
 def write_grids(folder: Path, setting: Setting, columns: int) -> None:
-    """Draw the demo's sheets into folder/grids, and describe them in folder/grids.json.
+    """Write the grids to FOLDER/grids and their labels to FOLDER/grids.json.
 
-    1. The baseline, and MIRO at s⁺ = the setting's, 1 and 0.
-    2. The specialist beside MIRO.
-    3. One reward traded against another: colourfulness down as sharpness goes up, and alignment
-       from 0 to 1 with the others held.
+    1. "steering": the baseline, MIRO with the setting's targets, 1 and 0, and the specialist.
+    2. "trade": colourfulness traded against sharpness.
+    3. "alignment": alignment from 0 to 1 with the other rewards at 1.
     """
-    pipes = {
+    pipelines = {
         model: Pipeline.load(RunFolder(folder / model).weights_written()[-1][1])
         for model in ("baseline", "miro", "only_alignment")
     }
-    miro = pipes["miro"]
+    miro = pipelines["miro"]
     prompts = [prompt.caption for prompt in heldout_prompts(columns, GRID_SEED)]
 
     def row(model: str, target: RewardTarget | None = None) -> Tensor:
-        pipeline = pipes[model]
-        asked = setting.guidance(pipeline) if target is None else Guidance(target)
-        return pipeline(prompts, asked, seed=GRID_SEED, steps=setting.steps)
+        pipeline = pipelines[model]
+        guidance = setting.guidance(pipeline) if target is None else Guidance(target)
+        return pipeline(prompts, guidance, seed=GRID_SEED, steps=setting.steps)
 
-    low, high = miro.target(default=0.0), miro.target()
+    levels = [0.0, 0.25, 0.5, 0.75, 1.0]
+    steering = {
+        "baseline": row("baseline"),
+        "MIRO, s⁺ as measured": row("miro"),
+        "MIRO, all rewards at 1": row("miro", miro.target()),
+        "MIRO, all rewards at 0": row("miro", miro.target(default=0.0)),
+        "only alignment": row("only_alignment"),
+    }
+    trade = {
+        f"sharpness {s:g}, colourfulness {1 - s:g}": row(
+            "miro", miro.target({"sharpness": s, "colourfulness": 1 - s})
+        )
+        for s in levels
+    }
+    alignment = {f"alignment {s:g}": row("miro", miro.target({"alignment": s})) for s in levels}
     grids = [
-        _sheet(
-            folder, "steering", "The same prompts and noise, asked for in different ways",
-            "No guidance in any row. Only the rewards asked for differ between the MIRO rows.",
-            {
-                "baseline": row("baseline"),
-                "MIRO, s⁺ as measured": row("miro"),
-                "MIRO, all rewards at 1": row("miro", high),
-                "MIRO, all rewards at 0": row("miro", low),
-                "only alignment": row("only_alignment"),
-            },
-            prompts,
+        _write_grid(
+            folder, "steering", "The same prompts and noise with different reward targets",
+            "No guidance in any row. Only the targets differ between the MIRO rows.",
+            steering, prompts,
+        ),
+        _write_grid(
+            folder, "trade", "One reward traded against another",
+            "From the first row to the last, colourfulness falls and sharpness rises; alignment "
+            "is at 1.",
+            trade, prompts,
+        ),
+        _write_grid(
+            folder, "alignment", "Alignment from 0 to 1",
+            "The other rewards are at 1.",
+            alignment, prompts,
         ),
     ]  # fmt: skip
-    steps = [0.0, 0.25, 0.5, 0.75, 1.0]
-    trades = {
-        f"sharpness {s:g}, colourfulness {1 - s:g}": miro.target(
-            {"sharpness": s, "colourfulness": 1 - s}
-        )
-        for s in steps
-    }
-    grids.append(
-        _sheet(
-            folder, "trade", "One reward traded against another",
-            "Colourfulness gives way to sharpness from the first row to the last; alignment at 1.",
-            {label: row("miro", target) for label, target in trades.items()}, prompts,
-        )
-    )  # fmt: skip
-    aligned = {f"alignment {s:g}": miro.target({"alignment": s}) for s in steps}
-    grids.append(
-        _sheet(
-            folder, "alignment", "From a careless caption to a careful one",
-            "Alignment asked for from 0 to 1, the other rewards at 1.",
-            {label: row("miro", target) for label, target in aligned.items()}, prompts,
-        )
-    )  # fmt: skip
     write_text(folder / "grids.json", json.dumps(grids, indent=1))
 
 
-def _sheet(
+def _write_grid(
     folder: Path,
     name: str,
     title: str,
     caption: str,
-    rows: dict[str, Tensor],
+    rows: Mapping[str, Tensor],
     columns: Sequence[str],
-) -> dict[str, object]:
+) -> dict[str, Any]:
+    """Write one grid; returns its record in grids.json."""
     path = folder / "grids" / f"{name}.png"
     path.parent.mkdir(exist_ok=True)
-    stacked = torch.stack([to_bytes(pictures) for pictures in rows.values()])
+    stacked = torch.stack([to_bytes(images) for images in rows.values()])
     height, width = stacked.shape[0] * stacked.shape[3], stacked.shape[1] * stacked.shape[4]
-    sheet = Image.fromarray(stacked.permute(0, 3, 1, 4, 2).reshape(height, width, 3).numpy())
-    sheet.save(path)
+    grid = Image.fromarray(stacked.permute(0, 3, 1, 4, 2).reshape(height, width, 3).numpy())
+    grid.save(path)
     return {
         "title": title,
         "caption": caption,
         "rows": list(rows),
         "columns": list(columns),
-        "picture": f"grids/{name}.png",
+        "image": f"grids/{name}.png",
         "cell": stacked.shape[4],
     }

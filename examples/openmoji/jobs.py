@@ -1,4 +1,4 @@
-"""A few jobs that depend on one another, run side by side in processes of one thread each."""
+"""A process pool for jobs with dependencies, one thread per process."""
 
 from __future__ import annotations
 
@@ -15,15 +15,21 @@ from typing import Any
 from miro.utils.progress import many
 
 Report = Callable[[int, "int | None", str], None]
-"""What a job calls with (done, total, detail) as it goes."""
+"""Progress callback of a job: (done, total, detail)."""
+_Board = MutableMapping[str, tuple[int, "int | None", str]]
 
 
 @dataclass(frozen=True)
 class Job:
-    """`function(*arguments, report)` in a process of its own, once the jobs it needs are done.
+    """A call of `function(*arguments, report)` in a process of its own.
 
-    Jobs are started in the order they are listed, as far as their needs allow. Functions and
-    arguments must be picklable. A job that was done in an earlier call must return at once.
+    Function and arguments must be picklable. A job must return at once if its output exists.
+
+    Attributes:
+        name: Unique among the jobs.
+        function: What to call.
+        arguments: Before the progress callback.
+        needs: Names of the jobs that must be complete before it starts.
     """
 
     name: str
@@ -33,22 +39,24 @@ class Job:
 
 
 def run_jobs(jobs: Sequence[Job], workers: int) -> dict[str, float]:
-    """Run all jobs, at most `workers` at a time; the seconds each took, by name.
+    """Run all jobs, at most `workers` at a time, in the order listed as dependencies allow.
+
+    Returns:
+        Seconds of each job by name.
 
     Raises:
-        Exception: the first error of a job, once the jobs that were running have ended; those not
-            started are left.
+        Exception: The first error of a job. Running jobs end first, others are not started.
     """
     names = [job.name for job in jobs]
     for job in jobs:
-        assert set(job.needs) <= set(names) - {job.name}, f"{job.name} needs what is not listed"
+        assert set(job.needs) <= set(names) - {job.name}, f"{job.name} needs an unknown job"
     context = multiprocessing.get_context("spawn")
     waiting, running = list(jobs), {}
     seconds: dict[str, float] = {}
     with (
         context.Manager() as manager,
-        ProcessPoolExecutor(workers, context, _begin, (os.getpid(),)) as pool,
-        _display(manager.dict(), names) as board,
+        ProcessPoolExecutor(workers, context, _initialize, (os.getpid(),)) as pool,
+        _display(manager.dict()) as board,
     ):
         while waiting or running:
             for job in [job for job in waiting if set(job.needs) <= seconds.keys()]:
@@ -67,14 +75,15 @@ def run_jobs(jobs: Sequence[Job], workers: int) -> dict[str, float]:
     return seconds
 
 
-def _begin(parent: int) -> None:
-    """Prepare a worker: one thread, and no life beyond its parent's."""
+def _initialize(parent: int) -> None:
+    """Limit the process to one thread, and end it with its parent."""
     import torch
 
     torch.set_num_threads(1)
 
     def watch() -> None:
-        # A parent that is killed cannot stop its workers, and two of them must not share a folder.
+        # A killed parent cannot stop its workers; a worker that survives would write to the folder
+        # at the same time as those of the next call.
         while os.getppid() == parent:
             time.sleep(0.5)
         os._exit(1)
@@ -82,13 +91,13 @@ def _begin(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _run(job: Job, board: MutableMapping[str, tuple[int, int | None, str]]) -> float:
+def _run(job: Job, board: _Board) -> float:
     started, last = time.perf_counter(), 0.0
 
     def report(done: int, total: int | None, detail: str) -> None:
         nonlocal last
         now = time.perf_counter()
-        # A message to another process costs more than a step of a small job.
+        # A message to another process takes longer than a step of a small job.
         if now - last > 0.5 or done == total:
             last = now
             board[job.name] = (done, total, detail)
@@ -101,15 +110,13 @@ def _run(job: Job, board: MutableMapping[str, tuple[int, int | None, str]]) -> f
 
 
 @contextmanager
-def _display(
-    board: MutableMapping[str, tuple[int, int | None, str]], names: Sequence[str]
-) -> Iterator[MutableMapping[str, tuple[int, int | None, str]]]:
-    """Show the board while the jobs run."""
-    over = threading.Event()
+def _display(board: _Board) -> Iterator[_Board]:
+    """Show the progress of all jobs in a thread."""
+    stop = threading.Event()
 
     def follow() -> None:
         with many() as show:
-            while not over.wait(0.5):
+            while not stop.wait(0.5):
                 for name, (done, total, detail) in dict(board).items():
                     show(name, done, total, detail)
 
@@ -118,5 +125,5 @@ def _display(
     try:
         yield board
     finally:
-        over.set()
+        stop.set()
         thread.join()

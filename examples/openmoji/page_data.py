@@ -1,10 +1,10 @@
-"""What a demo folder holds, read and checked once, so that the page only has to lay it out.
+"""The content of a demo folder, validated, for its report.
 
-    results.json  the figures          curves.json  scores along training
-    grids.json, grids/*.png            <model>/metrics.jsonl  what each training reported
+    results.json  evaluations          curves.json  scores along training
+    grids.json, grids/*.png            <model>/metrics.jsonl  metrics of each training
 
-Only results.json must exist. Whatever else is absent is absent on the page; what exists and cannot
-be read is an error that names the file.
+Only results.json is required; sections without data are left out. A file that exists and is invalid
+is an error.
 """
 
 from __future__ import annotations
@@ -21,61 +21,69 @@ from miro.report.training_plots import read_json, read_training
 
 Scores = dict[str, dict[str, dict[str, float]]]  # setting -> model -> metric -> score, NaN unknown
 BASELINE, MIRO, VERIFIER = "baseline", "miro", "verifier"
-_AGAIN = "delete it and run `miro demo` again"
+_RUN = "run `python -m openmoji demo` to its end"
+_AGAIN = "delete it and run `python -m openmoji demo` again"
 
 
 @dataclass(frozen=True)
 class Crossing:
-    """Where MIRO rises above the baseline's final score for good."""
+    """The point from which MIRO stays above the baseline's final score.
+
+    Attributes:
+        images: MIRO's training images.
+        score: The baseline's final score.
+        at_least: Whether MIRO is above from the first checkpoint on, so that the data efficiency is
+            a lower bound.
+    """
 
     images: float
-    score: float  # the baseline's, at the end
-    at_least: bool  # MIRO was above it from the first point on, so the factor is a lower bound
+    score: float
+    at_least: bool
 
 
 @dataclass(frozen=True)
 class Curves:
-    """Scores of the models at `marks` images, from `start` on."""
+    """Scores at the checkpoints from `start` on: setting -> model -> metric -> per checkpoint."""
 
-    marks: list[int]
+    checkpoints: list[int]
     start: int
-    values: dict[str, dict[str, dict[str, list[float]]]]  # setting -> model -> metric -> per mark
+    values: dict[str, dict[str, dict[str, list[float]]]]
 
     @property
     def total(self) -> int:
-        """Images each model was trained on."""
-        return self.marks[-1]
+        """Training images of each model."""
+        return self.checkpoints[-1]
 
-    def crossing(self, setting: str, metric: str, factor: float | None) -> Crossing | None:
-        """The point that a crossing factor stands for, or None where there is none."""
-        if not factor or not math.isfinite(factor):
+    def crossing(self, setting: str, metric: str, efficiency: float | None) -> Crossing | None:
+        """The crossing of a data efficiency; None if there is none."""
+        if not efficiency or not math.isfinite(efficiency):
             return None
-        images = self.total / factor
-        # The factor went through JSON: the first mark is met up to rounding.
-        at_least = images <= self.marks[0] * (1 + 1e-6)
+        images = self.total / efficiency
+        # A tolerance, since the efficiency was rounded in JSON.
+        at_least = images <= self.checkpoints[0] * (1 + 1e-6)
         return Crossing(images, self.values[setting][BASELINE][metric][-1], at_least)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A contact sheet without text, and the text that belongs around it."""
+    """A grid of images without text, and its labels; `cell` is the side of an image in pixels."""
 
     title: str
     caption: str
     rows: list[str]
     columns: list[str]
-    picture: Path
-    cell: int  # pixels of a side of a cell in the picture
+    image: Path
+    cell: int
 
 
 @dataclass(frozen=True)
 class DemoResults:
-    """All that the page shows."""
+    """All content of the report."""
 
     final: Scores
     standard_error: Scores
     verifier_by_category: Scores
-    crossing_factor: dict[str, dict[str, float | None]]  # setting -> metric -> factor
+    data_efficiency: dict[str, dict[str, float | None]]  # setting -> metric
     diversity: dict[str, float]
     seconds: dict[str, float]  # of each stage; stages overlap
     wall_seconds: float | None
@@ -90,72 +98,81 @@ class DemoResults:
 
     @property
     def models(self) -> list[str]:
-        """The models in the order of the results, the baseline and MIRO first."""
+        """The models, the baseline and MIRO first."""
         found = dict.fromkeys(model for rows in self.final.values() for model in rows)
         first = [model for model in (BASELINE, MIRO) if model in found]
         return first + [model for model in found if model not in first]
 
     @property
     def metrics(self) -> list[str]:
-        """The metrics in the order of the results, the verifier last: it is the judge of all."""
+        """The metrics, the verifier last."""
         rows = [row for models in self.final.values() for row in models.values()]
         found = dict.fromkeys(metric for row in rows for metric in row)
-        return [m for m in found if m != VERIFIER] + [m for m in found if m == VERIFIER]
+        return sorted(found, key=lambda metric: metric == VERIFIER)
+
+    def crossing(self, setting: str, metric: str) -> Crossing | None:
+        """Where MIRO passes the baseline's final score; None if it does not or is unknown."""
+        efficiency = self.data_efficiency.get(setting, {}).get(metric)
+        if self.curves is None or metric not in self.curves.values.get(setting, {}).get(
+            BASELINE, {}
+        ):
+            return None
+        return self.curves.crossing(setting, metric, efficiency)
 
 
 def read_demo(folder: Path) -> DemoResults:
-    """What `miro demo` left in `folder`; ValueError names a file that is missing or broken."""
-    folder = Path(folder)
+    """Read a demo folder; ValueError if a file is missing or invalid."""
     path = folder / "results.json"
-    record = read_json(path, "run `miro demo` to its end")
+    record = read_json(path, _RUN)
     if not isinstance(record, dict):
         raise ValueError(f"{path}: not a JSON object; {_AGAIN}")
     if not isinstance(record.get("final"), dict) or not record["final"]:
         raise ValueError(f"{path}: the field 'final' is missing or empty; {_AGAIN}")
     final: Scores = _numbers(record["final"], 3, path, "final")
-    trained = dict.fromkeys(model for rows in final.values() for model in rows)
-    logs = {model: folder / model / "metrics.jsonl" for model in trained}
+    models = dict.fromkeys(model for rows in final.values() for model in rows)
+    metrics = {model: folder / model / "metrics.jsonl" for model in models}
 
     def field(name: str, depth: int) -> Any:
+        if depth == 0:
+            value = record.get(name)
+            return None if value is None else _numbers(value, 0, path, name)
         return _numbers(record.get(name) or {}, depth, path, name)
 
-    factors = record.get("crossing_factor") or {}
-    _numbers(factors, 2, path, "crossing_factor")
-    rate, wall = record.get("images_per_second"), record.get("wall_seconds")
+    field("data_efficiency", 2)
     return DemoResults(
         final=final,
         standard_error=field("standard_error", 3),
         verifier_by_category=field("verifier_by_category", 3),
-        crossing_factor=factors,
+        data_efficiency=record.get("data_efficiency") or {},  # null stays None
         diversity=field("diversity", 1),
         seconds=field("seconds", 1),
-        wall_seconds=None if wall is None else _numbers(wall, 0, path, "wall_seconds"),
-        images_per_second=None if rate is None else _numbers(rate, 0, path, "images_per_second"),
+        wall_seconds=field("wall_seconds", 0),
+        images_per_second=field("images_per_second", 0),
         settings=_table(record.get("settings") or {}, path, "settings"),
         versions=_table(record.get("versions") or {}, path, "versions"),
         seed=record.get("seed"),
         quick=bool(record.get("quick", False)),
         curves=_curves(folder / "curves.json"),
         grids=_grids(folder / "grids.json"),
-        training={m: read_training(p, _AGAIN) for m, p in logs.items() if p.is_file()},
+        training={m: read_training(p, _AGAIN) for m, p in metrics.items() if p.is_file()},
     )
 
 
-def _table(value: Any, path: Path, where: str) -> dict[str, Any]:
+def _table(value: Any, path: Path, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: {where} is {value!r}, not an object; {_AGAIN}")
+        raise ValueError(f"{path}: {name} is {value!r}, not an object; {_AGAIN}")
     return value
 
 
-def _numbers(value: Any, depth: int, path: Path, where: str) -> Any:
-    """`depth` nested objects with numbers inside, null read as NaN."""
+def _numbers(value: Any, depth: int, path: Path, name: str) -> Any:
+    """Numbers in `depth` nested objects, with null as NaN."""
     if depth:
-        items = _table(value, path, where).items()
-        return {key: _numbers(v, depth - 1, path, f"{where}.{key}") for key, v in items}
+        items = _table(value, path, name).items()
+        return {key: _numbers(v, depth - 1, path, f"{name}.{key}") for key, v in items}
     if value is None:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{path}: {where} is {value!r}, not a number; {_AGAIN}")
+        raise ValueError(f"{path}: {name} is {value!r}, not a number; {_AGAIN}")
     return float(value)
 
 
@@ -163,17 +180,19 @@ def _curves(path: Path) -> Curves | None:
     if not path.exists():
         return None
     record = _table(read_json(path, _AGAIN), path, "the whole file")
-    marks, start = record.get("marks"), record.get("start", 0)
-    if not isinstance(marks, list) or not marks or sorted(marks) != marks:
-        raise ValueError(f"{path}: marks is {marks!r}, not a rising list; {_AGAIN}")
-    if start > marks[-1]:
-        raise ValueError(f"{path}: start is {start}, after the last of the marks; {_AGAIN}")
-    skipped = sum(mark < start for mark in marks)
+    checkpoints, start = record.get("checkpoints"), record.get("start", 0)
+    if not isinstance(checkpoints, list) or not checkpoints or sorted(checkpoints) != checkpoints:
+        raise ValueError(f"{path}: checkpoints is {checkpoints!r}, not an ascending list; {_AGAIN}")
+    if start > checkpoints[-1]:
+        raise ValueError(f"{path}: start is {start}, after the last checkpoint; {_AGAIN}")
+    skipped = sum(images < start for images in checkpoints)
 
-    def series(values: Any, where: str) -> list[float]:
-        if not isinstance(values, list) or len(values) != len(marks):
-            raise ValueError(f"{path}: {where} has not one value for each of {len(marks)} marks")
-        return [_numbers(value, 0, path, where) for value in values[skipped:]]
+    def series(values: Any, name: str) -> list[float]:
+        if not isinstance(values, list) or len(values) != len(checkpoints):
+            raise ValueError(
+                f"{path}: {name} has not one value per checkpoint, {len(checkpoints)}; {_AGAIN}"
+            )
+        return [_numbers(value, 0, path, name) for value in values[skipped:]]
 
     settings = {key: _table(v, path, key) for key, v in record.items() if isinstance(v, dict)}
     values = {
@@ -186,7 +205,7 @@ def _curves(path: Path) -> Curves | None:
         }
         for setting, models in settings.items()
     }
-    return Curves(marks[skipped:], start, values)
+    return Curves(checkpoints[skipped:], start, values)
 
 
 def _grids(path: Path) -> list[Grid]:
@@ -205,25 +224,23 @@ def _grid(record: Mapping[str, Any], path: Path) -> Grid:
             caption=record["caption"],
             rows=list(record["rows"]),
             columns=list(record["columns"]),
-            picture=path.parent / record["picture"],
+            image=path.parent / record["image"],
             cell=int(record["cell"]),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: a grid lacks or misstates {error}; {_AGAIN}") from None
+        raise ValueError(f"{path}: a grid has no or an invalid {error}; {_AGAIN}") from None
     try:
-        with Image.open(grid.picture) as picture:
-            size = picture.size
+        with Image.open(grid.image) as image:
+            size = image.size
     except FileNotFoundError:
-        raise ValueError(
-            f"{grid.picture}: no such file, but {path.name} lists it; run `miro demo` again"
-        ) from None
+        raise ValueError(f"{grid.image}: no such file, but {path.name} lists it; {_RUN}") from None
     except UnidentifiedImageError:
-        raise ValueError(f"{grid.picture}: not a picture; {_AGAIN}") from None
+        raise ValueError(f"{grid.image}: not an image; {_AGAIN}") from None
     expected = len(grid.columns) * grid.cell, len(grid.rows) * grid.cell
     if size != expected:
-        # Labels are laid out around the picture: on another size they would name the wrong cells.
+        # The labels would be next to the wrong cells.
         raise ValueError(
-            f"{grid.picture}: {size[0]} x {size[1]} pixels, but {path.name} says {len(grid.rows)} "
+            f"{grid.image}: {size[0]} x {size[1]} pixels, but {path.name} has {len(grid.rows)} "
             f"rows and {len(grid.columns)} columns of {grid.cell} pixels; {_AGAIN}"
         )
     return grid

@@ -1,4 +1,4 @@
-"""Scenes as pixels: objects composed on a background, then what the picture suffers."""
+"""Rendering of scenes: sprites on a background, then degradations."""
 
 from __future__ import annotations
 
@@ -10,26 +10,30 @@ import numpy as np
 from openmoji.compositions import Scene
 from openmoji.sprites import BACKGROUNDS, LUMA, sprite_bank
 
-SIZE = 32  # pixels, the width and height of a picture if nothing else is asked for
+SIZE = 32  # default width and height in pixels
 
 
 @dataclass(frozen=True)
 class Degradation:
-    """What is done to one picture, in this order; the defaults do nothing."""
+    """Degradations of an image, applied in this order; the defaults do nothing."""
 
-    blur: float = 0.0  # standard deviation of a Gaussian, in 1/32 of the picture's width
+    blur: float = 0.0  # standard deviation of a Gaussian, in 1/32 of the image width
     saturation: float = 1.0  # 0: gray
-    contrast: float = 1.0  # 0: the picture's mean
-    noise: float = 0.0  # standard deviation, where white is 1
+    contrast: float = 1.0  # 0: the image's mean
+    noise: float = 0.0  # standard deviation, with pixels in [0, 1]
     noise_seed: int = 0
 
 
 def render(
     scenes: Sequence[Scene], degradations: Sequence[Degradation], size: int = SIZE
 ) -> np.ndarray:
-    """The scenes' pictures with their degradations: uint8 (B, size, size, 3), sRGB.
+    """Render scenes with their degradations.
 
-    ValueError for a size that is not a positive multiple of 8: objects lie on whole pixels.
+    Returns:
+        uint8 (B, size, size, 3), sRGB.
+
+    Raises:
+        ValueError: `size` is not a positive multiple of 8, so objects would not align with pixels.
     """
     if size <= 0 or size % 8:
         raise ValueError(f"size is {size} pixels; give a positive multiple of 8")
@@ -39,20 +43,20 @@ def render(
 
 
 def _compose(scene: Scene, size: int) -> np.ndarray:
-    """The scene as it should look: float32 (size, size, 3) in [0, 1]."""
-    picture = np.empty((size, size, 3), np.float32)
-    picture[:] = BACKGROUNDS[scene.background]
-    for thing in scene.things:
-        width = round(thing.width * size)
-        left, top = (round(centre * size - width / 2) for centre in (thing.x, thing.y))
-        sprite = sprite_bank(width)[thing.concept, thing.tint]
-        under = picture[top : top + width, left : left + width]
-        under[:] = under * (1 - sprite[..., 3:]) + sprite[..., :3]
-    return picture
+    """The clean image: float32 (size, size, 3) in [0, 1]."""
+    image = np.empty((size, size, 3), np.float32)
+    image[:] = BACKGROUNDS[scene.background]
+    for item in scene.objects:
+        width = round(item.width * size)
+        left, top = (round(center * size - width / 2) for center in (item.x, item.y))
+        sprite = sprite_bank(width)[item.concept, item.tint]
+        region = image[top : top + width, left : left + width]
+        region[:] = region * (1 - sprite[..., 3:]) + sprite[..., :3]
+    return image
 
 
 def _degrade(batch: np.ndarray, degradations: Sequence[Degradation]) -> np.ndarray:
-    """float32 (B, size, size, 3) pictures with their degradations, not clipped."""
+    """Degrade float32 (B, size, size, 3) images, without clipping."""
     size = batch.shape[1]
 
     def column(name: str) -> np.ndarray:
@@ -66,18 +70,18 @@ def _degrade(batch: np.ndarray, degradations: Sequence[Degradation]) -> np.ndarr
     batch = gray + (batch - gray) * column("saturation")
     mean = batch.mean((1, 2, 3), keepdims=True)
     batch = mean + (batch - mean) * column("contrast")
-    for picture, degradation in zip(batch, degradations, strict=True):
+    for image, degradation in zip(batch, degradations, strict=True):
         if degradation.noise:
             rng = np.random.default_rng(degradation.noise_seed)
-            noise = rng.standard_normal(picture.shape, np.float32)
-            picture += noise * np.float32(degradation.noise)
+            noise = rng.standard_normal(image.shape, np.float32)
+            image += noise * np.float32(degradation.noise)
     return batch
 
 
 def _blur_matrices(sigmas: np.ndarray, size: int) -> np.ndarray:
     """Gaussian blur along one axis as float32 (B, size, size); sigma 0 is the identity.
 
-    Rows sum to one, so what lies outside the picture is left out rather than taken for black.
+    Rows sum to one: weights are renormalized at the border instead of padding with black.
     """
     distance = np.subtract.outer(np.arange(size), np.arange(size)).astype(np.float32)
     variance = np.maximum(sigmas, 1e-2)[:, None, None] ** 2

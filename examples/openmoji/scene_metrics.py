@@ -1,7 +1,7 @@
-"""How well a model does what it is asked: rewards, the verifier's verdict, speed-up.
+"""Evaluation of a model on scene prompts: rewards, verifier accuracy, and diversity.
 
-A setting is a way to ask (targets and guidance scales) fixed before anything is measured. The same
-prompts and the same noise serve every model and setting, so that differences are the models'.
+Targets and guidance scales are fixed in a Setting before anything is measured. All models and
+settings get the same prompts and the same noise, so differences are due to the models.
 """
 
 from __future__ import annotations
@@ -12,89 +12,88 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from miro.evaluate.measure import measure
 from miro.rewards.base import Reward
 from miro.sampling.pipeline import Pipeline, to_bytes
 from miro.sampling.sampler import Guidance
-from openmoji.compositions import Statement
-from openmoji.verifier import Verifier, accuracy_by_category, verdicts
+from openmoji.compositions import CaptionSpec
+from openmoji.verifier import Verifier, accuracy_by_category, verify
 
 VERIFIER = "verifier"
 CURVE_START = 0.15
-"""Share of the run before which curves are not read: the pictures are noise, which is colourful."""
+"""Fraction of the training before which curves are ignored: noisy images are colourful."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to ask a model. Levels are for the rewards it was trained on; others are ignored."""
+    """Targets and guidance of the samples to evaluate.
+
+    Attributes:
+        text_scale: Scale of text guidance.
+        targets: Quantile levels by reward. The default is 1; rewards that a model was not trained
+            on are ignored.
+        reward_scale: Scale of guidance away from level 0 of all rewards.
+        steps: Of the sampler.
+        description: A sentence for the report.
+    """
 
     text_scale: float = 0.0
     targets: Mapping[str, float] = field(default_factory=dict)
-    """Levels asked for; a trained reward not named is asked for at 1."""
     reward_scale: float = 0.0
-    """Scale of the guidance away from level 0 of every reward asked for."""
     steps: int = 16
     description: str = ""
-    """A sentence for the report."""
 
     def guidance(self, pipeline: Pipeline) -> Guidance:
-        """This setting for a model, whatever it was trained on."""
+        """The Guidance for a model, given the rewards it was trained on."""
         positive = pipeline.target()
         known = {
             name: level
-            for (name, asked) in zip(pipeline.rewards, positive.levels, strict=True)
-            if asked is not None and (level := self.targets.get(name)) is not None
+            for (name, default) in zip(pipeline.rewards, positive.levels, strict=True)
+            if default is not None and (level := self.targets.get(name)) is not None
         }
         negative = pipeline.target(default=0.0) if self.reward_scale else None
         return Guidance(pipeline.target(known), negative, self.reward_scale, self.text_scale)
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """Means over pictures, and their standard errors."""
+class SceneMeasurement:
+    """Means over images and their standard errors, by metric.
+
+    Attributes:
+        means: Of each reward and the verifier.
+        errors: Standard errors of the means.
+        by_category: Verifier accuracy.
+    """
 
     means: dict[str, float]
     errors: dict[str, float]
     by_category: dict[str, float]
-    """The verifier's share of pictures that show what was said; empty without statements."""
 
 
-def measure(
-    pictures: Tensor,
-    captions: Sequence[str],
-    rewards: Sequence[Reward],
-    verifier: Verifier | None = None,
-    said: Sequence[Statement] = (),
-) -> Measurement:
-    """Score pictures (B, 3, H, W) in [0, 1] of the captions they were asked for.
+def measure_scenes(
+    images: Tensor, specs: Sequence[CaptionSpec], rewards: Sequence[Reward], verifier: Verifier
+) -> SceneMeasurement:
+    """Evaluate images (B, 3, H, W) in [0, 1] of B captions.
 
-    The verifier's mean is over categories, each counting the same, as GenEval's is.
+    The verifier's mean weights all categories equally, as GenEval's does.
     """
-    images = to_bytes(pictures)
-    means, errors, by_category = {}, {}, {}
-    for reward in rewards:
-        scores = reward.score(list(images), captions).double()
-        known = scores[scores.isfinite()]
-        means[reward.name] = float(known.mean())
-        errors[reward.name] = float(known.std() / max(len(known), 1) ** 0.5)
-    if verifier is not None:
-        verdict = verdicts(verifier, images, said)
-        by_category = accuracy_by_category(verdict, said)
-        shares = torch.tensor(list(by_category.values()), dtype=torch.float64)
-        counts = torch.tensor([sum(s.category == c for s in said) for c in by_category])
-        means[VERIFIER] = float(shares.mean())
-        variance = (shares * (1 - shares) / counts).sum() / len(shares) ** 2
-        errors[VERIFIER] = float(variance.sqrt())
-    return Measurement(means, errors, by_category)
+    scores = measure(images, [spec.caption for spec in specs], rewards)
+    found = verify(verifier, to_bytes(images), specs)
+    by_category = accuracy_by_category(found, specs)
+    shares = torch.tensor(list(by_category.values()), dtype=torch.float64)
+    counts = torch.tensor([sum(s.category == c for s in specs) for c in by_category])
+    variance = (shares * (1 - shares) / counts).sum() / len(shares) ** 2
+    return SceneMeasurement(
+        {**scores.means, VERIFIER: float(shares.mean())},
+        {**scores.errors, VERIFIER: float(variance.sqrt())},
+        by_category,
+    )
 
 
 def diversity(pipeline: Pipeline, captions: Sequence[str], setting: Setting, seeds: int) -> float:
-    """Mean distance between pictures of one caption from different noise.
-
-    The distance is the root mean square over pixels in [0, 1]; 0 is a model that always draws the
-    same picture.
-    """
+    """Mean RMS distance of pixels in [0, 1] between images of one caption from different noise."""
     repeated = [caption for caption in captions for _ in range(seeds)]
-    pictures = pipeline(repeated, setting.guidance(pipeline), seed=1, steps=setting.steps)
-    groups = pictures.flatten(1).unflatten(0, (len(captions), seeds))
+    images = pipeline(repeated, setting.guidance(pipeline), seed=1, steps=setting.steps)
+    groups = images.flatten(1).unflatten(0, (len(captions), seeds))
     distances = torch.cdist(groups, groups) / groups.shape[-1] ** 0.5
     return float(distances.sum() / (len(captions) * seeds * (seeds - 1)))

@@ -1,9 +1,9 @@
-"""Captioned pictures composed from OpenMoji artwork, uncurated on purpose, as the web is.
+"""Captioned images composed from OpenMoji artwork, of mixed quality like web data.
 
-Six categories after GenEval (Ghosh et al. 2023). Pictures are blurred, faded and noisy at random,
-and part of the captions is wrong, so that a model trained on all of them has something to learn
-from rewards. `SceneStream(...)[i]` is a pure function of the stream and i: neither the number of
-scenes, nor how they are cut into shards, nor where a run was stopped changes one of them.
+Six categories after GenEval (Ghosh et al. 2023). Images are blurred, faded and noisy at random, and
+part of the captions is wrong, so that rewards carry information about the training pairs.
+`SceneStream(...)[i]` is a pure function of the stream and i: it depends neither on the number of
+scenes, nor on the shards, nor on interruptions.
 """
 
 from __future__ import annotations
@@ -24,86 +24,77 @@ from miro.data.shards import Manifest, write_shard
 from miro.utils.serialize import unknown_name
 from openmoji.compositions import (
     CATEGORIES,
-    HARD_KINDS,
+    NEGATIVES,
     OPPOSITE,
     SIDE_BY_SIDE,
     SPLITS,
-    WRONG_KINDS,
+    CaptionSpec,
     Scene,
-    Statement,
-    Thing,
-    hard_captions,
-    holds,
-    may_state,
-    statements,
+    SceneObject,
+    caption_specs,
+    is_allowed,
+    is_true,
     variants,
 )
 from openmoji.render_scene import SIZE, Degradation, render
 from openmoji.sprites import BACKGROUNDS, CONCEPTS
 
-__all__ = [
-    "CATEGORIES",
-    "HARD_KINDS",
-    "Degradation",
-    "Prompt",
-    "Sample",
-    "Scene",
-    "SceneStream",
-    "Statement",
-    "Thing",
-    "hard_captions",
-    "heldout_prompts",
-    "holds",
-    "pictures",
-    "write_scenes",
-]
-
-_ALONE, _IN_COMPANY = 3 / 4, 1 / 2  # width of an object, in picture widths
-_NEAR, _MIDDLE, _FAR = 1 / 4, 1 / 2, 3 / 4  # where objects may have their centre
-_SAY_BACKGROUND = 0.5  # share of the captions
-_WRONG_ENTIRELY = 0.5  # share of the wrong captions; the others are wrong in one fact
-_REPLACE_OBJECT = 0.5  # share of the captions wrong in one fact; the others get an attribute wrong
-# Of the categories, in their order: pictures of several things have more to teach than of one.
-_SHARES = (0.08, 0.16, 0.2, 0.1, 0.22, 0.24)
-# Random streams are numbered; the first numbers are those of the scenes, one per split.
+_SINGLE_WIDTH, _GROUP_WIDTH = 3 / 4, 1 / 2  # of an object, in image widths
+_NEAR, _MIDDLE, _FAR = 1 / 4, 1 / 2, 3 / 4  # possible centers of objects
+_MENTION_BACKGROUND = 0.5  # share of the captions
+_UNRELATED = 0.5  # share of the wrong captions; the others have one error
+_REPLACE_OBJECT = 0.5  # share of the captions with one error; the others have a wrong attribute
+# Of CATEGORIES, in their order; scenes of several objects are more informative than of one.
+_CATEGORY_SHARES = (0.08, 0.16, 0.2, 0.1, 0.22, 0.24)
+# Numbers of random streams; the first are those of the scenes, one per split.
 _PROMPT_STREAM, _ORDER_STREAM = len(SPLITS), len(SPLITS) + 1
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One captioned picture as data: what it shows, what its caption states, what it suffers."""
+    """A captioned image as data."""
 
     scene: Scene
-    said: Statement
+    caption_spec: CaptionSpec
     degradation: Degradation
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON member of the sample."""
+        """The content of the sample's JSON member."""
         return {
-            "captions": {"original": self.said.caption},
+            "captions": {"original": self.caption_spec.caption},
             "scene": self.scene.to_json(),
-            "said": self.said.to_json(),
-            "wrong": not holds(self.said, self.scene),
+            "caption_spec": self.caption_spec.to_json(),
+            "wrong": not is_true(self.caption_spec, self.scene),
             "degradation": asdict(self.degradation),
         }
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A caption to sample from, and what it states."""
+    """A caption to sample from."""
 
-    category: str
-    caption: str
-    said: Statement
+    caption_spec: CaptionSpec
+
+    @property
+    def category(self) -> str:
+        """One of CATEGORIES."""
+        return self.caption_spec.category
+
+    @property
+    def caption(self) -> str:
+        """The text."""
+        return self.caption_spec.caption
 
 
 @dataclass(frozen=True)
 class SceneStream:
-    """An endless sequence of samples. Streams of two splits share no random numbers.
+    """An infinite sequence of samples. Streams of different splits share no random numbers.
 
-    split: "train", "heldout", or "all" compositions. wrong_captions: share of captions that are
-    not true of their picture, half of them in everything and half in one fact. strength scales all
-    degradations; 0 is clean.
+    Attributes:
+        seed: Of all randomness.
+        split: "train", "heldout", or "all" compositions.
+        wrong_captions: Share of false captions, half of them unrelated and half with one error.
+        strength: Scale of the degradations; 0 for clean images.
     """
 
     seed: int
@@ -122,105 +113,102 @@ class SceneStream:
 
     def __getitem__(self, index: int) -> Sample:
         rng = np.random.default_rng((SPLITS.index(self.split), self.seed, index))
-        truth, background = _draw_statement(rng, self.split)
+        truth, background = _draw_spec(rng, self.split)
         scene = _arrange(truth, background, rng)
-        said = truth
+        spec = truth
         if rng.random() < self.wrong_captions:
-            if rng.random() < _WRONG_ENTIRELY:
-                said = _other_statement(scene, rng, self.split)
+            if rng.random() < _UNRELATED:
+                spec = _unrelated_spec(scene, rng, self.split)
             else:
-                said = _one_fact_wrong(truth, scene, rng, self.split)
-        return Sample(scene, said, _draw_degradation(rng, self.strength))
+                spec = _one_error_spec(truth, scene, rng, self.split)
+        return Sample(scene, spec, _draw_degradation(rng, self.strength))
 
     def samples(self, start: int, stop: int) -> list[Sample]:
-        """Samples start to stop, the last excluded."""
+        """The samples of range(start, stop)."""
         return [self[index] for index in range(start, stop)]
 
 
-def _draw_statement(rng: np.random.Generator, split: str) -> tuple[Statement, str]:
-    """A composition of the split put one way or the other, and the background of its scene."""
-    category = CATEGORIES[rng.choice(len(CATEGORIES), p=_SHARES)]
-    options = statements(category, split)
-    return _put(options[rng.integers(len(options))], rng, split)
+def _draw_spec(rng: np.random.Generator, split: str) -> tuple[CaptionSpec, str]:
+    """A random caption of the split, and the background of its scene."""
+    category = CATEGORIES[rng.choice(len(CATEGORIES), p=_CATEGORY_SHARES)]
+    options = caption_specs(category, split)
+    return _vary(options[rng.integers(len(options))], rng, split)
 
 
-def _put(said: Statement, rng: np.random.Generator, split: str) -> tuple[Statement, str]:
-    """The composition in either order, its background said or not, and that background."""
-    if len(said.concepts) == 2 and rng.random() < 0.5:
-        relation = None if said.relation is None else OPPOSITE[said.relation]
-        said = replace(
-            said, concepts=said.concepts[::-1], tints=said.tints[::-1], relation=relation
-        )
-    background = said.background or tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
-    # A held-out single would state no composition without its background.
-    must_say = split == "heldout" and said.category == "single_object"
-    say = rng.random() < _SAY_BACKGROUND or must_say
-    return replace(said, background=background if say else None), background
+def _vary(spec: CaptionSpec, rng: np.random.Generator, split: str) -> tuple[CaptionSpec, str]:
+    """The composition in a random order, with or without its background, and that background."""
+    if len(spec.concepts) == 2 and rng.random() < 0.5:
+        spec = spec.mirrored
+    background = spec.background or tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
+    # Without its background a single object states no composition, held out or not.
+    required = split == "heldout" and spec.category == "single_object"
+    mention = rng.random() < _MENTION_BACKGROUND or required
+    return replace(spec, background=background if mention else None), background
 
 
-def _other_statement(scene: Scene, rng: np.random.Generator, split: str) -> Statement:
-    """A statement about another scene, not true of this one."""
+def _unrelated_spec(scene: Scene, rng: np.random.Generator, split: str) -> CaptionSpec:
+    """A caption of another scene, false of this one."""
     while True:
-        said, _ = _draw_statement(rng, split)
-        if not holds(said, scene):
-            return said
+        spec, _ = _draw_spec(rng, split)
+        if not is_true(spec, scene):
+            return spec
 
 
-def _one_fact_wrong(
-    truth: Statement, scene: Scene, rng: np.random.Generator, split: str
-) -> Statement:
-    """The true statement with another object, or else with another count, tint or relation."""
+def _one_error_spec(
+    truth: CaptionSpec, scene: Scene, rng: np.random.Generator, split: str
+) -> CaptionSpec:
+    """The true caption with another object, or else with another count, tint or relation."""
     wrong = {
-        kind: [said for said in variants(truth, kind) if may_state(said, split)]
-        for kind in WRONG_KINDS
+        kind: [spec for spec in variants(truth, kind) if is_allowed(spec, split)]
+        for kind in NEGATIVES
     }
-    attributes = [kind for kind in WRONG_KINDS if wrong[kind] and kind != "replaced_object"]
+    attributes = [kind for kind in NEGATIVES if wrong[kind] and kind != "replaced_object"]
     objects = wrong["replaced_object"]
     if not attributes or (objects and rng.random() < _REPLACE_OBJECT):
         options = objects
     else:
         options = wrong[attributes[rng.integers(len(attributes))]]
-    assert options, f"nothing may be wrong in {truth.caption!r}"
-    said = options[rng.integers(len(options))]
-    assert not holds(said, scene)
-    return said
+    assert options, f"{truth.caption!r} has no wrong variant"
+    spec = options[rng.integers(len(options))]
+    assert not is_true(spec, scene)
+    return spec
 
 
-def _arrange(truth: Statement, background: str, rng: np.random.Generator) -> Scene:
-    """Where the objects of a true statement lie.
+def _arrange(truth: CaptionSpec, background: str, rng: np.random.Generator) -> Scene:
+    """Lay out the objects of a true caption.
 
-    One object fills the middle, two sit at the ends of a middle line, which the relation chooses
-    if there is one and lies across if not, and counted ones take cells of a 2 x 2 lattice.
+    One object is in the middle, two are at the ends of the horizontal or, as the relation demands,
+    vertical center line, and counted ones in cells of a 2 x 2 grid.
     """
     concepts = truth.concepts * truth.count
     tints = truth.tints * truth.count or (None,) * len(concepts)
     if truth.category == "counting":
         cells = rng.permutation(4)[: truth.count]
-        places = [((_NEAR, _FAR)[cell % 2], (_NEAR, _FAR)[cell // 2]) for cell in cells]
+        centers = [((_NEAR, _FAR)[cell % 2], (_NEAR, _FAR)[cell // 2]) for cell in cells]
     elif len(concepts) == 2:
         ends = {
             "left of": ((_NEAR, _MIDDLE), (_FAR, _MIDDLE)),
             "above": ((_MIDDLE, _NEAR), (_MIDDLE, _FAR)),
         }
         relation = truth.relation or SIDE_BY_SIDE[rng.integers(len(SIDE_BY_SIDE))]
-        places = ends[relation] if relation in ends else ends[OPPOSITE[relation]][::-1]
+        centers = ends[relation] if relation in ends else ends[OPPOSITE[relation]][::-1]
     else:
-        places = [(_MIDDLE, _MIDDLE)]
-    width = _ALONE if len(places) == 1 else _IN_COMPANY
-    things = [
-        Thing(concept, tint, x, y, width)
-        for concept, tint, (x, y) in zip(concepts, tints, places, strict=True)
+        centers = [(_MIDDLE, _MIDDLE)]
+    width = _SINGLE_WIDTH if len(centers) == 1 else _GROUP_WIDTH
+    objects = [
+        SceneObject(concept, tint, x, y, width)
+        for concept, tint, (x, y) in zip(concepts, tints, centers, strict=True)
     ]
-    return Scene(truth.category, tuple(things), background)
+    return Scene(truth.category, tuple(objects), background)
 
 
 def _draw_degradation(rng: np.random.Generator, strength: float) -> Degradation:
-    """Four independent misfortunes, each with its own probability and range."""
+    """Four independent degradations, each with its own probability and range."""
 
-    def maybe(probability: float, low: float, high: float, otherwise: float) -> float:
-        value = rng.uniform(low, high) if rng.random() < probability else otherwise
-        # Rounded so that the JSON member says exactly what was done.
-        return round(otherwise + (value - otherwise) * strength, 4)
+    def maybe(probability: float, low: float, high: float, default: float) -> float:
+        value = rng.uniform(low, high) if rng.random() < probability else default
+        # Rounded, so that the JSON member has the exact value.
+        return round(default + (value - default) * strength, 4)
 
     return Degradation(
         blur=maybe(0.5, 0.2, 1.7, 0.0),
@@ -231,8 +219,8 @@ def _draw_degradation(rng: np.random.Generator, strength: float) -> Degradation:
     )
 
 
-def pictures(samples: Sequence[Sample], size: int = SIZE) -> np.ndarray:
-    """The samples' pictures, degraded: uint8 (B, size, size, 3), sRGB."""
+def render_samples(samples: Sequence[Sample], size: int = SIZE) -> np.ndarray:
+    """The degraded images of samples, uint8 (B, size, size, 3), sRGB."""
     scenes = [sample.scene for sample in samples]
     return render(scenes, [sample.degradation for sample in samples], size)
 
@@ -248,11 +236,22 @@ def write_scenes(
     size: int = SIZE,
     shard_samples: int = 2500,
 ) -> Manifest:
-    """Write a dataset folder of scenes; a folder begun with the same arguments is completed.
+    """Write a dataset folder of scenes; an interrupted call with the same arguments is resumed.
 
-    The JSON member of a sample has "scene" (what the picture shows), "said" (what the caption
-    states), "wrong" and "degradation". Keys are the sample's number. ValueError if `dest` holds
-    something else, or for an argument out of range.
+    The JSON member of a sample has "captions", "scene", "caption_spec", "wrong" and "degradation".
+
+    Args:
+        dest: The folder.
+        samples: Number of images.
+        seed: Of all randomness.
+        split: "train", "heldout" or "all".
+        clean: Without degradations.
+        wrong_captions: Share of false captions.
+        size: Of the images in pixels, a multiple of 8.
+        shard_samples: Samples per shard.
+
+    Raises:
+        ValueError: `dest` has other content, or an argument is out of range.
     """
     if samples < 1 or shard_samples < 1:
         raise ValueError(f"samples is {samples}, shard_samples {shard_samples}; give 1 or more")
@@ -287,36 +286,37 @@ def write_scenes(
 def _members(
     stream: SceneStream, start: int, stop: int, size: int, chunk: int = 500
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, members) of samples start to stop, drawn a chunk at a time."""
+    """(key, members) of each sample of range(start, stop)."""
     for first in range(start, stop, chunk):
         drawn = stream.samples(first, min(first + chunk, stop))
-        batch = pictures(drawn, size)
-        for index, (sample, picture) in enumerate(zip(drawn, batch, strict=True), first):
+        batch = render_samples(drawn, size)
+        for index, (sample, pixels) in enumerate(zip(drawn, batch, strict=True), first):
             png = io.BytesIO()
-            Image.fromarray(picture).save(png, "PNG")
+            Image.fromarray(pixels).save(png, "PNG")
             content = json.dumps(sample.to_json()).encode()
             yield f"{index:08d}", {"png": png.getvalue(), "json": content}
 
 
-def heldout_prompts(n: int, seed: int) -> list[Prompt]:
-    """n prompts in compositions that training neither shows nor states, the categories in turn.
+def heldout_prompts(count: int, seed: int) -> list[Prompt]:
+    """Prompts of held-out compositions, cycling through the categories.
 
-    Within a category every held-out composition is used before one is used again. The first
-    prompts of a longer list are the shorter list.
+    Within a category every held-out composition is used before one is repeated. The list of a
+    smaller count is a prefix.
     """
     prompts = []
-    for index in range(n):
+    for index in range(count):
         category = CATEGORIES[index % len(CATEGORIES)]
-        round_, place = divmod(index // len(CATEGORIES), len(statements(category, "heldout")))
-        order = _prompt_order(category, seed, round_)
+        specs = caption_specs(category, "heldout")
+        epoch, position = divmod(index // len(CATEGORIES), len(specs))
+        order = _prompt_order(category, seed, epoch)
         rng = np.random.default_rng((_PROMPT_STREAM, seed, index))
-        said, _ = _put(statements(category, "heldout")[order[place]], rng, "heldout")
-        prompts.append(Prompt(category, said.caption, said))
+        spec, _ = _vary(specs[order[position]], rng, "heldout")
+        prompts.append(Prompt(spec))
     return prompts
 
 
 @functools.cache
-def _prompt_order(category: str, seed: int, round_: int) -> tuple[int, ...]:
-    """The order of a category's held-out compositions in one round of prompts."""
-    rng = np.random.default_rng((_ORDER_STREAM, seed, round_, CATEGORIES.index(category)))
-    return tuple(rng.permutation(len(statements(category, "heldout"))).tolist())
+def _prompt_order(category: str, seed: int, epoch: int) -> tuple[int, ...]:
+    """The order of a category's held-out compositions in one pass over them."""
+    rng = np.random.default_rng((_ORDER_STREAM, seed, epoch, CATEGORIES.index(category)))
+    return tuple(rng.permutation(len(caption_specs(category, "heldout"))).tolist())

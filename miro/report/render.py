@@ -1,4 +1,4 @@
-"""From values to one HTML file: the templates beside this file, and how figures are written."""
+"""Rendering of reports as single HTML files, and formatting of numbers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NAMES = {
 
 
 def label(name: str) -> str:
-    """A name of the files as people read it: only_alignment is "Alignment only"."""
+    """A human-readable name: "only_alignment" becomes "Alignment only"."""
     if name in _NAMES:
         return _NAMES[name]
     if name.startswith("only_"):
@@ -35,7 +35,12 @@ def label(name: str) -> str:
 
 
 def number(value: float | None, like: float | None = None) -> str:
-    """Three digits or more, a dash for what is not known. like: a value that sets the decimals."""
+    """Format to three significant digits or more; None and non-finite values are a dash.
+
+    Args:
+        value: The number.
+        like: A number whose decimals are used instead, for columns of a table.
+    """
     if value is None or not math.isfinite(value):
         return "–"
     size = abs(value if like is None else like)
@@ -44,7 +49,7 @@ def number(value: float | None, like: float | None = None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """42 s, 8 min 45 s, 1 h 05 min."""
+    """Format seconds: 42 s, 8 min 45 s, 1 h 05 min."""
     if seconds is None or not math.isfinite(seconds):
         return "–"
     if seconds < 9.95:
@@ -58,25 +63,29 @@ def duration(seconds: float | None) -> str:
 
 
 def plot(figure: Figure, name: str) -> Markup:
-    """A figure for a template. Safe to leave unescaped: matplotlib escapes the text in it."""
+    """A figure as SVG markup for a template; matplotlib escapes the text in it."""
     return Markup(svg(figure, name))
 
 
 def data_uri(path: Path) -> str:
-    """A PNG's bytes as an address that needs no other file."""
+    """A PNG file as a data: URI."""
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
 def page_colours() -> str:
-    """The rules of page.css that give the colours of `plots.PALETTE`, light and dark."""
+    """The rules of page.css that define the colors of `plots.PALETTE`, light and dark."""
     css = (_FOLDER / "page.css").read_text("utf-8")
     return css[: css.index("* {")]
 
 
 def write_page(path: Path, template: str, folders: Sequence[Path] = (), **values: Any) -> Path:
-    """Render a template to `path`, whole or not at all; every value is escaped.
+    """Render a template to `path` atomically, with all values escaped.
 
-    folders: where templates lie, besides the folder of this file.
+    Args:
+        path: The HTML file.
+        template: Name of a template in this folder or one of `folders`.
+        folders: Additional folders of templates.
+        **values: The variables of the template.
     """
     environment = Environment(
         loader=FileSystemLoader([_FOLDER, *folders]),

@@ -23,13 +23,11 @@ class Reward(Protocol):
         name: Column name of the score: one of REWARD_ORDER, or a name of its own.
         model: Architecture and weights, as the dataset's manifest records them.
         reads_caption: False if the score depends on the image alone.
-        range: Nominal lowest and highest raw score, for the axes of plots. Scores are not clamped.
     """
 
     name: str
     model: str
     reads_caption: bool
-    range: tuple[float, float]
 
     def score(self, images: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
         """Score each pair independently of the rest of the batch.

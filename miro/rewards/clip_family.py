@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -79,19 +80,10 @@ class CosineSimilarity(PretrainedReward):
     reads_caption = True
 
     def __init__(
-        self,
-        name: str,
-        encoder: DualEncoder,
-        options: RewardOptions,
-        *,
-        scale: float,
-        cosine_range: tuple[float, float],
+        self, name: str, encoder: DualEncoder, options: RewardOptions, *, scale: float
     ) -> None:
-        """cosine_range: nominal lowest and highest cosine."""
         super().__init__(encoder, options)
-        self.name = name
-        self.scale = scale
-        self.range = (scale * cosine_range[0], scale * cosine_range[1])
+        self.name, self.scale = name, scale
 
     def score(self, images: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
         """See `Reward.score`."""
@@ -108,7 +100,6 @@ class Aesthetic(PretrainedReward):
 
     name = "aesthetic"
     reads_caption = False
-    range = (1.0, 10.0)
 
     def __init__(self, head: Path, encoder: DualEncoder, options: RewardOptions) -> None:
         """head: the published file. encoder: its text encoder is not used."""
@@ -158,9 +149,7 @@ def clip(weights: str | None, options: RewardOptions) -> Reward:
     (name,) = split_weights(weights, 1)
     name = name or (JINA_CLIP if options.allow_code else OPENAI_L14)
     encoder = load_dual_encoder(name, allow_code=options.allow_code)
-    return CosineSimilarity(
-        "clip", encoder, options, scale=encoder.scale / 100, cosine_range=(0.0, 0.4)
-    )
+    return CosineSimilarity("clip", encoder, options, scale=encoder.scale / 100)
 
 
 def aesthetic(weights: str | None, options: RewardOptions) -> Reward:
@@ -199,24 +188,19 @@ def hpsv2(weights: str | None, options: RewardOptions) -> Reward:
         model=f"open_clip {HPS_ARCHITECTURE}, {file.name}",
         transform=ImageTransform(encoder.transform.size, "letterbox"),
     )
-    return CosineSimilarity("hpsv2", encoder, options, scale=1.0, cosine_range=(0.15, 0.4))
+    return CosineSimilarity("hpsv2", encoder, options, scale=1.0)
 
 
-def pick_score(weights: str | None, options: RewardOptions) -> Reward:
-    """Build PickScore from NETWORK or NETWORK,TOKENIZER, each a folder or hub id."""
-    return _fine_tuned("pick_score", PICK_SCORE, weights, options)
-
-
-def sci_score(weights: str | None, options: RewardOptions) -> Reward:
-    """Build SciScore from NETWORK or NETWORK,TOKENIZER, each a folder or hub id."""
-    return _fine_tuned("sci_score", SCI_SCORE, weights, options)
-
-
-def _fine_tuned(name: str, published: str, weights: str | None, options: RewardOptions) -> Reward:
+def _build_fine_tuned(
+    name: str, published: str, weights: str | None, options: RewardOptions
+) -> Reward:
+    """Build a fine-tuned CLIP-H from NETWORK or NETWORK,TOKENIZER, each a folder or hub id."""
     network, tokenizer = split_weights(weights or published, 2)
     if network is None:
         raise ValueError(f"{name}={weights} names a tokenizer and no network")
     encoder = load_transformers_clip(network, tokenizer)
-    return CosineSimilarity(
-        name, encoder, options, scale=encoder.scale / 100, cosine_range=(0.1, 0.3)
-    )
+    return CosineSimilarity(name, encoder, options, scale=encoder.scale / 100)
+
+
+pick_score = partial(_build_fine_tuned, "pick_score", PICK_SCORE)
+sci_score = partial(_build_fine_tuned, "sci_score", SCI_SCORE)

@@ -30,12 +30,7 @@ REMOTE_CODE_MAX_TOKENS = 1024
 CLIP_TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 VOCABULARIES = ("tokenizer.json", "vocab.json", "sentencepiece.bpe.model")
 """A tokenizer needs one of these files."""
-TOKENIZER_FILES = (
-    *VOCABULARIES,
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-)
+TOKENIZER_FILES = (*VOCABULARIES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 CONFIGS = ("open_clip_config.json", "config.json", "preprocessor_config.json")
 FILES = (*CONFIGS, *TOKENIZER_FILES, "*.safetensors", "open_clip_pytorch_model.bin", "*.py")
 
@@ -186,12 +181,9 @@ def load_transformers_clip(
     else:
         del network.text_model, network.text_projection
 
-    def tokenize(texts: list[str]) -> tuple[Tensor, Tensor]:
+    def tokenize(texts: list[str]) -> tuple[Tensor, ...]:
         # Fixed-length padding keeps the shape constant; causal attention ignores the padding.
-        tokens = clip_tokenizer(
-            texts, padding="max_length", truncation=True, max_length=max_length, return_tensors="pt"
-        )
-        return tokens["input_ids"], tokens["attention_mask"]
+        return _tokenize(clip_tokenizer, texts, max_length, padding="max_length")
 
     if captions:
         _check_tokenizer(weights, tokenize)
@@ -227,15 +219,8 @@ def load_remote_code(weights: str, folder: Path) -> DualEncoder:
     network = _from_pretrained(AutoModel, weights, folder, trust_remote_code=True)
     tokenizer = _load_tokenizer(folder, trust_remote_code=True)
 
-    def tokenize(texts: list[str]) -> tuple[Tensor]:
-        tokens = tokenizer(
-            texts,
-            padding=True,
-            truncation=True,
-            max_length=REMOTE_CODE_MAX_TOKENS,
-            return_tensors="pt",
-        )
-        return (tokens["input_ids"],)
+    def tokenize(texts: list[str]) -> tuple[Tensor, ...]:
+        return _tokenize(tokenizer, texts, REMOTE_CODE_MAX_TOKENS)[:1]
 
     _check_tokenizer(weights, tokenize)
     return DualEncoder(
@@ -284,6 +269,16 @@ def _load_tokenizer(folder: Path, **options: Any) -> Any:
     if not any((folder / name).is_file() for name in VOCABULARIES):
         raise ValueError(f"{folder} contains no tokenizer: none of {', '.join(VOCABULARIES)}")
     return AutoTokenizer.from_pretrained(folder, **options)
+
+
+def _tokenize(
+    tokenizer: Any, texts: list[str], max_length: int, padding: bool | str = True
+) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask by a tokenizer of transformers, int64 (m, length) each."""
+    tokens = tokenizer(
+        texts, padding=padding, truncation=True, max_length=max_length, return_tensors="pt"
+    )
+    return tokens["input_ids"], tokens["attention_mask"]
 
 
 def _check_tokenizer(weights: str, tokenize: Callable[[list[str]], Sequence[Tensor]]) -> None:

@@ -98,7 +98,6 @@ class ImageReward(NetworkReward):
 
     name = "image_reward"
     reads_caption = True
-    range = (-2.0, 2.0)
     transform: ImageTransform = ImageTransform(224)
 
     def __init__(self, weights: str | None, options: RewardOptions) -> None:

@@ -30,7 +30,6 @@ class NetworkReward:
     name: str
     model: str
     reads_caption: bool
-    range: tuple[float, float]
     transform: ImageTransform | None = None
 
     def score(self, images: Sequence[Tensor], captions: Sequence[str]) -> Tensor:

@@ -49,7 +49,6 @@ class Colourfulness(_PixelReward):
 
     name = "colourfulness"
     model = "Hasler and Süsstrunk 2003"
-    range = (0.0, 110.0)
 
     def _score(self, pixels: Tensor) -> Tensor:
         # Moments are sums of integers: exact, hence equal in any batch and on any device.
@@ -86,7 +85,6 @@ class Sharpness(_PixelReward):
 
     name = "sharpness"
     model = "edges over noise, miro.rewards.pixels"
-    range = (-1.0, 3.5)
 
     def _score(self, pixels: Tensor) -> Tensor:
         # In float64, so that the order of summation does not show in the float32 score.

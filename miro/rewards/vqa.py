@@ -51,7 +51,6 @@ class _VQAScore(NetworkReward):
 
     name = "vqa"
     reads_caption = True
-    range = (0.0, 1.0)
 
     @torch.inference_mode()
     def score(self, images: Sequence[Tensor], captions: Sequence[str]) -> Tensor:

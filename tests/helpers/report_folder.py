@@ -1,4 +1,4 @@
-"""Folders as the demo and a run leave them, with made-up figures. Imported by test_report."""
+"""Folders of a demo and of a training run with invented results, for test_report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CATEGORIES = (
 )
 TOTAL = 115_200
 START, STEP = 17_280, 7_200
-FINAL = {  # the prototype's figures, shared/demo-recipe.md
+FINAL = {
     "unguided": {
         "baseline": (32.5, 2.00, 0.436, 0.188),
         "miro": (69.2, 2.90, 0.685, 0.514),
@@ -35,7 +35,7 @@ FINAL = {  # the prototype's figures, shared/demo-recipe.md
     },
     "reward_guided": {"miro": (85.8, 3.07, 0.673, 0.509)},
 }
-FACTORS = {
+EFFICIENCIES = {
     "unguided": {
         "colourfulness": TOTAL / START,
         "sharpness": TOTAL / START,
@@ -74,33 +74,33 @@ def write_log(path: Path, rng: np.random.Generator, total: int = TOTAL, every: i
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def random_picture(path: Path, width: int, height: int, rng: np.random.Generator) -> None:
+def write_random_image(path: Path, width: int, height: int, rng: np.random.Generator) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8)).save(path)
 
 
 def grid_record(folder: Path, name: str, title: str, rows: list[str], columns: list[str]) -> dict:
     rng = np.random.default_rng(len(name))
-    random_picture(folder / f"grids/{name}.png", 8 * len(columns), 8 * len(rows), rng)
+    write_random_image(folder / f"grids/{name}.png", 8 * len(columns), 8 * len(rows), rng)
     return {
         "title": title,
-        "caption": f"What one sees in {name}.",
+        "caption": f"A note on {name}.",
         "rows": rows,
         "columns": columns,
-        "picture": f"grids/{name}.png",
+        "image": f"grids/{name}.png",
         "cell": 8,
     }
 
 
 def make_curves() -> dict[str, Any]:
-    """Curves that end at FINAL; one mark lies before `start`."""
-    marks = [*range(START - STEP, TOTAL, STEP), TOTAL]
-    curves: dict[str, Any] = {"marks": marks, "start": START}
+    """Curves that end at FINAL; one checkpoint is before `start`."""
+    checkpoints = [*range(START - STEP, TOTAL, STEP), TOTAL]
+    curves: dict[str, Any] = {"checkpoints": checkpoints, "start": START}
     for setting in ("unguided", "guided"):
         curves[setting] = {
             model: {
                 metric: [end * (1 - 0.7 * math.exp(-m / 3e4) + 0.7 * math.exp(-TOTAL / 3e4))
-                         for m in marks]
+                         for m in checkpoints]
                 for metric, end in zip(METRICS, FINAL[setting][model], strict=True)
             }
             for model in ("baseline", "miro")
@@ -109,7 +109,7 @@ def make_curves() -> dict[str, Any]:
 
 
 def make_demo(folder: Path) -> Path:
-    """A demo folder as `miro demo` leaves it."""
+    """Write a demo folder; returns it."""
     rng = np.random.default_rng(0)
     final = {
         setting: {model: dict(zip(METRICS, row, strict=True)) for model, row in models.items()}
@@ -127,7 +127,7 @@ def make_demo(folder: Path) -> Path:
         for setting, models in FINAL.items()
     }
     results = {
-        "crossing_factor": FACTORS,
+        "data_efficiency": EFFICIENCIES,
         "final": final,
         "standard_error": {s: {m: errors for m in models} for s, models in FINAL.items()},
         "verifier_by_category": categories,
@@ -140,7 +140,7 @@ def make_demo(folder: Path) -> Path:
                 "text_scale": 0,
                 "targets": {"colourfulness": 0.75, "sharpness": 1, "alignment": 1},
                 "steps": 16,
-                "description": "s⁺ = (0.75, 1, 1), one network call a step.",
+                "description": "s⁺ = (0.75, 1, 1), one network call per step.",
             },
             "guided": {
                 "text_scale": 3,
@@ -157,7 +157,7 @@ def make_demo(folder: Path) -> Path:
     write_json(folder / "curves.json", make_curves())
     prompts = ["a photo of a red apple", "two cars", "a frog left of a star"]
     grids = [
-        grid_record(folder, "targets", "Asked for the best, and for the worst",
+        grid_record(folder, "targets", "Highest and lowest targets",
                     ["s⁺ = 1", "s⁺ = 0"], prompts),
         grid_record(folder, "trade", "Colour traded against alignment",
                     ["colourfulness", "alignment"], ["0", "0.25", "0.5", "0.75", "1"]),

@@ -161,12 +161,10 @@ def test_every_registered_reward_is_in_the_order() -> None:
     assert reward_names() and set(reward_names()) <= set(REWARD_ORDER)
 
 
-def test_a_built_reward_has_its_name_and_a_range() -> None:
+def test_a_built_reward_has_its_name() -> None:
     for name in ("colourfulness", "sharpness"):
         reward = build_reward(name)
         assert reward.name == name and not reward.reads_caption
-        low, high = reward.range
-        assert low < high
 
 
 def test_missing_and_superfluous_weights_are_refused() -> None:
@@ -179,7 +177,7 @@ def test_missing_and_superfluous_weights_are_refused() -> None:
 class WhiteReward:
     """A reward of a user's own, built from "test_rewards:WhiteReward"."""
 
-    name, model, reads_caption, range = "white", "none", False, (0.0, 1.0)
+    name, model, reads_caption = "white", "none", False
 
     def __init__(self, weights: str | None, options: RewardOptions) -> None:
         self.weights, self.options = weights, options

@@ -20,7 +20,6 @@ class LinearDualEncoder(DualEncoderReward):
     """Two linear encoders that count what they embed."""
 
     reads_caption = True
-    range = (-1.0, 1.0)
     transform = ImageTransform(8)
 
     def __init__(self, name: str, options: RewardOptions | None = None) -> None:
@@ -87,7 +86,7 @@ def test_only_preprocessed_images_stay_in_memory_for_offloaded_networks() -> Non
 
 def test_an_offloaded_network_without_preprocessing_gets_the_whole_images() -> None:
     class Whole(NetworkReward):
-        name, model, reads_caption, range = "whole", "none", True, (0.0, 1.0)
+        name, model, reads_caption = "whole", "none", True
 
         def score(self, images: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
             return torch.stack([image.float().mean() for image in images])
@@ -177,13 +176,7 @@ def test_out_of_memory_with_a_single_image_is_an_error() -> None:
 
 def test_a_wrong_number_of_scores_is_refused() -> None:
     class Short(NetworkReward):
-        name, model, reads_caption, range, transform = (
-            "short",
-            "none",
-            True,
-            (0.0, 1.0),
-            ImageTransform(8),
-        )
+        name, model, reads_caption, transform = "short", "none", True, ImageTransform(8)
 
         def score(self, images: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
             return torch.zeros(1)

@@ -1,4 +1,4 @@
-"""The alignment model learns, is saved whole, reads word order, and refuses foreign folders."""
+"""The alignment model: fitting, saving, word order, and refusal of other folders."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from openmoji.alignment_auc import alignment_auc, auc
+from openmoji.alignment import Alignment, alignment_auc, auc
 from openmoji.fit_clip import FitClipConfig, fit_clip
-from openmoji.scenes import SceneStream, pictures, write_scenes
+from openmoji.scenes import SceneStream, render_samples, write_scenes
 
+from miro.rewards.base import RewardOptions
 from miro.rewards.registry import build_reward
 
 TINY = FitClipConfig(steps=30, batch_size=8, warmup_steps=3, conv_width=8, text_width=32)
@@ -39,21 +40,21 @@ def test_the_same_configuration_gives_the_same_weights(scenes: Path, fitted: Pat
     assert (again / "model.safetensors").read_bytes() == (fitted / "model.safetensors").read_bytes()
 
 
-def test_what_is_fitted_is_not_fitted_again(scenes: Path, fitted: Path):
+def test_a_fitted_model_is_not_fitted_again(scenes: Path, fitted: Path):
     before = (fitted / "metrics.json").stat().st_mtime_ns
     fit_clip(scenes, fitted, config=TINY)
     assert (fitted / "metrics.json").stat().st_mtime_ns == before
 
 
-def test_another_configuration_in_the_same_folder_is_refused_by_key(scenes: Path, fitted: Path):
+def test_a_folder_of_another_configuration_is_refused_by_key(scenes: Path, fitted: Path):
     with pytest.raises(ValueError, match="config.steps: 31 here, 30 there"):
         fit_clip(scenes, fitted, config=replace(TINY, steps=31))
 
 
-def test_a_score_depends_on_the_caption_s_order_and_not_on_the_batch(fitted: Path):
+def test_a_score_depends_on_word_order_and_not_on_the_batch(fitted: Path):
     reward = build_reward(f"openmoji.alignment:Alignment={fitted}")
     sample = SceneStream(5)[0]
-    image = torch.from_numpy(pictures([sample])[0]).permute(2, 0, 1)
+    image = torch.from_numpy(render_samples([sample])[0]).permute(2, 0, 1)
     captions = ["a frog left of a fish", "a fish left of a frog", "a frog"]
     together = reward.score([image] * 3, captions)
     alone = torch.cat([reward.score([image], [caption]) for caption in captions])
@@ -70,7 +71,7 @@ def test_other_sizes_unknown_words_and_long_captions_are_scored(fitted: Path):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("damage", "message"),
     [
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors.*cannot be"),
         (lambda folder: (folder / "open_clip_config.json").write_text("{"), "not JSON"),
@@ -81,35 +82,35 @@ def test_other_sizes_unknown_words_and_long_captions_are_scored(fitted: Path):
             ),
             "another kind of model",
         ),
-        (lambda folder: (folder / "open_clip_config.json").unlink(), "no such file; make one"),
+        (lambda folder: (folder / "open_clip_config.json").unlink(), "no such file; write one"),
     ],
 )
-def test_a_folder_that_is_not_its_own_is_refused(fitted: Path, tmp_path: Path, spoil, said: str):
+def test_a_damaged_or_foreign_folder_is_refused(fitted: Path, tmp_path: Path, damage, message: str):
     for path in fitted.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    spoil(tmp_path)
-    with pytest.raises(ValueError, match=said):
-        build_reward(f"openmoji.alignment:Alignment={tmp_path}")
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        Alignment(str(tmp_path), RewardOptions())
 
 
-def test_alignment_without_a_folder_says_how_to_make_one():
-    with pytest.raises(ValueError, match="openmoji fit-clip"):
+def test_alignment_without_weights_names_the_remedy():
+    with pytest.raises(ValueError, match="python -m openmoji fit-clip"):
         build_reward("openmoji.alignment:Alignment")
 
 
-def test_auc_counts_pairs_and_halves_ties():
-    right, wrong = torch.tensor([1.0, 2.0, 2.0]), torch.tensor([0.0, 2.0])
-    assert auc(right, wrong) == pytest.approx((3 + 2 * 0.5 + 0) / 6)
+def test_auc_counts_ties_half():
+    positive, negative = torch.tensor([1.0, 2.0, 2.0]), torch.tensor([0.0, 2.0])
+    assert auc(positive, negative) == pytest.approx((3 + 2 * 0.5 + 0) / 6)
 
 
-def test_a_reward_that_knows_the_truth_reads_everything():
-    class Knows:
-        name, reads_caption, range = "knows", True, (0.0, 1.0)
+def test_a_perfect_reward_has_an_auc_of_one():
+    class Perfect:
+        name, reads_caption = "perfect", True
 
         def score(self, images, captions):
-            # The first call of each kind scores the true captions.
+            # Called with the true captions first, for each kind.
             self.calls = getattr(self, "calls", 0) + 1
             return torch.full((len(images),), float(self.calls % 2))
 
-    found = alignment_auc(Knows(), scenes=5)
+    found = alignment_auc(Perfect(), scenes=5)
     assert found == dict.fromkeys(found, 1.0) and len(found) == 5

@@ -1,4 +1,4 @@
-"""Jobs run in the order of their needs, side by side, and an error ends the whole."""
+"""Jobs run in the order of their dependencies, and an error ends all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from openmoji.jobs import Job, run_jobs
 
 
 def touch(path: Path, needs: tuple[Path, ...], report) -> None:
-    assert all(need.exists() for need in needs), "started before what it needs"
+    assert all(need.exists() for need in needs), "started before its dependencies"
     report(1, 1, "")
     path.write_text(str(os.getpid()))
 
@@ -24,7 +24,7 @@ def fail(report) -> None:
     raise ValueError("this one fails")
 
 
-def test_a_job_waits_for_what_it_needs(tmp_path: Path):
+def test_a_job_starts_after_its_dependencies(tmp_path: Path):
     a, b, c = (tmp_path / name for name in "abc")
     seconds = run_jobs(
         [
@@ -37,7 +37,7 @@ def test_a_job_waits_for_what_it_needs(tmp_path: Path):
     assert set(seconds) == {"a", "b", "c"} and c.exists()
 
 
-def test_an_error_reaches_the_caller_and_later_jobs_are_left(tmp_path: Path):
+def test_an_error_is_raised_and_later_jobs_are_not_started(tmp_path: Path):
     with pytest.raises(ValueError, match="this one fails"):
         run_jobs(
             [Job("fails", fail), Job("later", touch, (tmp_path / "x", ()), ("fails",))], workers=1
@@ -45,13 +45,13 @@ def test_an_error_reaches_the_caller_and_later_jobs_are_left(tmp_path: Path):
     assert not (tmp_path / "x").exists()
 
 
-def test_workers_end_when_their_parent_is_killed(tmp_path: Path):
+def test_workers_end_if_their_parent_is_killed(tmp_path: Path):
     script = tmp_path / "endless.py"
     script.write_text(
         textwrap.dedent(
             """
             import os, pathlib, sys, time
-            from miro.jobs import Job, run_jobs
+            from openmoji.jobs import Job, run_jobs
 
             def endless(path, report):
                 pathlib.Path(path).write_text(str(os.getpid()))
@@ -62,16 +62,16 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path):
             """
         )
     )
-    note = tmp_path / "pid"
-    parent = subprocess.Popen([sys.executable, str(script), str(note)])
+    pid_file = tmp_path / "pid"
+    parent = subprocess.Popen([sys.executable, str(script), str(pid_file)])
     try:
         deadline = time.monotonic() + 60
-        while not (note.exists() and note.read_text()):
+        while not (pid_file.exists() and pid_file.read_text()):
             assert time.monotonic() < deadline and parent.poll() is None
             time.sleep(0.1)
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-        worker = int(note.read_text())
+        worker = int(pid_file.read_text())
         while time.monotonic() < deadline and _alive(worker):
             time.sleep(0.2)
         assert not _alive(worker)

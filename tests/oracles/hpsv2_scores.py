@@ -69,7 +69,7 @@ def import_hpsv2() -> Any:
 
 
 def folded(state: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    """Names and shapes with a * for the number of a layer: all layers of a tower are alike."""
+    """Names and shapes with a * for layer numbers: all layers of an encoder have equal shapes."""
     shapes: dict[str, list[int]] = {}
     for name, tensor in state.items():
         general = re.sub(r"\.resblocks\.\d+\.", ".resblocks.*.", name)
@@ -82,14 +82,14 @@ def main(fixture: Path) -> None:
     from hpsv2.src.open_clip import add_model_config, create_model_and_transforms
 
     # As the package itself asks for its network, which decides the preprocessing.
-    asked = {"precision": "fp32", "light_augmentation": True, "output_dict": True}
+    options = {"precision": "fp32", "light_augmentation": True, "output_dict": True}
     with torch.device("meta"):
-        published, *_ = create_model_and_transforms("ViT-H-14", None, device="meta", **asked)
+        published, *_ = create_model_and_transforms("ViT-H-14", None, device="meta", **options)
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder, "toy.json")
         config.write_text(json.dumps(CONFIG))
         add_model_config(config)
-        network, _, prepare = create_model_and_transforms("toy", None, device="cpu", **asked)
+        network, _, prepare = create_model_and_transforms("toy", None, device="cpu", **options)
         state = weights(network.state_dict())
         checkpoint = str(Path(folder, "toy.pt"))
         torch.save({"state_dict": state}, checkpoint)

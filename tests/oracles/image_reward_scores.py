@@ -28,7 +28,7 @@ from torch import Tensor
 from weights import image as oracle_image
 from weights import weights
 
-# med_config.json as THUDM/ImageReward has it; its size of a head, 64, is kept in the small one.
+# med_config.json of THUDM/ImageReward; the small network has the same head width, 64.
 PUBLISHED = {
     "architectures": ["BertModel"],
     "attention_probs_dropout_prob": 0.1,
@@ -105,7 +105,7 @@ def as_pil(pixels: Tensor) -> Image.Image:
 
 
 def folded(state: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    """Names and shapes with a * for the number of a layer: all layers of a tower are alike."""
+    """Names and shapes with a * for layer numbers: all layers of an encoder have equal shapes."""
     shapes: dict[str, list[int]] = {}
     for name, tensor in state.items():
         general = re.sub(r"\.(blocks|layer)\.\d+\.", r".\1.*.", name)

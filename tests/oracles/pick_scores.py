@@ -92,7 +92,7 @@ def tokenizer() -> CLIPTokenizerFast:
 
 
 def folded(state: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    """Names and shapes with a * for the number of a layer: all layers of a tower are alike."""
+    """Names and shapes with a * for layer numbers: all layers of an encoder have equal shapes."""
     shapes: dict[str, list[int]] = {}
     for name, tensor in state.items():
         general = re.sub(r"\.layers\.\d+\.", ".layers.*.", name)
