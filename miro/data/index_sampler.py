@@ -143,7 +143,7 @@ class IndexSampler:
     def _locate_batch(self, batch_index: int) -> tuple[int, int]:
         """The latent shape of a batch, and its index among the batches of that shape."""
         assert self.batch is not None
-        # The estimate ignores samples carried over, so it is never late, and early by one at most.
+        # Samples carried over make the estimate early by < 1 batch per shape, never late.
         epoch = batch_index * self.batch // sum(self._draws_per_epoch)
         while sum(self._batches_before(epoch + 1)) <= batch_index:
             epoch += 1
