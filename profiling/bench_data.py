@@ -37,8 +37,9 @@ from bench_precision import LATENTS, TEXT_CHANNELS, make, step
 from measured import machine, quantiles, write
 from PIL import Image, ImageDraw
 
-from miro.data.loader import EncodedDataset, Loader, prefetch
+from miro.data.loader import Loader, prefetch
 from miro.data.npy import npy_bytes
+from miro.data.reader import EncodedDataset
 from miro.data.shards import Manifest, scores_path, write_scores, write_shard
 from miro.images.decoder import decode_ahead
 from miro.images.open_decoder import build_decoder

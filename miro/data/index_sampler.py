@@ -1,17 +1,17 @@
-"""In which order the samples of a data set are visited, where they come in several kinds.
+"""Sample order of a run over several sources and latent shapes, by random access.
 
-A stratum is a set of samples that a run visits a fixed number of times an epoch: those of one
-source and one shape. Each has an endless row of its own, permutation after permutation drawn from
-(seed, stratum, its own epoch), so its samples are visited equally often whatever its share is.
+A bucket holds the samples of one source and one latent shape. Each bucket has its own endless
+stream of samples: one permutation after another, seeded by (seed, bucket, epoch of the bucket), so
+its samples are drawn equally often whatever the weight of its source is.
 
-    shape 0   source a ──┐ mixed, an epoch at a time ─▶ cut into batches ──┐
-              source b ──┘                                                 │ batches of an epoch
-    shape 1   source a ──┐                                                 │ in a random order
-              source b ──┘ mixed, an epoch at a time ─▶ cut into batches ──┘
+    shape 0   source a ──┐ shuffled epoch by epoch ─▶ cut into batches ──┐
+              source b ──┘                                               │ batches of an epoch
+    shape 1   source a ──┐                                               │ in random order
+              source b ──┘ shuffled epoch by epoch ─▶ cut into batches ──┘
 
-A batch is that of a whole step and of one shape, so any cut of it among ranks and micro-batches is.
-What is left of a shape when an epoch is cut into batches goes into its next epoch: nothing is
-dropped, and a rare shape is not repeated to fill a batch. Of one stratum the row is its own.
+All samples of a global batch have one latent shape, hence so has every micro-batch of it. Samples
+that do not fill a batch at the end of an epoch are carried into the next epoch of their shape:
+nothing is dropped, and rare shapes are not repeated. A single bucket is its own stream.
 """
 
 from __future__ import annotations
@@ -25,12 +25,16 @@ import torch
 
 from miro.utils.rng import generator_from
 
-SampleDraws = tuple[np.ndarray, np.ndarray]  # int64 (n,) samples, and a random number for each
+SampleDraws = tuple[np.ndarray, np.ndarray]
+"""int64 (n,) sample indices, and int32 (n,) random numbers that choose a caption of each."""
+
+Stream = Callable[[int, int], SampleDraws]
+"""(position, size) -> the `size` draws from `position` on."""
 
 
 @dataclass(frozen=True)
 class SourceRange:
-    """A source's samples of a data set, [start, stop), and its weight beside the other sources."""
+    """Samples [start, stop) of a dataset, and their weight relative to the other sources."""
 
     start: int
     stop: int
@@ -39,160 +43,174 @@ class SourceRange:
 
 @dataclass(frozen=True)
 class Bucket:
-    """int64 (n,) samples of one source and one shape, and how many of them an epoch visits."""
+    """int64 (n,) indices of the samples of one source and latent shape, and draws per epoch."""
 
     samples: np.ndarray
-    visits: int
+    draws_per_epoch: int
 
 
 def apportion(total: int, weights: Sequence[float]) -> list[int]:
-    """`total` in whole numbers in proportion to `weights`, at least 1 each (largest remainders).
+    """Split `total` into integers proportional to `weights`, each at least 1.
 
-    ValueError where `total` is less than the number of weights.
-    """
-    if total < len(weights):
-        raise ValueError(f"{total} visits do not divide among {len(weights)}")
-    exact = [total * weight / sum(weights) for weight in weights]
-    whole = [max(1, int(part)) for part in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda i: whole[i] - exact[i])
-    for i in by_remainder[: max(0, total - sum(whole))]:
-        whole[i] += 1
-    while sum(whole) > total:  # What the least got at least, the most give.
-        whole[max(range(len(whole)), key=lambda i: whole[i])] -= 1
-    return whole
-
-
-def build_buckets(shape_of: np.ndarray, parts: Sequence[SourceRange]) -> list[list[Bucket]]:
-    """The strata of each shape that occurs; an epoch has as many visits as there are samples.
-
-    Args:
-        shape_of: (n,) integers, each sample's shape.
-        parts: the sources, one after another.
+    Uses the largest-remainder method.
 
     Raises:
-        ValueError: a source is too light to be visited.
+        ValueError: `total` is smaller than the number of weights.
     """
-    shapes = np.unique(shape_of)
-    found: list[list[Bucket]] = [[] for _ in shapes]
-    visits = apportion(len(shape_of), [part.weight for part in parts])
-    for part, count in zip(parts, visits, strict=True):
-        own = shape_of[part.start : part.stop]
-        there = [k for k, shape in enumerate(shapes) if (own == shape).any()]
-        if count < len(there):
+    if total < len(weights):
+        raise ValueError(f"cannot split {total} draws into {len(weights)} parts of at least 1")
+    exact = [total * weight / sum(weights) for weight in weights]
+    counts = [max(1, int(share)) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
+    for i in by_remainder[: max(0, total - sum(counts))]:
+        counts[i] += 1
+    while sum(counts) > total:  # the minimum of 1 overshot the total: reduce the largest count
+        counts[max(range(len(counts)), key=lambda i: counts[i])] -= 1
+    return counts
+
+
+def build_buckets(
+    shape_index: np.ndarray, source_ranges: Sequence[SourceRange]
+) -> list[list[Bucket]]:
+    """Group samples by latent shape and source; an epoch has one draw per sample.
+
+    Args:
+        shape_index: integers (n,), the latent shape of each sample.
+        source_ranges: consecutive ranges that cover all samples.
+
+    Returns:
+        The buckets of each latent shape that occurs.
+
+    Raises:
+        ValueError: the weight of a source gives it fewer draws than it has shapes.
+    """
+    shapes = np.unique(shape_index)
+    buckets: list[list[Bucket]] = [[] for _ in shapes]
+    per_source = apportion(len(shape_index), [source.weight for source in source_ranges])
+    for source, draws in zip(source_ranges, per_source, strict=True):
+        shape_of_source = shape_index[source.start : source.stop]
+        present = [k for k, shape in enumerate(shapes) if (shape_of_source == shape).any()]
+        if draws < len(present):
             raise ValueError(
-                f"a source of weight {part.weight:g} has {count} of the {len(shape_of)} visits of "
-                f"an epoch, too few for its {len(there)} shapes; give it more weight"
+                f"a source of weight {source.weight:g} gets {draws} of the {len(shape_index)} "
+                f"draws of an epoch, too few for its {len(present)} latent shapes; raise its weight"
             )
-        members = [part.start + np.flatnonzero(own == shapes[k]) for k in there]
-        for k, samples, n in zip(
-            there, members, apportion(count, list(map(len, members))), strict=True
-        ):
-            found[k].append(Bucket(samples, n))
-    return found
+        members = [source.start + np.flatnonzero(shape_of_source == shapes[k]) for k in present]
+        per_bucket = apportion(draws, list(map(len, members)))
+        for k, samples, count in zip(present, members, per_bucket, strict=True):
+            buckets[k].append(Bucket(samples, count))
+    return buckets
 
 
 class IndexSampler:
-    """The visits of a run in their order; a function of (seed, position) alone.
+    """Sample order of a run: a function of (seed, position) alone.
 
     Args:
-        strata: of each shape.
-        batch: images of a step, which are of one shape; needed where there are several.
+        buckets: the buckets of each latent shape, from `build_buckets`.
+        seed: seed of the run.
+        batch: global batch size; may be None if there is one latent shape only.
     """
 
-    def __init__(self, strata: Sequence[Sequence[Bucket]], seed: int, batch: int | None) -> None:
-        assert batch is not None or len(strata) == 1
-        single = len(strata) == 1 and len(strata[0]) == 1
+    def __init__(self, buckets: Sequence[Sequence[Bucket]], seed: int, batch: int | None) -> None:
+        assert batch is not None or len(buckets) == 1
+        single = len(buckets) == 1 and len(buckets[0]) == 1
         self.seed, self.batch = seed, batch
-        self._rows = [_mixed(shape, seed, () if single else (k,)) for k, shape in enumerate(strata)]
-        self._visits = [sum(stratum.visits for stratum in shape) for shape in strata]
-        self._schedule = lru_cache(maxsize=2)(self._draw_schedule)
+        self._streams = [
+            _mix_buckets(of_shape, seed, () if single else (k,))
+            for k, of_shape in enumerate(buckets)
+        ]
+        self._draws_per_epoch = [sum(b.draws_per_epoch for b in of_shape) for of_shape in buckets]
+        self._epoch_schedule = lru_cache(maxsize=2)(self._shuffle_shapes)
 
-    def at(self, position: int, size: int) -> SampleDraws:
-        """The `size` visits from `position` on; of several shapes, inside one batch."""
-        if len(self._rows) == 1:
-            return self._rows[0](position, size)
+    def draw(self, position: int, size: int) -> SampleDraws:
+        """Return the `size` draws from `position` on.
+
+        Raises:
+            ValueError: there are several latent shapes and the range crosses a global batch.
+        """
+        if len(self._streams) == 1:
+            return self._streams[0](position, size)
         assert self.batch is not None
-        number, offset = divmod(position, self.batch)
+        batch_index, offset = divmod(position, self.batch)
         if offset + size > self.batch:
             raise ValueError(
-                f"visits {position} to {position + size} are not of one batch of {self.batch}, "
-                "and may be of two shapes"
+                f"positions {position} to {position + size} cross a batch of {self.batch}, and "
+                "two batches may differ in latent shape"
             )
-        shape, own = self._batch(number)
-        return self._rows[shape](own * self.batch + offset, size)
+        shape, index_in_shape = self._locate_batch(batch_index)
+        return self._streams[shape](index_in_shape * self.batch + offset, size)
 
-    def _batch(self, number: int) -> tuple[int, int]:
-        """The shape of a batch, and which of that shape's batches it is."""
+    def _locate_batch(self, batch_index: int) -> tuple[int, int]:
+        """The latent shape of a batch, and its index among the batches of that shape."""
         assert self.batch is not None
-        # Never behind it, and before it by less than a batch of each shape.
-        epoch = number * self.batch // sum(self._visits)
-        while sum(self._begun(epoch + 1)) <= number:
+        # Samples carried over make the estimate early by < 1 batch per shape, never late.
+        epoch = batch_index * self.batch // sum(self._draws_per_epoch)
+        while sum(self._batches_before(epoch + 1)) <= batch_index:
             epoch += 1
-        begun, schedule = self._begun(epoch), self._schedule(epoch)
-        place = number - sum(begun)
-        shape = int(schedule[place])
-        return shape, begun[shape] + int((schedule[:place] == shape).sum())
+        before, schedule = self._batches_before(epoch), self._epoch_schedule(epoch)
+        index_in_epoch = batch_index - sum(before)
+        shape = int(schedule[index_in_epoch])
+        return shape, before[shape] + int((schedule[:index_in_epoch] == shape).sum())
 
-    def _begun(self, epoch: int) -> list[int]:
-        """Batches of each shape in the epochs before."""
+    def _batches_before(self, epoch: int) -> list[int]:
+        """Number of whole batches of each latent shape before an epoch."""
         assert self.batch is not None
-        return [epoch * visits // self.batch for visits in self._visits]
+        return [epoch * draws // self.batch for draws in self._draws_per_epoch]
 
-    def _draw_schedule(self, epoch: int) -> np.ndarray:
-        """The shape of each batch of an epoch."""
-        counts = np.subtract(self._begun(epoch + 1), self._begun(epoch))
+    def _shuffle_shapes(self, epoch: int) -> np.ndarray:
+        """int64 (batches of the epoch,): the latent shape of each."""
+        counts = np.subtract(self._batches_before(epoch + 1), self._batches_before(epoch))
         shapes = np.repeat(np.arange(len(counts)), counts)
         order = torch.randperm(len(shapes), generator=generator_from(self.seed, "shapes", epoch))
         return shapes[order.numpy()]
 
 
-def _mixed(strata: Sequence[Bucket], seed: int, own: tuple[int, ...]) -> Callable[..., SampleDraws]:
-    """(position, size) to the visits of the strata of one shape."""
-    if len(strata) == 1:
-        return _permutations(strata[0].samples, seed, own)
-    rows = [_permutations(stratum.samples, seed, (*own, k)) for k, stratum in enumerate(strata)]
+def _mix_buckets(buckets: Sequence[Bucket], seed: int, stream_id: tuple[int, ...]) -> Stream:
+    """The stream of one latent shape: the draws of its buckets, shuffled epoch by epoch."""
+    if len(buckets) == 1:
+        return _permute(buckets[0].samples, seed, stream_id)
+    streams = [_permute(b.samples, seed, (*stream_id, k)) for k, b in enumerate(buckets)]
 
-    def draw(epoch: int) -> SampleDraws:
+    def draw_epoch(epoch: int) -> SampleDraws:
         parts = [
-            row(epoch * stratum.visits, stratum.visits)
-            for row, stratum in zip(rows, strata, strict=True)
+            stream(epoch * bucket.draws_per_epoch, bucket.draws_per_epoch)
+            for stream, bucket in zip(streams, buckets, strict=True)
         ]
         samples, draws = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-        order = torch.randperm(len(samples), generator=generator_from(seed, "mix", *own, epoch))
+        generator = generator_from(seed, "mix", *stream_id, epoch)
+        order = torch.randperm(len(samples), generator=generator)
         return samples[order.numpy()], draws[order.numpy()]
 
-    return _endless(draw, sum(stratum.visits for stratum in strata))
+    return _concatenate_epochs(draw_epoch, sum(bucket.draws_per_epoch for bucket in buckets))
 
 
-def _permutations(
-    samples: np.ndarray, seed: int, own: tuple[int, ...]
-) -> Callable[..., SampleDraws]:
-    """(position, size) to visits of `samples`, in another order each time round."""
+def _permute(samples: np.ndarray, seed: int, stream_id: tuple[int, ...]) -> Stream:
+    """The stream of one bucket: a new permutation of `samples` in each epoch."""
 
-    def draw(epoch: int) -> SampleDraws:
+    def draw_epoch(epoch: int) -> SampleDraws:
         n = len(samples)
-        order = torch.randperm(n, generator=generator_from(seed, "order", *own, epoch)).numpy()
-        captions = generator_from(seed, "captions", *own, epoch)
-        drawn = torch.randint(2**31 - 1, (n,), generator=captions, dtype=torch.int32).numpy()
-        return samples[order], drawn
+        order = torch.randperm(n, generator=generator_from(seed, "order", *stream_id, epoch))
+        captions = generator_from(seed, "captions", *stream_id, epoch)
+        draws = torch.randint(2**31 - 1, (n,), generator=captions, dtype=torch.int32).numpy()
+        return samples[order.numpy()], draws
 
-    return _endless(draw, len(samples))
+    return _concatenate_epochs(draw_epoch, len(samples))
 
 
-def _endless(draw: Callable[[int], SampleDraws], length: int) -> Callable[..., SampleDraws]:
-    """(position, size) to visits of a row made of epochs of one length."""
-    # A batch touches one epoch, or two at their seam.
-    epoch_of = lru_cache(maxsize=2)(draw)
+def _concatenate_epochs(draw_epoch: Callable[[int], SampleDraws], length: int) -> Stream:
+    """An endless stream of epochs of `length` draws each."""
+    # A batch touches one epoch, or two at their boundary.
+    cached_epoch = lru_cache(maxsize=2)(draw_epoch)
 
-    def at(position: int, size: int) -> SampleDraws:
+    def draw(position: int, size: int) -> SampleDraws:
         samples, draws = [], []
         while size:
             epoch, offset = divmod(position, length)
-            order, drawn = epoch_of(epoch)
-            take = slice(offset, offset + size)
-            samples.append(order[take])
-            draws.append(drawn[take])
+            epoch_samples, epoch_draws = cached_epoch(epoch)
+            part = slice(offset, offset + size)
+            samples.append(epoch_samples[part])
+            draws.append(epoch_draws[part])
             position, size = position + len(samples[-1]), size - len(samples[-1])
         return np.concatenate(samples), np.concatenate(draws)
 
-    return at
+    return draw

@@ -1,10 +1,10 @@
-"""Batches of an encoded dataset, as a pure function of (seed, position).
+"""Batches of a `Dataset` as a pure function of (seed, position).
 
-The training set is read as an endless row: epoch after epoch, each a permutation of all samples
-drawn from (seed, epoch); `miro.data.index_sampler` says what it is of several sources and shapes. A step
-that begins after `images` images reads the row from there on, cut among ranks and micro-batches. So
-a resumed run needs no state of the loader, and a run that goes on at another world size reads the
-same row. Shards are memory-mapped: a batch is one copy out of the page cache, no worker processes.
+The training set is an endless sequence of samples, epoch after epoch in a new order (see
+`miro.data.index_sampler`). A step that starts after `images` images reads on from that position,
+split among ranks and micro-batches. So the loader has no state to save, and a run that resumes at
+another world size reads the same sequence. Shards are memory-mapped: a batch is one copy out of the
+page cache, without worker processes.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from miro.data.dataset_base import Dataset
 from miro.data.index_sampler import IndexSampler, build_buckets
-from miro.data.mixture import TrainingData
-from miro.data.reader import EncodedDataset
 from miro.model.packed_text import PackedText
 from miro.utils.rng import seed_from
-
-__all__ = ["Batch", "EncodedDataset", "Loader"]
 
 T = TypeVar("T")
 
 
 @dataclass
 class Batch:
-    """What is learned from at a time.
+    """B samples on the CPU, all of one latent shape, with one caption each.
 
-    keys: of the B samples; latents: float32 (B, C, H, W), the posterior's mean where there is one;
-    std: float32 (B, C, H, W), its standard deviation, or None;
-    text: the states of one caption of each sample, float16 as stored (`text.to(device, dtype)`);
-    scores_index: int64 (B,) sample, and caption_index: int64 (B,) caption kind, so that
-    `dataset.scores[scores_index, caption_index]` are the scores of exactly these pairs.
+    Attributes:
+        keys: the B sample keys.
+        latents: float32 (B, C, H, W), the posterior mean if the dataset has posteriors.
+        std: float32 (B, C, H, W), the posterior standard deviation, or None.
+        text: text states of the captions, float16 as stored.
+        scores_index: int64 (B,) sample indices.
+        caption_index: int64 (B,) caption types; `dataset.scores[scores_index, caption_index]` are
+            the scores of exactly these pairs of image and caption.
     """
 
     keys: list[str]
@@ -54,33 +54,42 @@ class Batch:
 
 
 class Loader:
-    """Random access to the row of a run: `batch_at(position, size)` depends on nothing else.
+    """Random access to the sample sequence of a run; a batch may be larger than the dataset.
 
-    A data set smaller than a batch is read around.
+    Args:
+        dataset: the training data.
+        seed: seed of the run.
+        batch: global batch size; may be None if all samples have one latent shape.
+        mirror: flip half of the images horizontally, chosen by (seed, position); needs images that
+            are encoded on the fly.
     """
 
     def __init__(
-        self, dataset: TrainingData, seed: int, batch: int | None = None, mirror: bool = False
+        self, dataset: Dataset, seed: int, batch: int | None = None, mirror: bool = False
     ) -> None:
-        """batch: images of a step, which are of one shape; needed where there are several.
-
-        mirror: half of the visits, drawn by their position, see the image in a mirror.
-        """
         self.dataset, self.seed, self.mirror = dataset, seed, mirror
-        self._row = IndexSampler(build_buckets(dataset.shape_of, dataset.parts), seed, batch)
+        buckets = build_buckets(dataset.shape_index, dataset.source_ranges)
+        self._sampler = IndexSampler(buckets, seed, batch)
 
     def sample_draws(self, position: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """(samples, caption kinds), int64 (size,) each, of the row from `position` on."""
+        """Return sample indices and caption types, int64 (size,) each, from `position` on.
+
+        Raises:
+            ValueError: position or size is out of range, or the range crosses a global batch where
+                samples differ in latent shape.
+        """
         if position < 0 or size < 1:
-            raise ValueError(f"position must not be negative and size above 0: {position}, {size}")
-        samples, draws = self._row.at(position, size)
-        return samples, self.dataset.choose_captions(samples, draws)
+            raise ValueError(
+                f"position must be at least 0 and size at least 1, got {position}, {size}"
+            )
+        samples, draws = self._sampler.draw(position, size)
+        return samples, self.dataset.select_captions(samples, draws)
 
     def batch_at(self, position: int, size: int) -> Batch:
-        """The `size` visits of the row from `position` on; of several shapes, of one batch."""
+        """Load the `size` samples from `position` on; raises what `sample_draws` raises."""
         data = self.dataset
         samples, captions = self.sample_draws(position, size)
-        latents = torch.from_numpy(data.latents(samples, self._mirrored(position, size)))
+        latents = torch.from_numpy(data.latents(samples, self._flip(position, size)))
         texts = data.texts(samples, captions)
         offsets = np.zeros(len(texts) + 1, np.int32)
         np.cumsum([len(text) for text in texts], out=offsets[1:])
@@ -97,7 +106,8 @@ class Loader:
             caption_index=torch.from_numpy(captions),
         )
 
-    def _mirrored(self, position: int, size: int) -> np.ndarray | None:
+    def _flip(self, position: int, size: int) -> np.ndarray | None:
+        """bool (size,): which images are flipped horizontally."""
         if not self.mirror:
             return None
         seeds = (seed_from(self.seed, "mirror", position + n) for n in range(size))
@@ -105,20 +115,20 @@ class Loader:
 
 
 def prefetch(
-    make: Callable[[int], T], positions: Iterable[int], depth: int = 2
+    load: Callable[[int], T], positions: Iterable[int], depth: int = 2
 ) -> Generator[T, None, None]:
-    """make(position) of each, made ahead by one thread.
+    """Yield load(position) of each position, computed up to `depth` ahead by one thread.
 
-    An error in the thread is raised here, at the position it belongs to. `close()`, or letting go
-    of the generator, ends the thread.
+    An exception in the thread is raised at the position that caused it. Closing or deleting the
+    generator ends the thread.
     """
-    coming = iter(positions)
+    remaining = iter(positions)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="miro-loader") as thread:
-        ahead = deque(thread.submit(make, at) for at in itertools.islice(coming, depth))
+        pending = deque(thread.submit(load, at) for at in itertools.islice(remaining, depth))
         try:
-            while ahead:
-                made = ahead.popleft().result()
-                ahead.extend(thread.submit(make, at) for at in itertools.islice(coming, 1))
-                yield made
+            while pending:
+                loaded = pending.popleft().result()
+                pending.extend(thread.submit(load, at) for at in itertools.islice(remaining, 1))
+                yield loaded
         finally:
             thread.shutdown(cancel_futures=True)

@@ -1,9 +1,9 @@
-"""What a run may be told to train on: an encoded folder, or several with weights.
+"""Training data in one folder, or in several folders mixed by weight. A mixture file is:
 
     {"sources": [{"folder": "photos", "weight": 2.0}, {"folder": "drawings", "weight": 1.0}]}
 
-Folders are relative to the file. Of three visits two are then of photos, whatever either's size;
-an epoch has as many visits as all sources have samples.
+Folders are relative to the file. Here two of three samples drawn are photos, whatever the size of
+either folder; an epoch has as many draws as all folders have samples.
 """
 
 from __future__ import annotations
@@ -16,59 +16,67 @@ from typing import Any
 
 import numpy as np
 
+from miro.data.dataset_base import Dataset
 from miro.data.index_sampler import SourceRange
 from miro.data.on_the_fly import OnTheFlyDataset, OnTheFlyEncoders
 from miro.data.reader import EncodedDataset
 from miro.data.shards import Manifest
 from miro.utils.serialize import differences, unknown_name
 
-# What need not be the same in two sources that are mixed.
-OWN = ("cut", "latent_shape", "latent_shapes")
+MAY_DIFFER = ("cut", "latent_shape", "latent_shapes")
+"""Encoding fields that need not be equal in all sources of a mixture."""
 
 
 def open_data(
-    path: Path, rewards: Sequence[str] | None = None, live: OnTheFlyEncoders | None = None
-) -> TrainingData:
-    """The data set of a folder, or of a mixture's file; with `live`, of folders of images.
+    path: Path, rewards: Sequence[str] | None = None, encoders: OnTheFlyEncoders | None = None
+) -> Dataset:
+    """Open a dataset folder or a mixture file.
+
+    Args:
+        path: the folder or the file.
+        rewards: columns of `scores`; if None, all that every source has.
+        encoders: given, the folders hold images, which are encoded on the fly.
 
     Raises:
-        ValueError: it is none, or its sources do not go together.
+        ValueError: the path is neither, or the sources of the mixture do not match.
     """
     if Path(path).is_file():
-        return Mixture(path, rewards, live)
-    return _open_folder(path, rewards, live)
+        return Mixture(path, rewards, encoders)
+    return _open_folder(path, rewards, encoders)
 
 
 def _open_folder(
-    path: Path, rewards: Sequence[str] | None, live: OnTheFlyEncoders | None
-) -> EncodedDataset:
-    return EncodedDataset(path, rewards) if live is None else OnTheFlyDataset(path, rewards, live)
+    path: Path, rewards: Sequence[str] | None, encoders: OnTheFlyEncoders | None
+) -> Dataset:
+    if encoders is None:
+        return EncodedDataset(path, rewards)
+    return OnTheFlyDataset(path, rewards, encoders)
 
 
 class Mixture:
-    """Encoded folders as one data set: the samples of the first source, then the second's, ...
+    """Several datasets as one, the samples of the first source before those of the second.
 
-    What it has is as in EncodedDataset. Two sources may have samples of the same key, so keys begin
-    with the folder's name. `rewards`: those that every source has scores of.
+    Sources may share sample keys, so the keys of a mixture begin with the folder's name. See
+    `Dataset` for the attributes and `open_data` for the arguments.
     """
 
     def __init__(
         self,
         path: Path,
         rewards: Sequence[str] | None = None,
-        live: OnTheFlyEncoders | None = None,
+        encoders: OnTheFlyEncoders | None = None,
     ) -> None:
         self.folder = path = Path(path)
         listed = _read(path)
         folders = [path.parent / name for name, _ in listed]
         if rewards is None:
-            held = [Manifest.read(folder).rewards for folder in folders]
-            rewards = [name for name in held[0] if all(name in names for names in held)]
+            per_folder = [Manifest.read(folder).rewards for folder in folders]
+            rewards = [name for name in per_folder[0] if all(name in names for names in per_folder)]
         self.rewards = tuple(rewards)
-        self.sources = [_open_folder(folder, self.rewards, live) for folder in folders]
+        self.sources = [_open_folder(folder, self.rewards, encoders) for folder in folders]
         first = self.sources[0]
         for source in self.sources[1:]:
-            _check_alike(path, first, source)
+            _check_same_encoding(path, first, source)
         self.has_std, self.text_dim = first.has_std, first.text_dim
         self.keys = [
             f"{name}/{key}"
@@ -76,76 +84,79 @@ class Mixture:
             for key in source.keys
         ]
         self._starts = np.cumsum([0, *map(len, self.sources)])
-        self.parts = tuple(
+        self.source_ranges = tuple(
             SourceRange(int(start), int(stop), weight)
             for start, stop, (_, weight) in zip(
                 self._starts[:-1], self._starts[1:], listed, strict=True
             )
         )
-        self.caption_kinds = tuple(dict.fromkeys(k for s in self.sources for k in s.caption_kinds))
-        self._kinds = [np.array(list(map(self.caption_kinds.index, s.caption_kinds)))
-                       for s in self.sources]  # fmt: skip
-        self.scores = np.full(
-            (len(self), len(self.caption_kinds), len(self.rewards)), np.nan, np.float32
+        self.caption_types = tuple(
+            dict.fromkeys(name for source in self.sources for name in source.caption_types)
         )
-        for part, source, kinds in zip(self.parts, self.sources, self._kinds, strict=True):
-            self.scores[part.start : part.stop, kinds] = source.scores
+        # Of each source: caption type there -> caption type here.
+        self._caption_maps = [
+            np.array([self.caption_types.index(name) for name in source.caption_types])
+            for source in self.sources
+        ]
+        self.scores = np.full(
+            (len(self), len(self.caption_types), len(self.rewards)), np.nan, np.float32
+        )
+        for part, source, captions in zip(
+            self.source_ranges, self.sources, self._caption_maps, strict=True
+        ):
+            self.scores[part.start : part.stop, captions] = source.scores
         self.shapes = tuple(dict.fromkeys(shape for s in self.sources for shape in s.shapes))
-        self.shape_of = np.concatenate(
-            [np.array(list(map(self.shapes.index, s.shapes)))[s.shape_of] for s in self.sources]
+        self.shape_index = np.concatenate(
+            [np.array(list(map(self.shapes.index, s.shapes)))[s.shape_index] for s in self.sources]
         )
         self.latent_shape = first.latent_shape
-        self.encoding = self._encoding()
+        shapes = {"latent_shapes": [list(shape) for shape in self.shapes]}
+        self.encoding: dict[str, Any] = {
+            **first.encoding,
+            **(shapes if len(self.shapes) > 1 else {}),
+            "cut": sum(source.encoding.get("cut", 0) for source in self.sources),
+        }
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def _encoding(self) -> dict[str, Any]:
-        """The record of how all were encoded."""
-        shapes = {"latent_shapes": [list(shape) for shape in self.shapes]}
-        cut = sum(source.encoding.get("cut", 0) for source in self.sources)
-        return {**self.sources[0].encoding, **(shapes if len(self.shapes) > 1 else {}), "cut": cut}
-
-    def latents(self, samples: np.ndarray, mirrored: np.ndarray | None = None) -> np.ndarray:
-        """float32 (n, C, H, W), or (n, 2, C, H, W) mean and deviation, of samples of one shape."""
-        shape = self.shapes[self.shape_of[samples[0]]]
-        found = np.empty((len(samples), *((2,) if self.has_std else ()), *shape), np.float32)
-        for source, rows in self._sources_of(samples):
+    def latents(self, samples: np.ndarray, flip: np.ndarray | None = None) -> np.ndarray:
+        """Return latents of one shape, float32; see `Dataset.latents`."""
+        shape = self.shapes[self.shape_index[samples[0]]]
+        latents = np.empty((len(samples), *((2,) if self.has_std else ()), *shape), np.float32)
+        for source, rows in self._rows_by_source(samples):
             own = samples[rows] - self._starts[source]
-            turned = None if mirrored is None else mirrored[rows]
-            found[rows] = self.sources[source].latents(own, turned)
-        return found
+            own_flip = None if flip is None else flip[rows]
+            latents[rows] = self.sources[source].latents(own, own_flip)
+        return latents
 
     def texts(self, samples: np.ndarray, captions: np.ndarray) -> list[np.ndarray]:
-        """Each sample's token states of one of its captions, float16 (length, dim)."""
-        found: dict[int, np.ndarray] = {}
-        for source, rows in self._sources_of(samples):
-            kind = {int(ours): theirs for theirs, ours in enumerate(self._kinds[source])}
-            own = np.array([kind[int(caption)] for caption in captions[rows]])
+        """Return the text states of one caption of each sample; see `Dataset.texts`."""
+        by_row: dict[int, np.ndarray] = {}
+        for source, rows in self._rows_by_source(samples):
+            to_source = {int(ours): own for own, ours in enumerate(self._caption_maps[source])}
+            own = np.array([to_source[int(caption)] for caption in captions[rows]])
             texts = self.sources[source].texts(samples[rows] - self._starts[source], own)
-            found |= dict(zip(rows.tolist(), texts, strict=True))
-        return [found[row] for row in range(len(samples))]
+            by_row |= dict(zip(rows.tolist(), texts, strict=True))
+        return [by_row[row] for row in range(len(samples))]
 
-    def choose_captions(self, samples: np.ndarray, draws: np.ndarray) -> np.ndarray:
-        """A caption kind for each sample, of those it has: int64 (n,) for int (n,) draws >= 0."""
+    def select_captions(self, samples: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        """Choose a caption that each sample has; see `Dataset.select_captions`."""
         chosen = np.empty(len(samples), np.int64)
-        for source, rows in self._sources_of(samples):
+        for source, rows in self._rows_by_source(samples):
             own = samples[rows] - self._starts[source]
-            kinds = self.sources[source].choose_captions(own, draws[rows])
-            chosen[rows] = self._kinds[source][kinds]
+            captions = self.sources[source].select_captions(own, draws[rows])
+            chosen[rows] = self._caption_maps[source][captions]
         return chosen
 
-    def _sources_of(self, samples: np.ndarray) -> list[tuple[int, np.ndarray]]:
-        """(source, reward_slots in `samples` of its own) of each source that is among them."""
+    def _rows_by_source(self, samples: np.ndarray) -> list[tuple[int, np.ndarray]]:
+        """(source, indices into `samples`) of each source that occurs."""
         source_of = np.searchsorted(self._starts, samples, "right") - 1
         return [(int(s), np.flatnonzero(source_of == s)) for s in np.unique(source_of)]
 
 
-TrainingData = EncodedDataset | Mixture
-
-
 def _read(path: Path) -> list[tuple[str, float]]:
-    """The (folder, weight) pairs of a mixture's file; ValueError says what is wrong with it."""
+    """The (folder, weight) pairs of a mixture file."""
     example = '{"sources": [{"folder": "a", "weight": 2.0}, {"folder": "b", "weight": 1.0}]}'
     try:
         content = json.loads(path.read_text("utf-8"))
@@ -171,14 +182,14 @@ def _read(path: Path) -> list[tuple[str, float]]:
     return listed
 
 
-def _check_alike(path: Path, first: EncodedDataset, other: EncodedDataset) -> None:
-    """ValueError where two sources were not encoded in the same way."""
+def _check_same_encoding(path: Path, first: Dataset, other: Dataset) -> None:
+    """Raise ValueError if two sources were encoded in different ways."""
     ours, theirs = (
-        {name: value for name, value in data.encoding.items() if name not in OWN}
+        {name: value for name, value in data.encoding.items() if name not in MAY_DIFFER}
         for data in (first, other)
     )
     if found := differences(ours, theirs):
         raise ValueError(
             f"{path}: {first.folder} (here) and {other.folder} (there) were encoded in different "
-            f"ways ({'; '.join(found)}); encode them alike to mix them"
+            f"ways ({'; '.join(found)}); encode them with the same settings to mix them"
         )

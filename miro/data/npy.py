@@ -1,4 +1,4 @@
-"""NumPy's .npy format in memory: how latents and text states lie in a shard."""
+"""NumPy's .npy format in memory, without copies; latents and text states are stored in it."""
 
 from __future__ import annotations
 
@@ -10,42 +10,42 @@ from numpy.lib import format as npy
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
-    """The .npy file of an array, C order; equal arrays give equal bytes."""
+    """Serialize an array in C order; equal arrays give equal bytes."""
     file = io.BytesIO()
     npy.write_array(file, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
     return file.getvalue()
 
 
 def npy_shape(buffer: memoryview | bytes) -> tuple[int, ...]:
-    """The shape of a .npy file's array, by its header alone."""
-    return _parse_header(bytes(buffer[: _start(buffer)]))[1]
+    """Return the shape in the header of a .npy file."""
+    return _parse_header(bytes(buffer[: _header_size(buffer)]))[1]
 
 
 def npy_view(buffer: memoryview | bytes) -> np.ndarray:
-    """The array of a .npy file as a read-only view of `buffer`: nothing is copied.
+    """Return the array of a .npy file as a read-only view of `buffer`.
 
-    ValueError for anything that is not a whole .npy file of plain numbers in C order.
+    Raises:
+        ValueError: it is not a complete .npy file of numbers in C order.
     """
-    stop = _start(buffer)
-    dtype, shape, count = _parse_header(bytes(buffer[:stop]))
-    if len(buffer) != stop + count * dtype.itemsize:
+    start = _header_size(buffer)
+    dtype, shape, count = _parse_header(bytes(buffer[:start]))
+    if len(buffer) != start + count * dtype.itemsize:
         raise ValueError(
-            f"the .npy has {len(buffer) - stop} bytes of numbers, its header {shape} of {dtype}"
+            f"the .npy has {len(buffer) - start} bytes of data, its header says {shape} of {dtype}"
         )
-    return np.frombuffer(buffer, dtype, count, stop).reshape(shape)
+    return np.frombuffer(buffer, dtype, count, start).reshape(shape)
 
 
-def _start(buffer: memoryview | bytes) -> int:
-    """Where the numbers of a .npy file begin."""
-    # Version 1 states its header's length in two bytes, versions 2 and 3 in four.
-    wide = len(buffer) > 6 and buffer[6] > 1
-    start = 12 if wide else 10
+def _header_size(buffer: memoryview | bytes) -> int:
+    """Size in bytes of the header, including the magic string."""
+    # Version 1 stores the header length in two bytes, versions 2 and 3 in four.
+    start = 12 if len(buffer) > 6 and buffer[6] > 1 else 10
     return start + int.from_bytes(buffer[8:start], "little")
 
 
 @lru_cache(maxsize=4096)
 def _parse_header(data: bytes) -> tuple[np.dtype, tuple[int, ...], int]:
-    """(dtype, shape, numbers) of a header. Cached: a data set has few, one per length of text."""
+    """(dtype, shape, number of elements). Cached: a dataset has one header per text length."""
     file = io.BytesIO(data)
     try:
         if npy.read_magic(file) == (1, 0):
@@ -55,5 +55,5 @@ def _parse_header(data: bytes) -> tuple[np.dtype, tuple[int, ...], int]:
     except ValueError as error:
         raise ValueError(f"not a .npy file: {error}") from None
     if fortran or dtype.hasobject:
-        raise ValueError(f"a .npy of plain numbers in C order is needed, got {dtype}")
+        raise ValueError(f"the .npy must hold numbers in C order: {dtype}, {fortran=}")
     return dtype, shape, int(np.prod(shape, dtype=np.int64))

@@ -1,137 +1,152 @@
-"""Images and captions of an images folder, encoded when they are visited and never stored.
+"""Latents and text states of an images folder, computed in each batch and never stored.
 
-What the network reads is what `miro encode` would have stored, rounded to float16 as it is there.
-It costs a pass through the encoders at each visit; in exchange nothing is written, and images may
-be mirrored.
+They equal what `miro encode` would store, including its rounding to float16. Each batch costs a
+pass through the frozen encoders; in exchange nothing is written, and images can be flipped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from miro.data.reader import RECORD, EncodedDataset, Shape, text_extension
+from miro.data.dataset_base import FolderDataset, LatentShape
+from miro.data.reader import RECORD
 from miro.data.shards import Manifest, ShardIndex
 from miro.encoders.encoder import EncodingConfig, FrozenEncoders
 from miro.images.buckets import nearest
 from miro.images.decoder import DecodeError, Decoder
 from miro.images.open_decoder import build_decoder
-from miro.images.pillow import IMAGE_EXTENSIONS, image_size
+from miro.images.pillow import IMAGE_EXTENSIONS, picture_size
 from miro.sources.sample import RawSample, read_sample
 
-CACHE = 1 << 28
-"""Bytes for token states of captions that come again."""
+TEXT_CACHE_BYTES = 1 << 28
 BATCH = 64
-"""Images of one forward pass of the autoencoder."""
+"""Images per forward pass of the autoencoder."""
 
 
 class OnTheFlyEncoders:
-    """What live datasets of a run share: the frozen networks, and who decodes."""
+    """The frozen encoders and the image decoder, shared by all datasets of a run."""
 
     def __init__(self, encoding: EncodingConfig, device: str | torch.device) -> None:
-        self.encoders = FrozenEncoders(encoding, device, batch_size=BATCH, cache_bytes=CACHE)
+        self.encoders = FrozenEncoders(
+            encoding, device, batch_size=BATCH, cache_bytes=TEXT_CACHE_BYTES
+        )
         self.decoder: Decoder = build_decoder("auto", device, BATCH)
 
 
-class OnTheFlyDataset(EncodedDataset):
-    """An images folder that is read as the encoded folder would be that it can be made into."""
+class OnTheFlyDataset(FolderDataset):
+    """An images folder, encoded when a batch is loaded; see `Dataset`.
+
+    Args:
+        folder: a folder that `miro annotate` wrote.
+        rewards: columns of `scores`, all rewards of the folder if None.
+        shared: the encoders of the run.
+
+    Raises:
+        ValueError: the folder holds no images, or its first image cannot be decoded.
+    """
 
     def __init__(
-        self, folder: Path | str, rewards: Sequence[str] | None, live: OnTheFlyEncoders
+        self, folder: Path | str, rewards: Sequence[str] | None, shared: OnTheFlyEncoders
     ) -> None:
-        """`rewards`: the columns of `scores`; all the folder has where it is None.
-
-        ValueError for a folder without images, or whose first image cannot be decoded.
-        """
         folder = Path(folder)
         manifest = Manifest.read(folder)
         if manifest.kind != "images":
-            raise ValueError(f"{folder} is encoded already; train on it without live encoding")
+            raise ValueError(
+                f"{folder} is encoded already; train on it without --on-the-fly, or name the "
+                "images folder it was encoded from"
+            )
         if not manifest.samples:
             raise ValueError(f"{folder} holds no samples yet; let `miro annotate` finish a shard")
-        self._live, self.folder = live, folder
-        self.index = ShardIndex(folder, manifest)
-        # The first image stands for all.
-        image = live.encoders.encoding.fit(self._images([0])[0])
-        record = live.encoders.record(live.encoders.encoding, image)
-        self._open(folder, manifest, rewards, self.index, record)
+        index = ShardIndex(folder, manifest)
+        self._images = _ImagesFolder(folder, index, shared)
+        self._encoders = encoders = shared.encoders
+        # Without encode.size, the first image decides the latent shape of all.
+        first = encoders.encoding.fit(self._images.decode([0])[0])
+        super().__init__(
+            folder,
+            manifest,
+            index,
+            encoders.record(encoders.encoding, first),
+            rewards,
+            latent_shape_of=self._images.latent_shape,
+            captions_of=lambda sample: [name.lower() for name in self._images.captions(sample)],
+        )
 
-    def latents(self, samples: np.ndarray, mirrored: np.ndarray | None = None) -> np.ndarray:
-        """As of an encoded dataset; mirrored: bool (n,), which images are seen in a mirror.
+    def latents(self, samples: np.ndarray, flip: np.ndarray | None = None) -> np.ndarray:
+        """Encode images of one latent shape; see `Dataset.latents`.
 
-        ValueError for an image that cannot be decoded, or has a size of its own.
+        Raises:
+            ValueError: an image cannot be decoded, or its latent has another shape.
         """
-        shape = self.shapes[self.shape_of[samples[0]]]
-        encoders = self._live.encoders
-        resized = encoders.encoding.fit_all(self._images(samples))
-        if mirrored is not None:
-            resized = [p.flip(2) if m else p for p, m in zip(resized, mirrored, strict=True)]
-        for sample, image in zip(samples, resized, strict=True):
-            if encoders.codec.latent_shape(*image.shape[1:]) != shape:
+        shape = self.shapes[self.shape_index[samples[0]]]
+        images = self._encoders.encoding.fit_all(self._images.decode(samples))
+        if flip is not None:
+            images = [x.flip(2) if mirror else x for x, mirror in zip(images, flip, strict=True)]
+        for sample, image in zip(samples, images, strict=True):
+            if self._encoders.codec.latent_shape(*image.shape[1:]) != shape:
                 raise ValueError(
-                    f"{self._name(sample)}: the image is {image.shape[2]} x "
-                    f"{image.shape[1]} pixels, the first of the data gives latents of {shape}; "
-                    "set encode.size, to which all are cropped and resized"
+                    f"{self._images.name(sample)}: the image has {image.shape[2]} x "
+                    f"{image.shape[1]} pixels, but the first image gives latents of {shape}; "
+                    "set encode.size, to which all images are cropped and resized"
                 )
-        return np.stack(encoders.encode_images(resized)).astype(np.float32)
+        return np.stack(self._encoders.encode_images(images)).astype(np.float32)
 
     def texts(self, samples: np.ndarray, captions: np.ndarray) -> list[np.ndarray]:
-        """As of an encoded dataset."""
-        said = [
-            self._said(int(sample))[self.caption_kinds[caption]]
+        """Encode one caption of each sample; see `Dataset.texts`."""
+        texts = [
+            self._images.captions(int(sample))[self.caption_types[caption]]
             for sample, caption in zip(samples, captions, strict=True)
         ]
-        states = self._live.encoders.encode_texts(said)
-        return [states[caption] for caption in said]
+        states = self._encoders.encode_texts(texts)
+        return [states[text] for text in texts]
 
-    def latent(self, sample: int) -> np.ndarray:
-        """As of an encoded dataset, but not a view."""
-        return self.latents(np.array([sample]))[0].astype(np.float16)
 
-    def text(self, sample: int, caption: int) -> np.ndarray:
-        """As of an encoded dataset, but not a view."""
-        return self.texts(np.array([sample]), np.array([caption]))[0]
+class _ImagesFolder:
+    """Images and captions of an images folder, by sample index."""
 
-    def _image(self, sample: int) -> bytes:
-        held = self.index.extensions(sample)
-        extension = next(name for name in IMAGE_EXTENSIONS if name in held)
-        return bytes(self.index.member(sample, extension))
+    def __init__(self, folder: Path, index: ShardIndex, shared: OnTheFlyEncoders) -> None:
+        self._folder, self._index, self._shared = folder, index, shared
 
-    def _images(self, samples: Sequence[int] | np.ndarray) -> list[Tensor]:
-        """uint8 (3, H, W) of each; ValueError names one that cannot be decoded."""
-        found: list[Tensor] = []
+    def name(self, sample: int) -> str:
+        """The folder and the key of a sample, for messages."""
+        return f"{self._folder}: sample {self._index.keys[sample]!r}"
+
+    def decode(self, samples: Sequence[int] | np.ndarray) -> list[Tensor]:
+        """uint8 (3, H, W) images; ValueError names one that cannot be decoded."""
+        images: list[Tensor] = []
         for start in range(0, len(samples), BATCH):
-            part = [int(sample) for sample in samples[start : start + BATCH]]
-            decoded = self._live.decoder.start([self._image(sample) for sample in part])()
-            for sample, image in zip(part, decoded, strict=True):
+            batch = [int(sample) for sample in samples[start : start + BATCH]]
+            decoded = self._shared.decoder.start([self._bytes(sample) for sample in batch])()
+            for sample, image in zip(batch, decoded, strict=True):
                 if isinstance(image, DecodeError):
                     raise ValueError(
-                        f"{self._name(sample)}: {image}; `miro annotate` into a new folder sets "
-                        "such images aside"
+                        f"{self.name(sample)}: {image}; run `miro annotate` into a new folder, "
+                        "which rejects such images"
                     )
-                found.append(image)
-        return found
+                images.append(image)
+        return images
 
-    def _name(self, sample: int) -> str:
-        return f"{self.folder}: sample {self.index.keys[sample]!r}"
-
-    def _said(self, sample: int) -> dict[str, str]:
-        """The captions of a sample by kind, as `miro encode` reads them."""
-        members = {"png": b"", RECORD: bytes(self.index.member(sample, RECORD))}
-        for item in read_sample(self._name(sample), self.index.keys[sample], members):
+    def captions(self, sample: int) -> dict[str, str]:
+        """The captions of a sample by type, read as `miro encode` reads them."""
+        members = {"png": b"", RECORD: bytes(self._index.member(sample, RECORD))}
+        for item in read_sample(self.name(sample), self._index.keys[sample], members):
             if isinstance(item, RawSample):
                 return item.captions
         return {}
 
-    def _kinds(self, sample: int) -> Collection[str]:
-        return [text_extension(kind) for kind in self._said(sample)]
+    def latent_shape(self, sample: int) -> LatentShape:
+        """The latent shape of the aspect bucket nearest to the image, from its header alone."""
+        width, height = picture_size(self._bytes(sample), upright=True)
+        encoders = self._shared.encoders
+        side = nearest(encoders.encoding.bucket_sizes(), width / height)
+        return encoders.codec.latent_shape(*side)
 
-    def _shape(self, sample: int) -> Shape:
-        width, height = image_size(self._image(sample), upright=True)
-        encoding = self._live.encoders.encoding
-        side = nearest(encoding.bucket_sizes(), width / height)
-        return self._live.encoders.codec.latent_shape(*side)
+    def _bytes(self, sample: int) -> bytes:
+        present = self._index.extensions(sample)
+        extension = next(name for name in IMAGE_EXTENSIONS if name in present)
+        return bytes(self._index.member(sample, extension))

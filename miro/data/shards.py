@@ -1,11 +1,11 @@
-"""The dataset folder: WebDataset tars, raw scores as Parquet, and a manifest of what is complete.
+"""The dataset folder: WebDataset tars, raw scores as Parquet, and a manifest of complete shards.
 
-    DEST/manifest.json       kind, captions, shards with their sizes and checksums, rewards
-    DEST/shards/00000.tar    {key}.{extension} members; the members of a sample follow each other
-    DEST/scores/00000.parquet  key, caption (its kind), a float32 column per reward, raw;
-                             a row per sample and caption, NaN where a score is not known
+    DEST/manifest.json         kind, caption types, shards with sizes and checksums, rewards
+    DEST/shards/00000.tar      {key}.{extension} members; those of a sample are consecutive
+    DEST/scores/00000.parquet  key, caption (its type), a float32 column of raw scores per reward;
+                               one row per sample and caption, NaN where a score is missing
 
-A file that has its name is whole: it was written under a temporary name and renamed when complete.
+Files are written under a temporary name and renamed when complete.
 """
 
 from __future__ import annotations
@@ -22,49 +22,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from miro.sources.tar import (
-    BLOCK,
-    END,
-    ShardError,
-    TruncatedShardError,
-    header,
-    iterate_shard,
-    map_file,
-    scan,
-)
+from miro.sources.tar import BLOCK, END, header, map_file, scan
 from miro.utils.atomic_io import atomic_file, atomic_write
-
-__all__ = [
-    "Manifest",
-    "ScoreTable",
-    "ShardError",
-    "ShardIndex",
-    "ShardInfo",
-    "ShardWriter",
-    "TruncatedShardError",
-    "atomic_write",
-    "check_shard",
-    "iterate_shard",
-    "open_shard",
-    "read_scores",
-    "read_shard_scores",
-    "score_columns",
-    "scores_path",
-    "shard_path",
-    "verify",
-    "write_scores",
-    "write_shard",
-]
 
 MANIFEST = "manifest.json"
 MODELS = "models"
-"""Where in a manifest's source it says what computed each reward."""
+"""Key in `Manifest.source` of the model that computed each reward."""
 VERSION = 1
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One complete tar: its file name, sample count, size in bytes and SHA-256 in hex."""
+    """A complete tar: file name, number of samples, size in bytes, and SHA-256 in hex."""
 
     name: str
     samples: int
@@ -74,10 +43,19 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a dataset folder holds: only complete shards, and only rewards that every shard has."""
+    """Contents of a dataset folder: complete shards, and the rewards that every shard has.
 
-    kind: str  # "images" or "encoded"
-    captions: tuple[str, ...]  # the kinds, e.g. "original"
+    Attributes:
+        kind: "images" or "encoded".
+        captions: caption types, such as "original".
+        shards: the complete shards, in order.
+        rewards: names of the score columns.
+        encoding: how an encoded folder was encoded.
+        source: what the folder was made from, and the models of its rewards.
+    """
+
+    kind: str
+    captions: tuple[str, ...]
     shards: tuple[ShardInfo, ...]
     rewards: tuple[str, ...] = ()
     encoding: dict[str, Any] | None = None
@@ -85,12 +63,12 @@ class Manifest:
 
     @property
     def samples(self) -> int:
-        """Samples in all shards."""
+        """Number of samples in all shards."""
         return sum(shard.samples for shard in self.shards)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """The manifest of a folder; ValueError names the file and the remedy if it is unusable."""
+        """Read the manifest of a folder; raises ValueError if it is missing or invalid."""
         path = Path(folder) / MANIFEST
         try:
             content = json.loads(path.read_text("utf-8"))
@@ -114,7 +92,7 @@ class Manifest:
             captions, rewards = tuple(content.pop("captions")), tuple(content.pop("rewards", ()))
             manifest = cls(captions=captions, shards=shards, rewards=rewards, **content)
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}: a field is missing or not known ({error})") from None
+            raise ValueError(f"{path}: a field is missing or unknown: {error}") from None
         if manifest.kind not in ("images", "encoded"):
             raise ValueError(f"{path}: kind is {manifest.kind!r}, not 'images' or 'encoded'")
         for shard in shards:
@@ -123,7 +101,7 @@ class Manifest:
         return manifest
 
     def write(self, folder: Path) -> None:
-        """Replace the folder's manifest, atomically."""
+        """Replace the manifest of a folder atomically."""
         content = {"version": VERSION, **asdict(self)}
         if self.encoding is None:
             del content["encoding"]
@@ -131,65 +109,69 @@ class Manifest:
 
 
 def shard_path(folder: Path, shard: ShardInfo) -> Path:
-    """Where a shard's tar lies."""
+    """Return the path of a shard's tar."""
     return Path(folder) / "shards" / shard.name
 
 
 def scores_path(folder: Path, shard: ShardInfo) -> Path:
-    """Where a shard's scores lie."""
+    """Return the path of a shard's score table."""
     return Path(folder) / "scores" / f"{Path(shard.name).stem}.parquet"
 
 
 class ShardWriter:
-    """A tar under way: (key, {extension: bytes}) samples, one at a time."""
+    """Append samples to a tar that is being written."""
 
     def __init__(self, path: Path, file: IO[bytes]) -> None:
         self._path, self._file = path, file
-        self._seen: set[str] = set()
+        self._keys: set[str] = set()
         self._digest = hashlib.sha256()
         self._size = 0
 
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
-        """ValueError for a key that is empty, repeated, or holds "." or "/" (it would be read back
-        as another key)."""
+        """Append a sample, {extension: bytes}.
+
+        Raises:
+            ValueError: the key is empty, repeated, or contains "." or "/", which would change it
+                when it is read.
+        """
         if not key or "." in key or "/" in key:
             raise ValueError(
-                f"{self._path.name}: a sample key may not hold '.' or '/', got {key!r}"
+                f"{self._path.name}: a sample key must be non-empty without '.' and '/', got {key!r}"
             )
-        if key in self._seen:
+        if key in self._keys:
             raise ValueError(f"{self._path.name}: the sample key {key!r} occurs twice")
-        self._seen.add(key)
+        self._keys.add(key)
         for extension, data in members.items():
-            self.put(header(f"{key}.{extension}", len(data)))
-            self.put(data)
-            self.put(bytes(-len(data) % BLOCK))
+            self.write(header(f"{key}.{extension}", len(data)))
+            self.write(data)
+            self.write(bytes(-len(data) % BLOCK))
 
-    def put(self, data: bytes) -> None:
-        """Bytes of the tar itself."""
+    def write(self, data: bytes) -> None:
+        """Append raw bytes of the tar."""
         self._file.write(data)
         self._digest.update(data)
         self._size += len(data)
 
     @property
     def info(self) -> ShardInfo:
-        """What was written."""
-        return ShardInfo(self._path.name, len(self._seen), self._size, self._digest.hexdigest())
+        """Name, size and checksum of what was written."""
+        return ShardInfo(self._path.name, len(self._keys), self._size, self._digest.hexdigest())
 
 
 @contextmanager
 def open_shard(path: Path) -> Iterator[ShardWriter]:
-    """A tar that appears at `path` when the block ends well; equal samples, equal bytes."""
+    """Write a tar that appears at `path` when the block ends without an exception."""
     with atomic_file(path) as file:
         shard = ShardWriter(path, file)
         yield shard
-        shard.put(END)
+        shard.write(END)
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> ShardInfo:
-    """Write (key, {extension: bytes}) samples as a tar, atomically.
+    """Write (key, {extension: bytes}) samples as a tar, atomically; equal samples, equal bytes.
 
-    Samples are taken one at a time, so a generator needs the memory of one. ValueError for a key
-    that `ShardWriter.add` refuses.
+    Raises:
+        ValueError: a key is invalid; see `ShardWriter.add`.
     """
     with open_shard(Path(path)) as shard:
         for key, members in samples:
@@ -198,10 +180,19 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> 
 
 
 class ShardIndex:
-    """Random access to the samples of a dataset folder: headers read once, bytes never copied.
+    """Random access to the samples of a dataset folder, memory-mapped without copies.
 
-    `keys[i]` is the key of sample i, in the order of the manifest. Beside the keys it takes 16
-    bytes of memory a member. ValueError for a shard that is missing or not what the manifest says.
+    Needs 16 bytes of memory per member besides the keys.
+
+    Args:
+        folder: the dataset folder.
+        manifest: its manifest, read from the folder if None.
+
+    Attributes:
+        keys: sample keys in the order of the manifest.
+
+    Raises:
+        ValueError: a shard is missing or does not match the manifest.
     """
 
     def __init__(self, folder: Path, manifest: Manifest | None = None):
@@ -233,11 +224,11 @@ class ShardIndex:
         return len(self.keys)
 
     def extensions(self, i: int) -> list[str]:
-        """The extensions sample i has, sorted."""
+        """Return the sorted extensions of the members of sample i."""
         return sorted(name for name, spans in self._spans.items() if spans[i, 0] >= 0)
 
     def member(self, i: int, extension: str) -> memoryview:
-        """The bytes of one member, a view of the mapped shard; KeyError names what there is."""
+        """Return the bytes of a member as a view of the shard; raises KeyError if it is missing."""
         if extension not in self._spans or self._spans[extension][i, 0] < 0:
             raise KeyError(f"sample {self.keys[i]!r} has {self.extensions(i)}, not {extension!r}")
         start, stop = self._spans[extension][i]
@@ -246,12 +237,19 @@ class ShardIndex:
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """Raw scores, a row per sample and caption kind, in the order of the shards."""
+    """Raw scores, one row per sample and caption, in the order of the shards.
+
+    Attributes:
+        keys: sample key of each row.
+        captions: caption type of each row.
+        rewards: names of the columns.
+        values: float32 (rows, rewards), NaN where a score is missing.
+    """
 
     keys: list[str]
     captions: list[str]
     rewards: tuple[str, ...]
-    values: np.ndarray  # float32 (rows, rewards), NaN where not known
+    values: np.ndarray
 
 
 def write_scores(
@@ -260,10 +258,17 @@ def write_scores(
     captions: Sequence[str],
     scores: Mapping[str, Sequence[float] | np.ndarray],
 ) -> None:
-    """Write one shard's scores, atomically: sample keys, caption kinds, {reward: score per row}."""
+    """Write the score table of a shard atomically.
+
+    Args:
+        path: the Parquet file.
+        keys: sample key of each row.
+        captions: caption type of each row.
+        scores: (rows,) raw scores by reward, NaN where missing.
+    """
     columns = {"key": pa.array(keys, pa.string()), "caption": pa.array(captions, pa.string())}
     for name, values in scores.items():
-        # NaN stays NaN and never becomes null: one kind of "not known" is enough for every reader.
+        # from_pandas=False stores NaN as NaN, not as null: readers handle one missing value only.
         columns[name] = pa.array(np.asarray(values, np.float32), from_pandas=False)
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink)
@@ -271,7 +276,11 @@ def write_scores(
 
 
 def read_shard_scores(path: Path) -> tuple[list[str], list[str], dict[str, np.ndarray]]:
-    """(keys, caption kinds, {reward: float32 (rows,)}) of one shard; ValueError if unreadable."""
+    """Read (keys, caption types, {reward: float32 (rows,)}) of a shard.
+
+    Raises:
+        ValueError: the file is not a score table.
+    """
     try:
         table = pq.ParquetFile(path).read()
         keys, captions = table["key"].to_pylist(), table["caption"].to_pylist()
@@ -284,7 +293,7 @@ def read_shard_scores(path: Path) -> tuple[list[str], list[str], dict[str, np.nd
 
 
 def score_columns(path: Path) -> list[str]:
-    """The rewards one shard has scores of; ValueError if the file is not a score file."""
+    """Return the rewards in a score table; raises ValueError if the file is not one."""
     try:
         names = pq.read_schema(path).names
     except pa.ArrowInvalid as error:
@@ -295,7 +304,11 @@ def score_columns(path: Path) -> list[str]:
 
 
 def read_scores(folder: Path, manifest: Manifest | None = None) -> ScoreTable:
-    """The scores of all shards, columns as in the manifest; ValueError for a shard without them."""
+    """Read the scores of all shards, with the columns of the manifest.
+
+    Raises:
+        ValueError: a shard has no score table, or the table lacks a column.
+    """
     manifest = Manifest.read(folder) if manifest is None else manifest
     keys: list[str] = []
     captions: list[str] = []
@@ -318,19 +331,20 @@ def read_scores(folder: Path, manifest: Manifest | None = None) -> ScoreTable:
 
 
 def verify(folder: Path) -> None:
-    """Check every shard's size and checksum; ValueError names the first that differs."""
+    """Check the size and checksum of every shard; raises ValueError at the first mismatch."""
     for shard in Manifest.read(folder).shards:
         path = check_shard(folder, shard)
         with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != shard.sha256:
+            checksum = hashlib.file_digest(file, "sha256").hexdigest()
+        if checksum != shard.sha256:
             raise ValueError(
-                f"{path}: its checksum is {found}, the manifest says {shard.sha256}; copy it again"
+                f"{path}: its checksum is {checksum}, the manifest says {shard.sha256}; "
+                "copy it again"
             )
 
 
 def check_shard(folder: Path, shard: ShardInfo) -> Path:
-    """The path of a shard's tar; ValueError if it is missing or of another size than listed."""
+    """Return the path of a shard's tar; raises ValueError if it is missing or of another size."""
     path = shard_path(folder, shard)
     if not path.is_file():
         raise ValueError(f"{path}: no such file, but the manifest lists it; copy it again")

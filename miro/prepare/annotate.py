@@ -50,7 +50,7 @@ from miro.rewards.registry import build_reward
 from miro.rewards.scorer import Offload
 from miro.sources.sample import RawSample, RejectedSample, read_sample
 from miro.sources.source import Source, open_source, shard_name
-from miro.sources.tables import Columns
+from miro.sources.tables import TableColumns
 from miro.sources.tar import iterate_shard
 from miro.utils.atomic_io import link_or_copy
 from miro.utils.distributed import DistEnv, dist_env
@@ -137,7 +137,7 @@ def annotate(
         raise ValueError(f"{dest}: DEST must not be SOURCE, which is not a dataset folder")
     opened = None
     if dataset is None:
-        columns = Columns(config.image_column, config.caption_columns)
+        columns = TableColumns(config.image_column, config.caption_columns)
         opened = open_source(source, config.samples_per_shard, columns)
     decoder = build_decoder(config.decoder, device, config.batch_size, config.workers)
     with (
@@ -207,7 +207,7 @@ class _Work:
             most = len(todo) * self._config.samples_per_shard
             self._total = min(most, source.total)
         for group, first in todo:
-            units = source.units(group, first)
+            units = source.partitions(group, first)
             following = next(units, None)
             for number in itertools.count(first):
                 items, following = following, next(units, None)

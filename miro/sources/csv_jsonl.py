@@ -1,7 +1,7 @@
-"""Rows of CSV, TSV and JSON Lines files, read as they come; one bad row spoils no other.
+"""Random access to the rows of CSV, TSV and JSON Lines files; a bad row affects no other.
 
-The rows of a text file can only be found by reading it, so a file is read through once when it is
-opened. That notes where every thousandth row begins, and any row is near at hand afterwards.
+Opening a file scans it once and records the byte offset of every thousandth row, so that a range of
+rows can be read without scanning from the start.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import IO, Any, Generic, TypeVar
 
 from miro.sources.sample import MAX_CAPTION_BYTES, MAX_JSON_BYTES, read_json
 
-STRIDE = 1000
-HEAD = 100  # rows that are looked at to find the columns
+STRIDE = 1000  # rows between recorded offsets
+HEAD = 100  # rows examined to find the columns
 BOM = b"\xef\xbb\xbf"
 
 Raw = TypeVar("Raw")
-Row = dict[str, Any] | str
+TableRow = dict[str, Any] | str
 """The cells by column, or why the row cannot be read."""
 
 
 class _Lines:
-    """Lines of a file opened as bytes, from an offset on, and where the next one begins.
+    """Lines of a binary file from an offset on; `offset` is that of the next line.
 
-    No more of a line than MAX_JSON_BYTES and a byte is kept in memory, however long it is.
+    Lines are truncated to MAX_JSON_BYTES + 1 bytes, enough to recognise one that is too long.
     """
 
     def __init__(self, file: IO[bytes], offset: int):
@@ -37,14 +37,14 @@ class _Lines:
     def __iter__(self) -> Iterator[bytes]:
         while line := self._file.readline(MAX_JSON_BYTES + 1):
             self.offset += len(line)
-            more = line
-            while not more.endswith(b"\n") and (more := self._file.readline(MAX_JSON_BYTES)):
-                self.offset += len(more)
+            rest = line
+            while not rest.endswith(b"\n") and (rest := self._file.readline(MAX_JSON_BYTES)):
+                self.offset += len(rest)
             yield line
 
 
 class _TextFile(Generic[Raw]):
-    """`rows`: how many there are; `columns`: their names; `head`: the first that can be read."""
+    """`rows`: their number; `columns`: their names; `head`: the valid ones of the first rows."""
 
     columns: list[str]
 
@@ -56,30 +56,30 @@ class _TextFile(Generic[Raw]):
         for offset, raw in self._scan(start):
             if self.rows % STRIDE == 0:
                 self._starts.append(offset)
-            if self.rows < HEAD and isinstance(row := self._row(raw), dict):
+            if self.rows < HEAD and isinstance(row := self._parse(raw), dict):
                 self.head.append(row)
             self.rows += 1
 
-    def read(self, start: int, stop: int, image: str) -> Iterator[Row]:
-        """The rows from `start` to before `stop`, with all their cells."""
+    def read(self, start: int, stop: int, image: str) -> Iterator[TableRow]:
+        """Read the rows [start, stop), all columns."""
         skip = start % STRIDE
         rows = self._scan(self._starts[start // STRIDE])
         for _, raw in itertools.islice(rows, skip, skip + stop - start):
-            yield self._row(raw)
+            yield self._parse(raw)
 
     def _scan(self, offset: int) -> Iterator[tuple[int, Raw]]:
-        """What stands in each row from an offset on, and the offset at which it begins."""
+        """Yield (byte offset, raw row) of each row from an offset on."""
         raise NotImplementedError
 
-    def _row(self, raw: Raw) -> Row:
+    def _parse(self, raw: Raw) -> TableRow:
         raise NotImplementedError
 
 
 class DelimitedFile(_TextFile[list[str] | str]):
-    """A CSV or TSV file with a header; cells are text, an empty one is None.
+    """A CSV or TSV file with a header; cells are text, or None if empty.
 
-    Bytes that are not UTF-8 are kept in the text ("surrogateescape"): a file name may hold some,
-    and of a caption they can be told.
+    Invalid UTF-8 is decoded with "surrogateescape": file names may contain it, and captions are
+    rejected with the offending byte.
     """
 
     def __init__(self, path: Path):
@@ -96,8 +96,8 @@ class DelimitedFile(_TextFile[list[str] | str]):
         super().__init__(path, lines.offset)
 
     def _records(self, lines: _Lines) -> Iterator[list[str] | str]:
-        """The cells of each record, or why it is none; empty lines are no records."""
-        csv.field_size_limit(MAX_CAPTION_BYTES)  # of a quotation mark that is never closed, too
+        """Yield the cells of each record, or why it cannot be read; empty lines are skipped."""
+        csv.field_size_limit(MAX_CAPTION_BYTES)  # also bounds a quotation that is never closed
         text = (line.decode("utf-8", "surrogateescape") for line in lines)
         reader = csv.reader(text, delimiter=self._delimiter, strict=True)
         while True:
@@ -118,7 +118,7 @@ class DelimitedFile(_TextFile[list[str] | str]):
                 yield offset, record
                 offset = lines.offset
 
-    def _row(self, raw: list[str] | str) -> Row:
+    def _parse(self, raw: list[str] | str) -> TableRow:
         if isinstance(raw, str):
             return raw
         if len(raw) != len(self.columns):
@@ -127,7 +127,7 @@ class DelimitedFile(_TextFile[list[str] | str]):
 
 
 class JsonLinesFile(_TextFile[bytes]):
-    """A file with a JSON object in each line; the columns are the keys of the first objects."""
+    """A file of one JSON object per line; the columns are the keys of the first objects."""
 
     def __init__(self, path: Path):
         super().__init__(path, 0)
@@ -141,7 +141,7 @@ class JsonLinesFile(_TextFile[bytes]):
                     yield offset, line
                 offset = lines.offset
 
-    def _row(self, raw: bytes) -> Row:
+    def _parse(self, raw: bytes) -> TableRow:
         try:
             return read_json(raw.removeprefix(BOM))
         except ValueError as error:
@@ -149,7 +149,7 @@ class JsonLinesFile(_TextFile[bytes]):
 
 
 def _csv_problem(message: str) -> str:
-    """What Python's csv module says, for a person."""
+    """Translate a message of Python's csv module."""
     if "field limit" in message:
         return "a cell has more than 1 MB, or its quotation mark is never closed"
     if "unexpected end" in message:

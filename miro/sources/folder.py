@@ -1,4 +1,4 @@
-"""A folder of images, each with its captions beside it."""
+"""A folder of images with caption files of the same name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from miro.sources.sample import (
 
 
 class FolderSource:
-    """Images anywhere below a folder; beside each one of the same name ending in .txt or .json."""
+    """Images anywhere below a folder, each with a .txt or .json of the same name next to it."""
 
     def __init__(self, root: Path, images: list[str], samples_per_shard: int):
         self.total: int | None = len(images)
@@ -33,10 +33,12 @@ class FolderSource:
         self._images = images
         self._size = samples_per_shard
 
-    def units(self, group: int, done: int = 0) -> Iterator[Iterator[RawSample | RejectedSample]]:
-        """The one unit of a group, which is a slice of the images in the order of their names."""
+    def partitions(
+        self, group: int, skip: int = 0
+    ) -> Iterator[Iterator[RawSample | RejectedSample]]:
+        """Yield the only partition of a group, a slice of the images sorted by name."""
         part = slice(group * self._size, (group + 1) * self._size)
-        if done == 0:
+        if skip == 0:
             yield self._read(self._images[part], self._keys[part])
 
     @cached_property
@@ -55,12 +57,12 @@ class FolderSource:
             return
         members = {extension[1:].lower(): image}
         base = os.path.basename(stem)
-        for kind, limit in (("json", MAX_JSON_BYTES), ("txt", MAX_CAPTION_BYTES)):
-            content = read_file(os.path.join(self._root, f"{stem}.{kind}"), limit)
+        for suffix, limit in (("json", MAX_JSON_BYTES), ("txt", MAX_CAPTION_BYTES)):
+            content = read_file(os.path.join(self._root, f"{stem}.{suffix}"), limit)
             if isinstance(content, bytes):
-                members[kind] = content
+                members[suffix] = content
             elif content != ABSENT:
-                yield RejectedSample(name, "caption", f"{base}.{kind} {content}")
+                yield RejectedSample(name, "caption", f"{base}.{suffix} {content}")
                 return
         if len(members) == 1:
             yield RejectedSample(
@@ -71,18 +73,18 @@ class FolderSource:
 
 
 def list_images(root: Path) -> tuple[list[str], int]:
-    """Images below a folder, as sorted relative paths, and the number of other files.
+    """Return the images below a folder, as sorted relative paths, and the number of other files.
 
-    Hidden files and folders are left out: they are not images but what systems keep about them.
+    Hidden files and folders are ignored; on macOS, each image may have a hidden "._" twin.
     """
 
-    def refuse(error: OSError) -> None:
-        raise error  # os.walk would pass over a folder it may not read
+    def fail(error: OSError) -> None:
+        raise error  # by default os.walk skips folders it cannot read
 
     images: list[str] = []
     others = 0
     endings = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
-    for folder, folders, files in os.walk(root, onerror=refuse):
+    for folder, folders, files in os.walk(root, onerror=fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
         relative = os.path.relpath(folder, root)
         for name in files:

@@ -1,4 +1,4 @@
-"""One captioned image as others keep it: its captions, its JSON, and why it cannot be used."""
+"""Parse and validate one captioned image: its captions, its JSON, and the reason if unusable."""
 
 from __future__ import annotations
 
@@ -17,15 +17,24 @@ from miro.images.pillow import IMAGE_EXTENSIONS
 MAX_IMAGE_BYTES = 256 * 2**20
 MAX_CAPTION_BYTES = 2**20
 MAX_JSON_BYTES = 16 * 2**20
-MAX_JSON_DEPTH = 100  # lists in lists; Python itself gives up at some hundreds, wherever it stands
+MAX_JSON_DEPTH = 100  # nested lists and objects; far below the recursion limit of Python's json
 
-NAME = re.compile(r"\s*<PERSON>", re.IGNORECASE)
+PERSON = re.compile(r"\s*<PERSON>", re.IGNORECASE)
 ABSENT = "is missing"
 
 
 @dataclass(frozen=True)
 class RawSample:
-    """An image (not decoded yet) with at least one caption. `extra`: what else its JSON says."""
+    """An encoded image with at least one caption.
+
+    Attributes:
+        origin: file, member or row it was read from, for messages.
+        key: sample key, unique in its source.
+        extension: file extension of the image, lower case without the dot.
+        image: bytes of the image file, not decoded.
+        captions: caption by type, such as "original".
+        extra: further fields of its JSON or table row.
+    """
 
     origin: str
     key: str
@@ -37,7 +46,7 @@ class RawSample:
 
 @dataclass(frozen=True)
 class RejectedSample:
-    """A line of rejected.jsonl. `whole`: a sample was lost, not just one caption of several."""
+    """A line of rejected.jsonl; `whole` is False if only one caption of several is rejected."""
 
     source: str
     field: str
@@ -46,17 +55,23 @@ class RejectedSample:
 
     @property
     def line(self) -> tuple[str, str, str]:
-        """As RejectedLog.add takes it."""
+        """The arguments of `RejectedLog.add`."""
         return self.source, self.field, self.reason
 
 
 def read_sample(
     origin: str, key: str, members: dict[str, bytes]
 ) -> Iterator[RawSample | RejectedSample]:
-    """A sample by its members {extension: bytes}, or why not: an image and .txt, .json or both.
+    """Read a sample from its members, and yield what is rejected of it.
 
-    Of two original captions that of the .json counts. Besides "caption" and "captions", which is
-    {kind: text} or a list, the .json may hold texts under names like "synthetic_caption".
+    A sample has an image and a .txt, a .json or both; an original caption in the .json takes
+    precedence. Captions in the .json are "caption", "captions" ({type: text} or a list), and texts
+    under names like "synthetic_caption".
+
+    Args:
+        origin: where the sample was read from, for messages.
+        key: the sample key.
+        members: bytes by extension.
     """
     extension = next((name for name in IMAGE_EXTENSIONS if name in members), None)
     if extension is None:
@@ -70,7 +85,7 @@ def read_sample(
         except ValueError as error:
             yield RejectedSample(origin, "caption", f"the .json {error}")
             return
-        found = _take_captions(extra)
+        found = _pop_captions(extra)
     if "txt" in members and "original" not in found:
         found = {"original": members["txt"], **found}
     captions, problems = check_captions(origin, found, "no .txt, and no caption in a .json")
@@ -80,43 +95,43 @@ def read_sample(
 
 
 def check_captions(
-    origin: str, found: dict[str, Any], none: str
+    origin: str, found: dict[str, Any], if_none: str
 ) -> tuple[dict[str, str], list[RejectedSample]]:
-    """The captions of one sample that can be used, and what is wrong with the others.
+    """Split the captions of a sample into valid ones and rejections.
 
-    A bad caption among good ones is set aside alone. Without a good one the sample is lost: the
-    reason is that of its first caption, or `none` where there was none.
+    An invalid caption among valid ones is rejected alone. Without a valid one the whole sample is
+    rejected, with the problem of its first caption, or `if_none` if it has no caption at all.
     """
     captions: dict[str, str] = {}
     problems: dict[str, str] = {}
-    for kind, value in found.items():
+    for name, value in found.items():
         caption = read_caption(value)
         if caption.problem:
-            problems[kind] = caption.problem
+            problems[name] = caption.problem
         else:
-            captions[kind] = caption.text
+            captions[name] = caption.text
     if not captions:
-        return {}, [RejectedSample(origin, "caption", next(iter(problems.values()), none))]
+        return {}, [RejectedSample(origin, "caption", next(iter(problems.values()), if_none))]
     rejections = [
-        RejectedSample(origin, f"captions.{kind}", reason, whole=False)
-        for kind, reason in problems.items()
+        RejectedSample(origin, f"captions.{name}", reason, whole=False)
+        for name, reason in problems.items()
     ]
     return captions, rejections
 
 
 @dataclass(frozen=True)
 class Caption:
-    """A caption that can be used, or the problem it has."""
+    """A valid caption, or the problem of an invalid one."""
 
     text: str = ""
     problem: str = ""
 
 
 def read_caption(value: Any) -> Caption:
-    """A caption as a `.txt` (bytes) or a `.json` (a string) holds it, without outer white space.
+    """Validate a caption from a .txt (bytes) or a .json (str), and strip white space.
 
-    "<PERSON>", by which CC12M replaces names, is left out, as the released code does. A string
-    decoded with "surrogateescape" has the problem of the bytes it came from.
+    "<PERSON>", which replaces names in CC12M, is removed as in the released MIRO code. A string
+    that was decoded with "surrogateescape" is reported as the invalid UTF-8 it came from.
     """
     if isinstance(value, bytes):
         if len(value) > MAX_CAPTION_BYTES:
@@ -139,59 +154,60 @@ def read_caption(value: Any) -> Caption:
         return Caption(problem=f"the caption has {size:,} bytes, more than 1 MB")
     if "\0" in value:
         return Caption(problem="the caption holds a zero byte; is it UTF-16?")
-    text = NAME.sub("", value).strip()
+    text = PERSON.sub("", value).strip()
     if text:
         return Caption(text)
     return Caption(problem="the caption is empty" + (" without <PERSON>" if value.strip() else ""))
 
 
-def captions_of(value: Any, kind: str = "original") -> dict[str, Any]:
-    """{kind: caption} of a text, a list of texts, or {kind: text}; nothing of anything else."""
+def captions_of(value: Any, name: str = "original") -> dict[str, Any]:
+    """Return {caption type: caption} of a text, a list of texts or {type: text}, else {}."""
     if isinstance(value, dict):
         return dict(zip(unique_keys(map(str, value)), value.values(), strict=True))
     texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-    return {kind if i == 0 else f"{kind}_{i}": text for i, text in enumerate(texts)}
+    return {name if i == 0 else f"{name}_{i}": text for i, text in enumerate(texts)}
 
 
-def kind_of(name: str) -> str:
-    """The kind of caption that a name like "caption_long" or "long_caption" says, or ""."""
+def caption_type(name: str) -> str:
+    """Return the caption type in a name like "caption_long" or "long_caption", else ""."""
     match = re.fullmatch(r"(?:caption_(.+)|(.+)_caption)", name, re.IGNORECASE)
     return next(unique_keys([match[1] or match[2]])) if match else ""
 
 
 def is_caption(name: str, value: Any) -> bool:
-    """Whether an entry of a sample's JSON is read as a caption."""
-    named = kind_of(name) and isinstance(value, str) and is_prose(value)
-    return name in ("caption", "captions") or bool(named)
+    """Whether a field of a sample's JSON is a caption."""
+    if name in ("caption", "captions"):
+        return True
+    return bool(caption_type(name)) and isinstance(value, str) and is_prose(value)
 
 
 def is_prose(value: Any) -> bool:
-    """Whether a value may be a caption, and not a score or a length of one."""
+    """Whether a value may be a caption, rather than a score or a length of one."""
     if isinstance(value, list | dict):
         return any(map(is_prose, value.values() if isinstance(value, dict) else value))
     return isinstance(value, str) and re.fullmatch(r"[-+\d\s.,eE]+", value) is None
 
 
 def unique_keys(names: Iterable[str], prefix: str = "") -> Iterator[str]:
-    """A sample key for each name: ASCII, at most 64 characters of its end, no "." and no "/"."""
-    taken: set[str] = set()
+    """Yield a unique sample key per name: the last 64 characters, all but [A-Za-z0-9_-] as "_"."""
+    used: set[str] = set()
     repeats: dict[str, int] = {}
     for name in names:
         base = re.sub(r"[^A-Za-z0-9_-]", "_", name)[-64:] or "sample"
         key = base
-        while key in taken:
+        while key in used:
             repeats[base] = repeats.get(base, 1) + 1
             key = f"{base}-{repeats[base]}"
-        taken.add(key)
+        used.add(key)
         yield prefix + key
 
 
 def read_file(path: str, limit: int) -> bytes | str:
-    """The bytes of a plain file, or why it cannot be read; `ABSENT` where there is none."""
+    """Read a regular file of at most `limit` bytes, or return why not; `ABSENT` if missing."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
-            return "is not a plain file"
+            return "is not a regular file"
         if status.st_size > limit:
             return f"is too large: {status.st_size:,} bytes, the limit is {limit:,}"
         with open(path, "rb") as file:
@@ -209,7 +225,11 @@ def read_file(path: str, limit: int) -> bytes | str:
 
 
 def read_json(data: bytes) -> dict[str, Any]:
-    """A JSON object; ValueError says what is wrong with it."""
+    """Parse a JSON object.
+
+    Raises:
+        ValueError: it is too large, nested too deeply, or no JSON object.
+    """
     if len(data) > MAX_JSON_BYTES:
         raise ValueError(f"has {len(data):,} bytes, more than {MAX_JSON_BYTES:,}")
     try:
@@ -228,27 +248,27 @@ def read_json(data: bytes) -> dict[str, Any]:
 
 
 def fingerprint(parts: list[str]) -> str:
-    """SHA-256 in hex of the parts, each ended by a zero byte."""
+    """Return the SHA-256, in hex, of the parts, each terminated by a zero byte."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(os.fsencode(part) + b"\0")
     return digest.hexdigest()
 
 
-def _take_captions(content: dict[str, Any]) -> dict[str, Any]:
-    """Takes the captions out of a sample's JSON: {kind: caption}, kinds fit for a member's name."""
+def _pop_captions(content: dict[str, Any]) -> dict[str, Any]:
+    """Remove the captions from a sample's JSON and return them by type."""
     several, single = content.pop("captions", None), content.pop("caption", None)
     found = {} if several is None else captions_of(several)
     if single is not None and "original" not in found:
         found = {"original": single, **found}
     for name in [name for name, value in content.items() if is_caption(name, value)]:
-        kind, text = kind_of(name), content.pop(name)
-        found.setdefault(name if kind in found else kind, text)
+        short, text = caption_type(name), content.pop(name)
+        found.setdefault(name if short in found else short, text)
     return found
 
 
 def _is_deep(content: dict[str, Any]) -> bool:
-    """Whether lists and objects are nested to more than MAX_JSON_DEPTH levels."""
+    """Whether lists and objects are nested more than MAX_JSON_DEPTH levels deep."""
     level: list[Any] = [content]
     for _ in range(MAX_JSON_DEPTH):
         inner = (item.values() if isinstance(item, dict) else item for item in level)

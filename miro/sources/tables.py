@@ -1,7 +1,7 @@
-"""Tables with a column of images and columns of captions, in one file or in several.
+"""Tables with an image column and caption columns, in one file or several.
 
-An image is a path, from the folder of its table on, or the bytes themselves as in Hugging Face
-datasets. Paths may lead anywhere: such tables name files by absolute paths on most clusters.
+An image is a path relative to the table's folder, or its bytes as in Hugging Face datasets. Paths
+are not restricted to that folder, since tables on clusters often use absolute paths.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from typing import Any, Protocol
 
 from miro.images.pillow import IMAGE_EXTENSIONS
 from miro.sources.arrow import ArrowStream, ParquetFile
-from miro.sources.csv_jsonl import DelimitedFile, JsonLinesFile, Row
+from miro.sources.csv_jsonl import DelimitedFile, JsonLinesFile, TableRow
 from miro.sources.sample import (
     MAX_CAPTION_BYTES,
     MAX_IMAGE_BYTES,
     RawSample,
     RejectedSample,
+    caption_type,
     captions_of,
     check_captions,
     fingerprint,
     is_caption,
     is_prose,
-    kind_of,
     read_file,
     unique_keys,
 )
@@ -53,38 +53,42 @@ CAPTION_COLUMNS = ("original_caption", "caption", "text", "prompt", "captions")
 
 
 @dataclass(frozen=True)
-class Columns:
-    """Which columns of a table to read; those not given are found by their names."""
+class TableColumns:
+    """Image and caption columns of a table; those not given are found by name."""
 
     image: str | None = None
     captions: tuple[str, ...] = ()
 
 
 class RowFile(Protocol):
-    """A file of rows: how many, the names of their cells, and some of the first."""
+    """Random access to the rows of a table file."""
 
     path: Path
     rows: int
     columns: list[str]
 
     @property
-    def head(self) -> list[dict[str, Any]]: ...
+    def head(self) -> list[dict[str, Any]]:
+        """The valid ones of the first rows."""
+        ...
 
-    def read(self, start: int, stop: int, image: str) -> Iterator[Row]: ...
+    def read(self, start: int, stop: int, image: str) -> Iterator[TableRow]:
+        """Read the rows [start, stop): the column `image`, and all that JSON can represent."""
+        ...
 
 
 class TableSource:
-    """The rows of files of one kind, one after the other; a group is a slice of the rows.
+    """The rows of files of one format, one file after another; a group is a slice of the rows.
 
-    A sample's key is the number of its row, counted from 0 over all files. Opening is quick for
-    Parquet and Arrow, whose rows are known without reading them; text files are read through once.
+    A sample's key is its row number, counted from 0 over all files. Opening Parquet and Arrow files
+    reads their metadata only; text files are scanned once.
     """
 
-    def __init__(self, paths: Sequence[Path], samples_per_shard: int, columns: Columns):
+    def __init__(self, paths: Sequence[Path], samples_per_shard: int, columns: TableColumns):
         files: list[RowFile] = [TABLES[path.suffix.lower()](path) for path in paths]
         self._files = [file for file in files if file.rows]
         if not self._files:
-            raise ValueError(f"{paths[0]}: there are no rows in it")
+            raise ValueError(f"{paths[0]}: the table has no rows")
         self._layout = _Layout.find(self._files, columns)
         self._starts = list(accumulate((file.rows for file in self._files), initial=0))
         self._size = samples_per_shard
@@ -96,9 +100,11 @@ class TableSource:
         self.fingerprint = fingerprint(parts)
         log.info("%s: %s rows, %s", paths[0], f"{rows:,}", self._layout)
 
-    def units(self, group: int, done: int = 0) -> Iterator[Iterator[RawSample | RejectedSample]]:
-        """The one unit of a group, which is a slice of the rows."""
-        if done == 0:
+    def partitions(
+        self, group: int, skip: int = 0
+    ) -> Iterator[Iterator[RawSample | RejectedSample]]:
+        """Yield the only partition of a group, a slice of the rows."""
+        if skip == 0:
             first = group * self._size
             yield self._read(first, min(first + self._size, self._starts[-1]))
 
@@ -110,25 +116,25 @@ class TableSource:
             start, end = max(first - before, 0), min(stop - before, file.rows)
             rows = file.read(start, end, self._layout.image)
             for number, row in enumerate(rows, before + start):
-                yield from self._layout.candidate(file.path, f"{number:08d}", row)
+                yield from self._layout.read_row(file.path, f"{number:08d}", row)
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Which column holds the images, and {column: kind} of the captions."""
+    """The image column, and the caption type of each caption column."""
 
     image: str
     captions: dict[str, str]
 
     def __str__(self) -> str:
-        captions = ", ".join(f"{kind} from {column!r}" for column, kind in self.captions.items())
+        captions = ", ".join(f"{name} from {column!r}" for column, name in self.captions.items())
         return f"images from {self.image!r}, captions: {captions}"
 
     @classmethod
-    def find(cls, files: Sequence[RowFile], columns: Columns) -> _Layout:
-        """The columns given, or those whose names say what they are; ValueError without any.
+    def find(cls, files: Sequence[RowFile], columns: TableColumns) -> _Layout:
+        """Find the columns that were not given by name; ValueError if there are none.
 
-        A caption holds prose: "caption_length" is named like one and is none.
+        A caption column must contain prose, which "caption_length" does not.
         """
         path, known = files[0].path, files[0].columns
         has = f"it has the columns {', '.join(known)}"
@@ -137,13 +143,15 @@ class _Layout:
         for name in filter(None, (columns.image, *columns.captions)):
             if name not in known:
                 raise ValueError(f"{path}: {unknown_name('column', name, known)}")
-        image = columns.image or _first(IMAGE_COLUMNS, known)
+        image = columns.image or _first_match(IMAGE_COLUMNS, known)
         if image is None:
             raise ValueError(f"{path}: no column of images, {has}; name it by --image-column")
         captions = list(columns.captions)
         if not captions:
             head = next((head for file in files if (head := file.head)), [])
-            captions = [n for n in _named(known) if any(is_prose(row.get(n)) for row in head)]
+            captions = [
+                n for n in _caption_columns(known) if any(is_prose(row.get(n)) for row in head)
+            ]
         captions = [name for name in captions if name != image]
         if not captions:
             raise ValueError(f"{path}: no captions, {has}; name theirs by --caption-columns")
@@ -152,59 +160,63 @@ class _Layout:
                 raise ValueError(
                     f"{file.path}: no column {min(missing)!r}, which {path} has; annotate it alone"
                 )
-        return cls(image, _kinds(captions))
+        return cls(image, _caption_types(captions))
 
-    def candidate(self, table: Path, key: str, row: Row) -> Iterator[RawSample | RejectedSample]:
-        """The sample of one row, or why there is none."""
+    def read_row(
+        self, table: Path, key: str, row: TableRow
+    ) -> Iterator[RawSample | RejectedSample]:
+        """Yield the sample of a row, and what is rejected of it."""
         origin = f"{table.name}:{key}"
         if isinstance(row, str):
             yield RejectedSample(origin, "row", row)
             return
-        image = _image(row.get(self.image), table.parent)
+        image = _read_image(row.get(self.image), table.parent)
         if isinstance(image, str):
             yield RejectedSample(origin, "image", image)
             return
         found: dict[str, Any] = {}
-        for column, kind in self.captions.items():
+        for column, name in self.captions.items():
             value = row.get(column)
             if isinstance(value, list | dict):
-                found = {**captions_of(value, kind), **found}
+                found = {**captions_of(value, name), **found}
             elif value is not None:
-                found[kind] = value
-        none = f"no caption in {' or '.join(self.captions)}"
-        captions, problems = check_captions(origin, found, none)
+                found[name] = value
+        if_none = f"no caption in {' or '.join(self.captions)}"
+        captions, problems = check_captions(origin, found, if_none)
         yield from problems
         if captions:
             used = {self.image, *self.captions}
-            # A caption that was not asked for must not be read as one from the shard's JSON.
-            left = {n: v for n, v in row.items() if n not in used and not is_caption(n, v)}
-            extra = {name: value for name, value in left.items() if _is_json(value)}
+            # Drop captions of other columns, or they would be read from the shard's JSON later.
+            rest = {n: v for n, v in row.items() if n not in used and not is_caption(n, v)}
+            extra = {name: value for name, value in rest.items() if _is_json(value)}
             yield RawSample(origin, key, *image, captions, extra)
 
 
-def _first(names: Sequence[str], known: Sequence[str]) -> str | None:
-    """The first of the names that a table has, in whatever case."""
+def _first_match(names: Sequence[str], known: Sequence[str]) -> str | None:
+    """The column of the first of `names` that the table has, ignoring case."""
     folded = {name.casefold(): name for name in reversed(known)}
     return next((folded[name] for name in names if name in folded), None)
 
 
-def _named(known: Sequence[str]) -> list[str]:
-    """The columns that are captions by their names, the likeliest original first."""
-    usual = [found for name in CAPTION_COLUMNS if (found := _first([name], known)) is not None]
-    return list(dict.fromkeys([*usual, *(name for name in known if kind_of(name))]))
+def _caption_columns(known: Sequence[str]) -> list[str]:
+    """The columns with names of captions, the most likely original caption first."""
+    common = [
+        found for name in CAPTION_COLUMNS if (found := _first_match([name], known)) is not None
+    ]
+    return list(dict.fromkeys([*common, *(name for name in known if caption_type(name))]))
 
 
-def _kinds(columns: Sequence[str]) -> dict[str, str]:
-    """{column: kind}: what its name says; the first whose name says nothing is the original."""
-    kinds: dict[str, str] = {}
-    for name in columns:
-        kind = kind_of(name) or "original"
-        kinds[name] = name if kind in kinds.values() else kind
-    return dict(zip(kinds, unique_keys(kinds.values()), strict=True))
+def _caption_types(columns: Sequence[str]) -> dict[str, str]:
+    """{column: caption type}, from the name, or "original" for the first without one in it."""
+    types: dict[str, str] = {}
+    for column in columns:
+        short = caption_type(column) or "original"
+        types[column] = column if short in types.values() else short
+    return dict(zip(types, unique_keys(types.values()), strict=True))
 
 
-def _image(value: Any, folder: Path) -> tuple[str, bytes] | str:
-    """(extension, bytes) of the image in a cell, or why there is none."""
+def _read_image(value: Any, folder: Path) -> tuple[str, bytes] | str:
+    """(extension, bytes) of the image in a cell, or why it cannot be read."""
     data, path = value, value
     if isinstance(value, dict):
         data, path = value.get("bytes"), value.get("path")
@@ -213,7 +225,7 @@ def _image(value: Any, folder: Path) -> tuple[str, bytes] | str:
             return "the cell is empty"
         if not isinstance(path, str):
             return f"the cell holds neither a path nor bytes but {type(path).__name__}"
-        data = _read_image(path, folder)
+        data = _read_image_file(path, folder)
         if isinstance(data, str):
             return data
     if len(data) > MAX_IMAGE_BYTES:
@@ -222,10 +234,10 @@ def _image(value: Any, folder: Path) -> tuple[str, bytes] | str:
     return extension if extension in IMAGE_EXTENSIONS else _extension(data), data
 
 
-def _read_image(path: str, folder: Path) -> bytes | str:
-    """The bytes of the file that a table names, or why it cannot be read."""
+def _read_image_file(path: str, folder: Path) -> bytes | str:
+    """The bytes of an image file named in a table, or why it cannot be read."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path):
-        return f"{path[:200]!r} is a URL; download the images first, this program does not"
+        return f"{path[:200]!r} is a URL; download the images first"
     try:
         os.fsencode(path)
     except UnicodeEncodeError:
@@ -237,8 +249,8 @@ def _read_image(path: str, folder: Path) -> bytes | str:
 
 
 def _extension(data: bytes) -> str:
-    """The extension that the first bytes of an image call for; what is no image gets one too."""
-    starts = {
+    """The file extension of an image by its magic bytes, "jpg" if they are unknown."""
+    magic = {
         b"\x89PNG": "png",
         b"RIFF": "webp",
         b"GIF8": "gif",
@@ -248,11 +260,11 @@ def _extension(data: bytes) -> str:
     }
     if data[4:12] in (b"ftypavif", b"ftypavis"):
         return "avif"
-    return next((name for start, name in starts.items() if data.startswith(start)), "jpg")
+    return next((name for start, name in magic.items() if data.startswith(start)), "jpg")
 
 
 def _is_json(value: Any) -> bool:
-    """Whether a cell can be kept as JSON, as a number without a value cannot; at most 1 MB."""
+    """Whether a cell can be stored as JSON (NaN cannot), in at most MAX_CAPTION_BYTES."""
     if value is None:
         return False
     try:

@@ -1,4 +1,4 @@
-"""WebDataset tars made by others."""
+"""WebDataset tars as a source of captioned images."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from miro.sources.sample import (
     read_sample,
     unique_keys,
 )
-from miro.sources.tar import Sample, ShardError, map_file, scan
+from miro.sources.tar import ShardError, TarSample, map_file, scan
 
-READ = frozenset({*IMAGE_EXTENSIONS, "json", "txt"})
+READ_EXTENSIONS = frozenset({*IMAGE_EXTENSIONS, "json", "txt"})
 
 
 class TarSource:
-    """Samples {key}.jpg (or another image) with {key}.txt or {key}.json; a group is a tar.
+    """Samples {key}.jpg (or another image) with {key}.txt or {key}.json; one group per tar.
 
-    Other members, like the arrays of an encoded dataset, are passed over and never read.
+    Other members, such as the arrays of an encoded dataset, are not read.
     """
 
     def __init__(self, tars: list[Path], samples_per_shard: int):
@@ -37,30 +37,32 @@ class TarSource:
         sizes = [f"{n} {t.stat().st_size}" for n, t in zip(self._names, tars, strict=True)]
         self.fingerprint = fingerprint(["tars in groups", str(samples_per_shard), *sizes])
 
-    def units(self, group: int, done: int = 0) -> Iterator[Iterator[RawSample | RejectedSample]]:
-        """A unit for each samples_per_shard of a tar, and one for a tar without samples."""
+    def partitions(
+        self, group: int, skip: int = 0
+    ) -> Iterator[Iterator[RawSample | RejectedSample]]:
+        """Yield one partition per samples_per_shard of a tar, or one for a tar without samples."""
         tar, name = self._tars[group], self._names[group]
         prefix = f"{group:05d}_" if self.groups > 1 else ""
-        samples: list[Sample] = []
-        refused: list[RejectedSample] = []
-        cut: list[RejectedSample] = []
+        samples: list[TarSample] = []
+        unsafe: list[RejectedSample] = []
+        damage: list[RejectedSample] = []
         try:
             with closing(map_file(tar)) as buffer:
-                for sample in scan(buffer, tar, _refuse_into(refused, name)):
+                for sample in scan(buffer, tar, _collect_unsafe(unsafe, name)):
                     samples.append(sample)
         except ShardError as error:
-            cut = [RejectedSample(name, "shard", str(error).removeprefix(f"{tar}: "))]
+            damage = [RejectedSample(name, "shard", str(error).removeprefix(f"{tar}: "))]
         keys = list(unique_keys((s.key for s in samples), prefix))
-        for first in range(done * self._size, max(len(samples), 1), self._size):
+        for first in range(skip * self._size, max(len(samples), 1), self._size):
             part = slice(first, first + self._size)
-            before = refused if first == 0 else []
-            after = cut if part.stop >= len(samples) else []
+            before = unsafe if first == 0 else []
+            after = damage if part.stop >= len(samples) else []
             yield self._read(group, samples[part], keys[part], before, after)
 
     def _read(
         self,
         group: int,
-        samples: list[Sample],
+        samples: list[TarSample],
         keys: list[str],
         before: list[RejectedSample],
         after: list[RejectedSample],
@@ -71,8 +73,8 @@ class TarSource:
                 for sample, key in zip(samples, keys, strict=True):
                     origin, members = f"{self._names[group]}:{sample.key}", {}
                     for extension, (start, stop) in sample.spans.items():
-                        if extension not in READ:
-                            members[extension] = b""  # its name is for a message
+                        if extension not in READ_EXTENSIONS:
+                            members[extension] = b""  # only its name is used, in a message
                         elif stop - start <= MAX_IMAGE_BYTES:
                             members[extension] = buffer[start:stop]
                         else:
@@ -84,8 +86,10 @@ class TarSource:
         yield from after
 
 
-def _refuse_into(rejections: list[RejectedSample], tar: str) -> Callable[[str, str], None]:
-    def refuse(name: str, reason: str) -> None:
-        rejections.append(RejectedSample(f"{tar}:{name}", "member", f"the member {reason}"))
+def _collect_unsafe(rejected: list[RejectedSample], tar: str) -> Callable[[str, str], None]:
+    """An `on_unsafe` callback of `scan` that appends to `rejected`."""
 
-    return refuse
+    def append(name: str, reason: str) -> None:
+        rejected.append(RejectedSample(f"{tar}:{name}", "member", f"the member {reason}"))
+
+    return append

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from miro import flow
 from miro.conditioning import Bins, keep_rewards, keep_text
+from miro.data.dataset_base import Dataset
 from miro.data.loader import Loader, prefetch
-from miro.data.mixture import TrainingData
 from miro.model.packed_text import PackedText
 from miro.model.transformer import RewardCond
 from miro.training.batch_plan import BatchPlan
@@ -55,7 +55,7 @@ class BatchBuilder:
     def __init__(
         self,
         config: TrainConfig,
-        dataset: TrainingData,
+        dataset: Dataset,
         trained: Tensor,
         scores: np.ndarray,
         bins: Bins,

@@ -19,7 +19,8 @@ import torch
 
 from miro import flow
 from miro.conditioning import Bins, conditioned_rewards
-from miro.data.mixture import TrainingData, open_data
+from miro.data.dataset_base import Dataset
+from miro.data.mixture import open_data
 from miro.data.on_the_fly import OnTheFlyEncoders
 from miro.encoders.encoder import EncodingConfig
 from miro.model.transformer import FlowTransformer
@@ -142,7 +143,7 @@ def train(
 def _train(
     config: TrainConfig,
     run: RunFolder,
-    dataset: TrainingData,
+    dataset: Dataset,
     bins: Bins,
     engine: Engine,
     visits: BatchBuilder,
@@ -222,7 +223,7 @@ def _learn(config: TrainConfig, engine: Engine, visit: TrainBatch) -> StepRecord
 
 
 def _prewarm(
-    config: TrainConfig, dataset: TrainingData, layout: BatchPlan, levels: int, device: torch.device
+    config: TrainConfig, dataset: Dataset, layout: BatchPlan, levels: int, device: torch.device
 ) -> None:
     """Compile the kernels before the ranks meet, so that none keeps the others waiting.
 
@@ -244,7 +245,7 @@ def _prewarm(
 
 def _engine(
     config: TrainConfig,
-    dataset: TrainingData,
+    dataset: Dataset,
     layout: BatchPlan,
     device: torch.device,
     ranks: DistEnv,
@@ -291,7 +292,7 @@ def _open_run(
     run: RunFolder,
     config: TrainConfig,
     bins: Bins,
-    dataset: TrainingData,
+    dataset: Dataset,
     resume: Literal["auto", "never"],
 ) -> None:
     """Write what the run is, or check that the folder's run is this one."""
@@ -329,7 +330,7 @@ def _versions() -> dict[str, str]:
 
 
 def _inference_state(
-    config: TrainConfig, dataset: TrainingData, bins: Bins, images: int
+    config: TrainConfig, dataset: Dataset, bins: Bins, images: int
 ) -> dict[str, Any]:
     """All that sampling needs beside the weights."""
     return {

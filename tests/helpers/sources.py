@@ -75,7 +75,9 @@ def save_to_disk(folder: Path, rows: list[Any] | pa.Table) -> Path:
 
 def drain(source: Source) -> list[RawSample | RejectedSample]:
     """All that is in a source, in its order."""
-    return [item for group in range(source.groups) for unit in source.units(group) for item in unit]
+    return [
+        item for group in range(source.groups) for unit in source.partitions(group) for item in unit
+    ]
 
 
 def good(source: Source) -> dict[str, RawSample]:

@@ -154,7 +154,7 @@ def test_bad_samples_of_a_folder_are_set_aside_and_the_rest_goes_on(tmp_path: Pa
         ("latin1 caption.png", "caption", "not UTF-8 (byte 0xfc at 2)"),
         ("long caption.png", "caption", "too large"),
         ("loop.png", "image", "link to itself"),
-        ("pipe.png", "image", "not a plain file"),
+        ("pipe.png", "image", "not a regular file"),
     ]:
         assert found[name][0] == field and says in found[name][1], found[name]
     before = (dest / "rejected.jsonl").read_bytes()
@@ -221,7 +221,7 @@ def test_of_a_tar_cut_short_the_whole_samples_are_kept_and_the_next_tar_is_read(
     (source / "0.tar").write_bytes(whole[: whole.index(b"6.png") + 700])
     summary = annotate(source, tmp_path / "out", rewards=["sharpness"], config=SMALL)
     assert summary.samples == 5 + 7
-    assert "the last good sample is '4'" in reasons(tmp_path / "out")["0.tar"][1]
+    assert "the last complete sample is '4'" in reasons(tmp_path / "out")["0.tar"][1]
     assert reasons(tmp_path / "out")["2.tar"] == ("shard", "the file is empty")
     verify(tmp_path / "out")
 
@@ -244,7 +244,7 @@ def test_evil_members_are_set_aside_and_never_followed(tmp_path: Path) -> None:
     assert read_scores(tmp_path / "out").keys == ["a"]
     found = reasons(tmp_path / "out")
     assert "outside" in found["in.tar:../b.png"][1] and "outside" in found["in.tar:/c.png"][1]
-    assert "plain file" in found["in.tar:d.png"][1]
+    assert "regular file" in found["in.tar:d.png"][1]
     assert not (tmp_path / "b.png").exists()
 
 

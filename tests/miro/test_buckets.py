@@ -104,10 +104,10 @@ def test_each_image_is_encoded_in_its_bucket(images: Path, bucketed: Path) -> No
     data = EncodedDataset(bucketed)
 
     assert data.shapes == (SQUARE, WIDE, TALL) and data.latent_shape == SQUARE
-    assert data.shape_of.tolist() == [0, 1, 2, 0, 1, 1] * 4
+    assert data.shape_index.tolist() == [0, 1, 2, 0, 1, 1] * 4
     for i in (1, 2, 3, 4):
         pixels = decode(bytes(ShardIndex(images).member(i, "png")))
-        fitted = center_crop_resize(pixels, *data.shapes[data.shape_of[i]][1:])
+        fitted = center_crop_resize(pixels, *data.shapes[data.shape_index[i]][1:])
         restored = np.rint((data.latent(i).astype(np.float32) + 1) * 127.5)
         assert np.array_equal(restored, fitted.numpy())
     record = Manifest.read(bucketed).encoding

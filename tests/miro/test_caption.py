@@ -341,7 +341,7 @@ def test_each_caption_is_scored_and_encoded_by_itself(
     assert all(len(set(row)) == 3 for row in vqa.tolist())
     assert all(len(set(row)) == 1 for row in sharpness.tolist())
     dataset = EncodedDataset(tmp_path / "encoded")
-    assert dataset.caption_kinds == ("original", "long", "short")
+    assert dataset.caption_types == ("original", "long", "short")
     np.testing.assert_array_equal(dataset.scores[..., 0], vqa)
     lengths = [len(dataset.text(0, kind)) for kind in range(3)]
     assert min(lengths) > 0

@@ -99,7 +99,7 @@ def test_every_sample_has_its_latent_its_texts_and_its_json(images, encoded):
         pixels = np.asarray(png).transpose(2, 0, 1)
         restored = np.rint((data.latent(i).astype(np.float32) + 1) * 127.5)
         np.testing.assert_array_equal(restored, pixels)
-        assert data.record(i) == {"captions": captions(i), "number": i}
+        assert data.metadata(i) == {"captions": captions(i), "number": i}
         assert data.index.extensions(i) == [
             "json",
             "latent.npy",

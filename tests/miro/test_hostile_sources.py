@@ -73,7 +73,7 @@ def test_of_a_bad_csv_the_bad_rows_are_set_aside(tmp_path: Path) -> None:
         (11, "image", "zero byte"),
         (12, "image", "is a URL; download"),
         (13, "image", "'absent.png' is missing"),
-        (14, "image", "not a plain file"),
+        (14, "image", "not a regular file"),
         (15, "image", "too long"),
         (16, "image", "empty"),
         (18, "row", "ends inside quotation marks"),
@@ -91,7 +91,7 @@ def test_a_quotation_mark_that_is_never_closed_costs_a_megabyte_of_rows(tmp_path
     )
 
     assert source.total is not None and 200_000 < source.total < 210_000
-    first = next(iter(next(source.units(0))))
+    first = next(iter(next(source.partitions(0))))
     assert "quotation mark is never closed" in getattr(first, "reason", "")
 
 
@@ -173,7 +173,7 @@ def test_a_parquet_or_arrow_file_cut_short_is_named_before_work_starts(tmp_path:
         whole = file.read_bytes()
         for length in [0, 3, 100, len(whole) // 2, len(whole) - 200]:
             file.write_bytes(whole[:length])
-            with pytest.raises(ValueError, match=rf"{file.name}: is not a whole .*copy it again"):
+            with pytest.raises(ValueError, match=rf"{file.name}: is not a complete .*copy it"):
                 open_source(source, 4)
 
 
@@ -267,7 +267,7 @@ def test_members_of_a_tar_that_are_no_plain_files_are_set_aside(tmp_path: Path) 
     assert list(good(source)) == ["a_good"]
     reasons = refused(source)
     assert [reasons[f"a.tar:{i}.png", "member"] for i in range(5)] == [
-        "the member is a link, a device or a sparse file, not a plain file"
+        "the member is a link, a device or a sparse file, not a regular file"
     ] * 5
     for name in ["../up.png", "/top.txt", "in/../../up.png"]:
         assert "leads outside" in reasons[f"a.tar:{name}", "member"]

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from miro.data.loader import Batch, EncodedDataset, Loader, prefetch
+from miro.data.loader import Batch, Loader, prefetch
 from miro.data.npy import npy_bytes
+from miro.data.reader import EncodedDataset
 from miro.data.shards import Manifest, scores_path, write_scores, write_shard
 from miro.utils.rng import seed_from
 
@@ -216,7 +217,7 @@ def test_texts_are_views_of_the_file_and_batches_are_not(dataset):
 
 
 def test_the_json_of_a_sample_can_be_read(dataset):
-    assert dataset.record(12)["number"] == 12
+    assert dataset.metadata(12)["number"] == 12
 
 
 def test_prefetching_gives_the_same_batches_and_ends_its_thread(dataset):

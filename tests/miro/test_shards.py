@@ -191,7 +191,7 @@ def test_a_damaged_header_ends_the_reading_there(tmp_path: Path, offset: int) ->
     ("content", "says"),
     [
         (b"", "empty"),
-        (b"hello", "cut short"),
+        (b"hello", "truncated"),
         (b"<html>" * 200, "not a tar"),
         (b"\x1f\x8b\x08\0" * 200, "gunzip"),
     ],
@@ -221,7 +221,7 @@ def test_unsafe_members_are_refused_or_left_out(tmp_path: Path, name: str, kind:
             info = tarfile.TarInfo(member)
             info.type, info.linkname = flag, "/etc/passwd"
             tar.addfile(info)
-    with pytest.raises(ShardError, match=r"plain file|outside"):
+    with pytest.raises(ShardError, match=r"regular file|outside"):
         list(iterate_shard(tmp_path / "0.tar"))
     refused = []
     found = list(iterate_shard(tmp_path / "0.tar", lambda member, _: refused.append(member)))

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from miro.data.shards import Manifest, read_scores, verify
 from miro.prepare.annotate import AnnotateConfig, annotate
-from miro.sources.braces import expand_braces
 from miro.sources.folder import FolderSource
-from miro.sources.source import open_source, shard_name
-from miro.sources.tables import Columns
+from miro.sources.source import expand_braces, open_source, shard_name
+from miro.sources.tables import TableColumns
 
 
 def put(path: Path, content: bytes | str | object) -> Path:
@@ -79,7 +78,7 @@ def test_groups_open_by_themselves_and_hold_each_sample_once(make, groups, tmp_p
     apart = []
     for group in range(groups):
         source = open_source(path, 4)  # as another process would
-        apart += [item for unit in source.units(group) for item in unit]
+        apart += [item for unit in source.partitions(group) for item in unit]
 
     assert open_source(path, 4).groups == groups
     assert apart == whole
@@ -91,10 +90,10 @@ def test_units_that_are_done_are_left_out_and_the_rest_is_the_same(make, groups,
     source = open_source(make(tmp_path / "in"), 4)
 
     for group in range(groups):
-        units = [list(unit) for unit in source.units(group)]
+        units = [list(unit) for unit in source.partitions(group)]
         assert units
         for done in range(len(units) + 1):
-            assert [list(unit) for unit in source.units(group, done)] == units[done:]
+            assert [list(unit) for unit in source.partitions(group, done)] == units[done:]
 
 
 @EVERY
@@ -252,7 +251,7 @@ def test_brace_ranges_are_expanded_as_a_shell_does() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("{0..9.tar", "not closed"),
+        ("{0..9.tar", "Unbalanced braces"),
         ("{9..0}.tar", "ends before it begins"),
         ("{0..99999999999}.tar", "more than 1,000,000"),
         ("{0..9999}{0..9999}.tar", "more than 1,000,000"),
@@ -343,4 +342,4 @@ def test_the_same_captions_are_found_in_the_shards_that_annotate_makes(tmp_path:
 def test_columns_are_refused_where_there_is_no_table(tmp_path: Path) -> None:
     for path in [make_folder(tmp_path / "folder"), make_tars(tmp_path / "tars")]:
         with pytest.raises(ValueError, match="not a table"):
-            open_source(path, 4, Columns(captions=("caption",)))
+            open_source(path, 4, TableColumns(captions=("caption",)))

@@ -25,10 +25,10 @@ from miro.data.shards import read_scores, verify
 from miro.prepare.annotate import AnnotateConfig, annotate
 from miro.sources.csv_jsonl import STRIDE, DelimitedFile, JsonLinesFile
 from miro.sources.source import open_source
-from miro.sources.tables import Columns
+from miro.sources.tables import TableColumns
 
 
-def captions_of(path: Path, columns: Columns | None = None) -> list[dict[str, str]]:
+def captions_of(path: Path, columns: TableColumns | None = None) -> list[dict[str, str]]:
     return [candidate.captions for candidate in good(open_source(path, 3, columns)).values()]
 
 
@@ -118,8 +118,8 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [row])
     config = AnnotateConfig(image_column="where", caption_columns=("what", "caption_x"))
 
-    assert captions_of(path, Columns("where", ("what",))) == [{"original": "a"}]
-    assert captions_of(path, Columns("where")) == [
+    assert captions_of(path, TableColumns("where", ("what",))) == [{"original": "a"}]
+    assert captions_of(path, TableColumns("where")) == [
         {"original": "b", "x": "c", "y": "not asked for"},
     ]
     annotate(path, tmp_path / "out", rewards=["sharpness"], config=config)
@@ -132,8 +132,8 @@ def test_columns_that_are_not_there_are_refused_before_work_starts(tmp_path: Pat
     image_folder(tmp_path)
     path = write_csv(tmp_path / "a.csv", "path,caption,x\n0.png,good,1\n")
     for columns, says in [
-        (Columns(image="pth"), "unknown column 'pth'; did you mean 'path'"),
-        (Columns(captions=("captions",)), "did you mean 'caption'"),
+        (TableColumns(image="pth"), "unknown column 'pth'; did you mean 'path'"),
+        (TableColumns(captions=("captions",)), "did you mean 'caption'"),
     ]:
         with pytest.raises(ValueError, match=says):
             open_source(path, 3, columns)

@@ -79,7 +79,7 @@ def test_weights_are_honoured_exactly_over_each_epoch(tmp_path: Path) -> None:
 
 def test_every_sample_of_a_stratum_is_visited_equally_often() -> None:
     one = row()
-    visits = Counter(np.concatenate([one.at(8 * k, 8)[0] for k in range(1500)]).tolist())
+    visits = Counter(np.concatenate([one.draw(8 * k, 8)[0] for k in range(1500)]).tolist())
 
     for samples in (
         s for shape in build_buckets(SHAPE_OF, PARTS) for s in [st.samples for st in shape]
@@ -92,7 +92,7 @@ def test_every_sample_of_a_stratum_is_visited_equally_often() -> None:
 
 def test_weights_are_honoured_within_a_batch_of_each_shape_at_any_time() -> None:
     one = row()
-    samples = np.concatenate([one.at(8 * k, 8)[0] for k in range(1500)])
+    samples = np.concatenate([one.draw(8 * k, 8)[0] for k in range(1500)])
 
     first = np.cumsum(samples < 77)
     expected = 91 / 121 * np.arange(1, len(samples) + 1)
@@ -105,24 +105,24 @@ def test_a_batch_is_of_one_shape_and_any_part_of_it_is_the_same() -> None:
     whole, again = row(), row()
     seen = set()
     for number in (*range(40), 10_000, 123_456):
-        samples, draws = whole.at(8 * number, 8)
+        samples, draws = whole.draw(8 * number, 8)
         (shape,) = set(SHAPE_OF[samples].tolist())
         seen.add(shape)
         for size in (1, 2, 4):
-            parts = [again.at(8 * number + at, size) for at in range(0, 8, size)]
+            parts = [again.draw(8 * number + at, size) for at in range(0, 8, size)]
             assert np.array_equal(np.concatenate([s for s, _ in parts]), samples)
             assert np.array_equal(np.concatenate([d for _, d in parts]), draws)
     assert seen == {0, 1, 2}
 
 
 def test_a_part_of_two_batches_is_refused() -> None:
-    with pytest.raises(ValueError, match="not of one batch of 8"):
-        row().at(4, 8)
+    with pytest.raises(ValueError, match="cross a batch of 8"):
+        row().draw(4, 8)
 
 
 def test_shapes_are_shuffled_and_each_seed_has_an_order_of_its_own() -> None:
     rows = [row(seed) for seed in range(4)]
-    orders = {tuple(int(SHAPE_OF[one.at(8 * k, 1)[0][0]]) for k in range(60)) for one in rows}
+    orders = {tuple(int(SHAPE_OF[one.draw(8 * k, 1)[0][0]]) for k in range(60)) for one in rows}
 
     assert len(orders) == 4
     assert all(order != tuple(sorted(order)) for order in orders)
@@ -132,7 +132,7 @@ def test_a_shape_rarer_than_a_batch_waits_for_enough_epochs_and_is_not_repeated(
     shape_of = np.array([0] * 60 + [1] * 3)
     one = IndexSampler(build_buckets(shape_of, (SourceRange(0, 63),)), 0, BATCH)
 
-    samples = np.concatenate([one.at(8 * k, 8)[0] for k in range(630)])
+    samples = np.concatenate([one.draw(8 * k, 8)[0] for k in range(630)])
 
     seen = Counter(samples.tolist())
     assert max(seen.values()) - min(seen.values()) <= 3
@@ -141,7 +141,7 @@ def test_a_shape_rarer_than_a_batch_waits_for_enough_epochs_and_is_not_repeated(
 
 
 def test_a_source_too_light_for_its_shapes_is_refused() -> None:
-    with pytest.raises(ValueError, match="a source of weight 1e-06 has 1 of the 121 visits"):
+    with pytest.raises(ValueError, match="a source of weight 1e-06 gets 1 of the 121 draws"):
         build_buckets(SHAPE_OF, (SourceRange(0, 77, 1.0), SourceRange(77, 121, 1e-6)))
 
 
@@ -154,8 +154,8 @@ def test_samples_of_the_same_key_are_not_confused(tmp_path: Path) -> None:
     batch = Loader(data, seed=3, batch=2).batch_at(0, 2)
 
     assert data.keys == [f"a/k{n}" for n in range(5)] + [f"b/k{n}" for n in range(3)]
-    assert data.rewards == ("colourfulness",) and data.caption_kinds == ("short", "original")
-    assert data.shapes == (SQUARE, WIDE) and data.shape_of.tolist() == [0] * 5 + [1, 0, 1]
+    assert data.rewards == ("colourfulness",) and data.caption_types == ("short", "original")
+    assert data.shapes == (SQUARE, WIDE) and data.shape_index.tolist() == [0] * 5 + [1, 0, 1]
     assert data.scores[:, 1, 0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
     assert np.isnan(data.scores[5:, 0]).all() and not np.isnan(data.scores[:5]).any()
     for key, latent, text, kind in zip(
@@ -164,7 +164,7 @@ def test_samples_of_the_same_key_are_not_confused(tmp_path: Path) -> None:
         name, _, number = key.partition("/k")
         source, n = own["ab".index(name)], int(number)
         assert np.array_equal(latent, source.latent(n).astype(np.float32))
-        caption = source.caption_kinds.index(data.caption_kinds[kind])
+        caption = source.caption_types.index(data.caption_types[kind])
         assert np.array_equal(batch.text.text(text), source.text(n, caption))
 
 
@@ -212,7 +212,7 @@ def test_sources_encoded_in_different_ways_are_refused(
     write_encoded(tmp_path / "a", [SQUARE])
     write_encoded(tmp_path / "b", [SQUARE], **other)
 
-    with pytest.raises(ValueError, match=f"different ways .{next(iter(other))}: .*encode them"):
+    with pytest.raises(ValueError, match=f"different ways .{next(iter(other))}: .*encode them w"):
         open_data(mixture(tmp_path, ("a", 1), ("b", 1)))
 
 
