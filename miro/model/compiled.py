@@ -1,4 +1,4 @@
-"""CompiledModel: the training forward, eager or under torch.compile."""
+"""The one call that is trained, as it is or compiled."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from miro.model.transformer import FlowTransformer, RewardCond
 
 
 class CompiledModel(nn.Module):
-    """The network with its text projection as one call, the unit of torch.compile.
+    """The network from noise and conditions to the prediction, as the one call that is trained.
 
-    With `regional_compile` (chosen on a CPU) one block is compiled and reused for all, and the
-    partitioner may recompute tensors that no matrix product made instead of saving them, which
-    lowers peak memory. Neither was measured on a GPU, where norms and activations are opaque
-    kernels anyway.
+    Compiled on a CPU, one block is translated for all, which takes less time and leaves less of the
+    compiler in memory; and what no product made is computed again in backward instead of kept. On a
+    GPU neither was measured, and the second has little to save: norms and activation are kernels
+    there, which the compiler takes as they are.
     """
 
     def __init__(self, model: FlowTransformer, compiled: bool) -> None:
@@ -29,17 +29,15 @@ class CompiledModel(nn.Module):
         self.run: Callable[..., Tensor] = self._predict
         if compiled:
             self.run = torch.compile(self._predict, dynamic=True)
-        self.patched = compiled and model.regional_compile
-        # The last block's residual output is unused, so its backward graph differs; silence
-        # torch's warning about that.
+        on_cpu = model.patches.weight.device.type == "cpu"
+        self.compiled_on_cpu = model.regional_compile = compiled and on_cpu
+        # No one reads the residual stream behind the last block, whose backward is another for it.
         warnings.filterwarnings("ignore", "invoke_subgraph traced multiple backward graphs")
 
     def forward(self, x_t: Tensor, t: Tensor, rewards: RewardCond, text: PackedText) -> Tensor:
-        """Predict from x_t (B, C, H, W) and t (B,); returns fp32 (B, C, H, W)."""
-        if not self.patched:
+        if not self.compiled_on_cpu:
             return self.run(x_t, t, rewards, text)
-        # Any call may recompile, so patch at each one. nested_compile_region needs eps to be a
-        # constant (specialize_float).
+        # At every call, as any may translate. A block's region cannot take an eps that varies.
         with (
             dynamo_config.patch(specialize_float=True),
             functorch_config.patch(ban_recompute_materialized_backward=False),

@@ -1,4 +1,4 @@
-"""Embeddings of time, position, text and rewards."""
+"""Time, place, text and reward embeddings of the flow transformer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def sinusoids(values: Tensor, channels: int, longest_period: float) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoidal embedding of the time, then a two-layer MLP."""
+    """(B,) times in [0, 1] to (B, D), through sinusoids and a two-layer MLP."""
 
     def __init__(self, channels: int, frequencies: int = 256) -> None:
         super().__init__()
@@ -35,16 +35,15 @@ class TimeEmbedding(nn.Module):
         )
 
     def forward(self, t: Tensor) -> Tensor:
-        """Map times (B,) in [0, 1] to (B, D)."""
-        features = sinusoids(1000 * t, self.frequencies, longest_period=1e4)
-        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
+        num_freqs = sinusoids(1000 * t, self.frequencies, longest_period=1e4)
+        return self.mlp(num_freqs.to(next(self.mlp.parameters()).dtype))
 
 
 class RewardTable(nn.Module):
-    """Modulation added by each reward at each quantile level: one MLP per reward, batched.
+    """What each reward adds to the modulation at each level: one MLP a reward, all in one product.
 
-    Bin k of K enters as the level k / (K − 1), expanded in Fourier features. The output layer is
-    zero-initialised, so a new network ignores rewards (MIRO, arXiv 2510.25897, section 3).
+    A level s in [0, 1] is the rank of a score among the data, from worst to best: bin k of K is fed
+    as k / (K − 1). The last layer starts at zero, so that a fresh network ignores rewards.
     """
 
     def __init__(self, rewards: int, outputs: int, channels: int = 128, num_freqs: int = 8) -> None:
@@ -57,7 +56,7 @@ class RewardTable(nn.Module):
         self.out_bias = nn.Parameter(torch.zeros(rewards, 1, outputs))
 
     def forward(self, levels: Tensor) -> Tensor:
-        """Map levels (L,) or (R, L) in [0, 1] to (R, L, outputs)."""
+        """(L,) or (R, L) levels in [0, 1] to (R, L, outputs)."""
         angles = levels.float()[..., None] * self.frequencies
         features = torch.cat((levels.float()[..., None], angles.sin(), angles.cos()), -1)
         features = features.to(self.hidden.dtype).expand(len(self.hidden), -1, -1)
@@ -66,9 +65,10 @@ class RewardTable(nn.Module):
 
 
 class TextEmbedding(nn.Module):
-    """Projection, position embedding and self-attention blocks over a frozen encoder's states.
+    """The text's states as the transformer reads them.
 
-    Position is embedded again because the states of a frozen encoder carry it only weakly.
+    They are projected, told their place in order (a frozen encoder's states say what a word is and
+    only weakly where it stands), and read one another in blocks of their own.
     """
 
     def __init__(
@@ -83,62 +83,53 @@ class TextEmbedding(nn.Module):
         )
 
     def forward(self, text: PackedText) -> tuple[Tensor, Tensor]:
-        """Return token states (T, D), and a summary (B, D) of each text from its mean state."""
+        """(T, D) words in their order, and (B, D) a summary of each text from its mean state."""
         lengths = text.offsets.diff()
         owner = torch.repeat_interleave(lengths, output_size=len(text.states))
-        position = torch.arange(len(text.states), device=owner.device) - text.offsets[owner]
+        place = torch.arange(len(text.states), device=owner.device) - text.offsets[owner]
         projected = self.project(text.states)
-        pos_embed = sinusoids(position, projected.shape[-1], longest_period=100.0)
-        words = projected + math.sqrt(2) * pos_embed.to(projected.dtype)
-        mask = torch.arange(text.longest, device=owner.device) < lengths[:, None]
+        num_freqs = sinusoids(place, projected.shape[-1], longest_period=100.0)
+        words = projected + math.sqrt(2) * num_freqs.to(projected.dtype)
+        present = torch.arange(text.longest, device=owner.device) < lengths[:, None]
         for block in self.blocks:
-            words = block(words, owner.long() * text.longest + position, mask)
+            words = block(words, owner.long() * text.longest + place, present)
         summed = text.states.new_zeros(len(lengths), text.states.shape[1])
         mean = summed.index_add(0, owner, text.states) / lengths.clamp(min=1)[:, None]
         return words, self.summary(mean.to(text.states.dtype))
 
 
-def _centred(length: int, reference: int, device: torch.device | None) -> Tensor:
-    """Coordinates (length,) of an axis centred on the reference axis 0 … reference − 1."""
-    return torch.arange(length, device=device) + (reference - length) / 2
+def _centred(length: int, base: int, device: torch.device | None) -> Tensor:
+    """(length,) coordinates of an axis whose centre is that of an axis from 0 to base − 1."""
+    return torch.arange(length, device=device) + (base - length) / 2
 
 
 def pos_embed_2d_sincos(
     rows: int,
     columns: int,
     channels: int,
-    reference_grid: tuple[int, int] | None = None,
+    base: tuple[int, int] | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Compute fixed 2-D sine-cosine position embeddings of unit variance.
+    """(rows·columns, channels) fixed sines and cosines of each token's place, of unit variance.
 
-    Periods run from two tokens to twice the grid's side, so that neighbours differ clearly on a
-    grid of any size.
-
-    Args:
-        rows: Tokens down.
-        columns: Tokens across.
-        channels: D, divisible by 4.
-        reference_grid: (rows, columns) that sets the periods; the grid is centred on it at the same
-            scale. Defaults to the grid itself.
-        device: Of the result.
-
-    Returns:
-        fp32 (rows · columns, D).
+    The periods run from two tokens to twice the grid's side, so that neighbours differ clearly on
+    a grid of any size (learned places start too small to be noticed on a small budget). `base` is
+    the (rows, columns) of the grid that decides them: another lies with its centre on that one's,
+    its tokens as far apart, so that a place means the same in both.
     """
     quarter = channels // 4
     assert channels % 4 == 0
-    reference_grid = reference_grid or (rows, columns)
+    base = base or (rows, columns)
 
-    def axis(length: int, reference: int) -> Tensor:
-        # Frequencies from π / (2 · reference) to π / 2, log-spaced.
+    def axis(length: int, base: int) -> Tensor:
+        # From π / (2·base) to π / 2, evenly spaced in their logarithm.
         share = 1 - torch.arange(quarter, device=device) / max(1, quarter - 1)
-        frequencies = math.pi / 2 * reference**-share
-        angles = _centred(length, reference, device)[:, None] * frequencies
+        frequencies = math.pi / 2 * base**-share
+        angles = _centred(length, base, device)[:, None] * frequencies
         return math.sqrt(2) * torch.cat((angles.sin(), angles.cos()), -1)
 
-    down = axis(rows, reference_grid[0])[:, None].expand(rows, columns, -1)
-    across = axis(columns, reference_grid[1])[None].expand(rows, columns, -1)
+    down = axis(rows, base[0])[:, None].expand(rows, columns, -1)
+    across = axis(columns, base[1])[None].expand(rows, columns, -1)
     return torch.cat((down, across), -1).reshape(rows * columns, channels)
 
 
@@ -146,24 +137,18 @@ def rope_angles(
     rows: int,
     columns: int,
     head_size: int,
-    reference_grid: tuple[int, int] | None = None,
+    base: tuple[int, int] | None = None,
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute 2-D RoPE angles: half of the channel pairs rotate with the row, half with the column.
+    """cos and sin, each (rows·columns, head size / 2): half of the pairs turn with the row.
 
-    Source: RoFormer (arXiv 2104.09864), on two axes. Arguments as in `pos_embed_2d_sincos`.
-
-    Returns:
-        cos and sin, fp32 (rows · columns, head_size / 2) each.
+    `base` as in `pos_embed_2d_sincos`.
     """
     quarter = head_size // 4
     assert head_size % 4 == 0
-    reference_grid = reference_grid or (rows, columns)
+    base = base or (rows, columns)
     frequencies = 100.0 ** -(torch.arange(quarter, device=device) / quarter)
-    row, column = (
-        _centred(rows, reference_grid[0], device),
-        _centred(columns, reference_grid[1], device),
-    )
+    row, column = _centred(rows, base[0], device), _centred(columns, base[1], device)
     down = row[:, None, None].expand(rows, columns, 1) * frequencies
     across = column[None, :, None].expand(rows, columns, 1) * frequencies
     angles = torch.cat((down, across), -1).reshape(rows * columns, head_size // 2)

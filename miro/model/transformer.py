@@ -1,16 +1,17 @@
-"""The flow transformer: latent patches in, velocity out; rewards and time enter by adaLN."""
+"""The flow transformer: image patches in, velocity out; rewards and time enter by modulation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from miro.model.blocks import ATTENTION, Block, BlockContext, Modulation
+from miro.model.blocks import Block
 from miro.model.embeddings import (
     RewardTable,
     TextEmbedding,
@@ -19,11 +20,12 @@ from miro.model.embeddings import (
     rope_angles,
 )
 from miro.model.packed_text import PackedText
+from miro_kernels import reward_adaln
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of the network; independent of the rewards a run is conditioned on."""
+    """The shape of the network. Nothing in it depends on the rewards a run trains on."""
 
     channels: int
     depth: int
@@ -33,7 +35,7 @@ class ModelConfig:
     patch: int
     """Side of a patch, in latent pixels."""
     text_depth: int = 1
-    """Transformer blocks over the text states, before they become keys and values of the image."""
+    """Blocks in which the words of a text read one another, before the image reads them."""
 
     def __post_init__(self) -> None:
         least = {"channels": 1, "depth": 1, "heads": 1, "hidden": 1, "patch": 1, "text_depth": 0}
@@ -47,11 +49,7 @@ class ModelConfig:
             )
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of tokens of a latent.
-
-        Raises:
-            ValueError: The patch does not divide the latent.
-        """
+        """Rows and columns of tokens of a latent; ValueError where the patch does not divide it."""
         if height % self.patch or width % self.patch:
             raise ValueError(
                 f"model: patch={self.patch} does not divide latents of {height}x{width}"
@@ -60,61 +58,73 @@ class ModelConfig:
 
 
 class ContextKV(NamedTuple):
-    """Text of a batch, encoded once and used at every sampling step. T is the sum of the lengths."""
+    """What the network needs of a batch of texts: computed once, used at every step."""
 
     summary: Tensor  # (B, D)
-    null_summary: Tensor  # (1, D), the summary of an empty text
-    blocks: list[tuple[Tensor, Tensor]]  # (k, v) per block, each (T, heads, head size)
+    absent: Tensor  # (1, D), the summary of a text that is not there
+    blocks: list[tuple[Tensor, Tensor]]  # a block's keys and values, each (T, heads, head size)
     offsets: Tensor  # (B + 1,) int32
     longest: int
 
 
 class RewardCond(NamedTuple):
-    """Reward conditions of a batch: indices into `levels`, and a mask of the rewards in use."""
+    """Reward conditions of a batch: an index into `levels`, and whether the reward is known."""
 
     levels: Tensor  # (L,) in [0, 1]
     bins: Tensor  # (B, R) integers in [0, L)
     keep: Tensor  # (B, R) bool
 
 
-def _run_block(
-    block: Block, x: Tensor, h: Tensor, modulation: Modulation, context: BlockContext
+class _Sites(NamedTuple):
+    """What modulates all sites, by their kind: attention and output, or MLP. Gate, shift, scale."""
+
+    base: Sequence[Tensor]  # of each kind (B, 3, D)
+    table: Sequence[Tensor]  # of each kind (R, L, 3, D)
+    bins: Tensor  # (B, R)
+    keep: Tensor  # (B, R)
+
+
+def _norm(
+    sites: _Sites, kind: int, offset: Tensor, x: Tensor, branch: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return block(x, h, modulation, context)
+    """The residual stream with the branch before it, and normed for the branch behind."""
+    base, table = sites.base[kind], sites.table[kind]
+    if branch is None:  # Then there is no gate.
+        base, offset, table = base[:, 1:], offset[1:], table[:, :, 1:]
+    out = reward_adaln(x, base, offset, table, sites.bins, sites.keep, branch=branch)
+    return out if isinstance(out, tuple) else (x, out)
 
 
-def _run_checkpointed(
-    block: Block, x: Tensor, h: Tensor, modulation: Modulation, context: BlockContext
+def _through(
+    block: Block,
+    sites: _Sites,
+    offsets: tuple[Tensor, Tensor],
+    rope: tuple[Tensor, Tensor],
+    keys: tuple[Tensor, Tensor],
+    text_offsets: Tensor,
+    longest: int,
+    x: Tensor,
+    h: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    if not torch.is_grad_enabled():
-        return block(x, h, modulation, context)
-    return cast(
-        "tuple[Tensor, Tensor]",
-        checkpoint(_run_block, block, x, h, modulation, context, use_reentrant=False),
-    )
+    """The residual stream and what is normed of it, from the entry of a block to its end."""
+    branch = block.attention(h, rope, keys, text_offsets, longest)
+    x, h = _norm(sites, 1, offsets[0], x, branch)
+    return _norm(sites, 0, offsets[1], x, block.mlp(h))
 
 
-# Dynamo traces the function once and reuses the graph for every block (invoke_subgraph).
-_run_region = cast("Callable[..., Any]", torch.compiler.nested_compile_region(_run_block))
+_one_for_all = cast("Callable[..., Any]", torch.compiler.nested_compile_region(_through))
 
 
 class FlowTransformer(nn.Module):
-    """Predict velocity (or the sample) from a noisy latent, a time, reward conditions and text.
+    """x_t (B, C, H, W), t (B,), rewards and text to the raw prediction (B, C, H, W).
 
-    Patches, 2-D sin-cos positions, blocks with 2-D RoPE, QK-norm and SwiGLU, and adaLN modulation:
-    gate, shift and scale of every norm are the sum of a part shared by all blocks, of the reward
-    tables, and of the block's own offset (PixArt-α's adaLN-single, arXiv 2310.00426, with rewards
-    added). Latents of another height and width than `latent_shape` are taken where the patch
-    divides them: their centre coincides with the reference grid's, at the same scale.
+    `latent_shape` is the grid it keeps the pos_embed of. Latents of any other height and width that
+    the patch divides are taken too: their centre lies on that grid's, at the same scale.
 
-    Args:
-        config: width, depth and so on.
-        latent_shape: (C, H, W) of the reference grid.
-        text_channels: width of the frozen text encoder's states.
-        rewards: number of reward slots R.
-        activation_checkpointing: store only the input of each block and recompute the rest in
-            backward.
-        regional_compile: under torch.compile, compile one block and reuse it for all.
+    A site is a place where the residual stream is normed: the entry of each attention, the entry
+    of each MLP, and the output. Its modulation (gate of the branch before it, shift, scale) is the
+    sum of a part shared by all sites of its kind, from time and text, of the rewards' table, and of
+    the site's own offset (PixArt-α's adaLN-single, arXiv 2310.00426, with rewards added).
     """
 
     def __init__(
@@ -123,21 +133,15 @@ class FlowTransformer(nn.Module):
         latent_shape: tuple[int, int, int],
         text_channels: int,
         rewards: int,
-        *,
-        activation_checkpointing: bool = False,
-        regional_compile: bool = False,
     ) -> None:
         super().__init__()
         channels, *_ = latent_shape
         side, dim = config.patch, config.channels
         self.config, self.latent_shape = config, latent_shape
-        self.activation_checkpointing = activation_checkpointing
-        self.regional_compile = regional_compile
-        self.run_block: Callable[..., Any] = _run_block
-        if activation_checkpointing:
-            self.run_block = _run_checkpointed
-        elif regional_compile:
-            self.run_block = _run_region
+        self.activation_checkpointing = (
+            False  # Whether backward computes the blocks again, to save memory.
+        )
+        self.regional_compile = False  # Whether torch.compile translates one block for all.
         rows, columns = config.grid(*latent_shape[1:])
         self.patches = nn.Linear(channels * side * side, dim)
         cos, sin = rope_angles(rows, columns, dim // config.heads)
@@ -147,7 +151,7 @@ class FlowTransformer(nn.Module):
         self.text = TextEmbedding(
             text_channels, dim, config.text_depth, config.heads, config.hidden
         )
-        # Gate, shift and scale, for norms before attention (and the output) and before the MLP.
+        # Two kinds of sites (attention and output; MLP), each with gate, shift and scale.
         self.shared = nn.Linear(dim, 2 * 3 * dim)
         self.table = RewardTable(rewards, outputs=2 * 3 * dim)
         self.offsets = nn.Parameter(torch.zeros(2 * config.depth + 1, 3, dim))
@@ -160,7 +164,7 @@ class FlowTransformer(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def encode_context(self, text: PackedText) -> ContextKV:
-        """Project text states to the keys and values of every block, once for all steps."""
+        """Project the text states once; the result serves every step of a sampler."""
         states = text.states.to(self.patches.weight.dtype)
         words, summary = self.text(PackedText(states, text.offsets, text.longest))
         return ContextKV(
@@ -172,39 +176,42 @@ class FlowTransformer(nn.Module):
         )
 
     def forward(self, x_t: Tensor, t: Tensor, rewards: RewardCond, text: ContextKV) -> Tensor:
-        """Predict from x_t (B, C, H, W) and t (B,) in [0, 1]; returns fp32 (B, C, H, W)."""
         dtype = self.patches.weight.dtype
         height, width = x_t.shape[2:]
-        pos_embed, rope = self._positions(height, width)
+        pos_embed, rope = self._grid(height, width)
         x = self.patches(self._patchify(x_t.to(dtype))) + pos_embed.to(dtype)
         base = self.shared(nn.functional.silu(self.time(t) + text.summary))
         base = base.unflatten(-1, (2, 3, -1)).unbind(1)
         table = self.table(rewards.levels).unflatten(-1, (2, 3, -1)).unbind(2)
         offsets: Any = self.offsets
         if self.regional_compile:
-            # nested_compile_region refuses arguments that alias one another, as views do.
+            # No two arguments of a region may share memory.
             base, table, offsets = ([z.clone() for z in views] for views in (base, table, offsets))
-        modulation = Modulation(base, table, rewards.bins, rewards.keep)
-        x, h = modulation.norm(ATTENTION, offsets[0], x, None)
-        for index, (block, (k, v)) in enumerate(zip(self._blocks(), text.blocks, strict=True)):
+        sites = _Sites(base, table, rewards.bins, rewards.keep)
+        x, h = _norm(sites, 0, offsets[0], x, None)
+        through: Callable[..., Any] = _through
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            through = partial(checkpoint, _through, use_reentrant=False)
+        elif self.regional_compile:
+            through = _one_for_all
+        for index, (block, keys) in enumerate(zip(self._blocks(), text.blocks, strict=True)):
             own = offsets[2 * index + 1], offsets[2 * index + 2]
-            context = BlockContext(rope, k, v, text.offsets, text.longest)
-            x, h = self.run_block(block, x, h, modulation._replace(offsets=own), context)
+            x, h = through(block, sites, own, rope, keys, text.offsets, text.longest, x, h)
         return self._unpatchify(self.out(h), height, width).float()
 
     def _blocks(self) -> list[Block]:
         return cast("list[Block]", self.blocks)
 
-    def _positions(self, height: int, width: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Position embedding and RoPE (cos, sin) of a latent: the buffers, or computed anew."""
-        _, *reference = self.latent_shape
-        if height == reference[0] and width == reference[1]:
+    def _grid(self, height: int, width: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Places and angles of a latent's tokens: kept, or where they lie about those kept."""
+        _, *own = self.latent_shape
+        if height == own[0] and width == own[1]:
             return self.pos_embed, (self.cos, self.sin)
-        grid, reference_grid = self.config.grid(height, width), self.config.grid(*reference)
+        grid, base = self.config.grid(height, width), self.config.grid(*own)
         dim, device = self.config.channels, self.cos.device
         return (
-            pos_embed_2d_sincos(*grid, dim, reference_grid, device),
-            rope_angles(*grid, dim // self.config.heads, reference_grid, device),
+            pos_embed_2d_sincos(*grid, dim, base, device),
+            rope_angles(*grid, dim // self.config.heads, base, device),
         )
 
     def _patchify(self, x: Tensor) -> Tensor:

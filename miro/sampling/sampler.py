@@ -91,10 +91,10 @@ def _stack_text(keys: ContextKV, branches: Sequence[_Branch], batch: int, tokens
         ends.append(own + start)
         start += tokens if branch.captioned else 0
     summary = torch.cat(
-        [keys.summary if b.captioned else keys.null_summary.expand(batch, -1) for b in branches]
+        [keys.summary if b.captioned else keys.absent.expand(batch, -1) for b in branches]
     )
     blocks = [(k.repeat(copies, 1, 1), v.repeat(copies, 1, 1)) for k, v in keys.blocks]
-    return ContextKV(summary, keys.null_summary, blocks, torch.cat(ends), keys.longest)
+    return ContextKV(summary, keys.absent, blocks, torch.cat(ends), keys.longest)
 
 
 @torch.no_grad()

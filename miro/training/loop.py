@@ -250,18 +250,10 @@ def _engine(
     device: torch.device,
     ranks: DistEnv,
 ) -> Engine:
-    """Build the network and its engine; the seed gives every rank the same initial weights."""
+    """The engine of a new run; every rank begins with the same weights."""
     torch.manual_seed(seed_from(config.seed, "weights"))
-    model = FlowTransformer(
-        config.model,
-        dataset.latent_shape,
-        dataset.text_dim,
-        len(dataset.rewards),
-        activation_checkpointing=layout.activation_checkpointing,
-        regional_compile=config.compile and device.type == "cpu",
-    )
     return Engine(
-        model,
+        FlowTransformer(config.model, dataset.latent_shape, dataset.text_dim, len(dataset.rewards)),
         config.optimizer,
         layout,
         total_images=config.images,

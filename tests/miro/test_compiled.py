@@ -18,7 +18,7 @@ DEPTH, CHANNELS, HIDDEN, TOKENS = 4, 32, 96, 64
 def deep() -> FlowTransformer:
     torch.manual_seed(0)
     config = ModelConfig(CHANNELS, DEPTH, 2, HIDDEN, patch=2)
-    model = FlowTransformer(config, (2, 16, 16), TEXT, REWARDS, regional_compile=True)
+    model = FlowTransformer(config, (2, 16, 16), TEXT, REWARDS)
     with torch.no_grad():
         for param in model.parameters():
             param += 0.1 * torch.randn(param.shape)

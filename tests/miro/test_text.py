@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from miro.encoders.text import build_text_encoder
-from miro.model.packed_text import PackedText, empty_text, pack
+from miro.model.packed_text import PackedText, absent, pack
 
 LENGTHS = (3, 0, 5, 1)
 
@@ -48,7 +48,7 @@ def test_keep_makes_the_others_absent(texts):
 
 def test_cat_appends(texts):
     assert_texts(pack(texts).cat(pack(texts[2:])), [*texts, *texts[2:]])
-    assert_texts(pack(texts).cat(empty_text(2, 8)), [*texts, texts[1], texts[1]])
+    assert_texts(pack(texts).cat(absent(2, 8)), [*texts, texts[1], texts[1]])
 
 
 def test_to_changes_the_states_and_not_the_offsets(texts):
