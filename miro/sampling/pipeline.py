@@ -164,7 +164,7 @@ class Pipeline:
             noise = draw_noise(shape or self.shape(), seed, numbers[part]).to(device)
             text = self.read(prompts[part]).to(device)
             latents = sample(
-                self.model, self.config.flow, text, guidance, noise, steps=steps, limit=limit
+                self.model, self.config.flow, text, guidance, noise, steps=steps, clip_range=limit
             )
             pictures.append(self.codec.decode(latents).cpu())
         return torch.cat(pictures)

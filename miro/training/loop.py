@@ -252,7 +252,14 @@ def _engine(
     """The engine of a new run; every rank begins with the same weights."""
     torch.manual_seed(seed_from(config.seed, "weights"))
     return Engine(
-        FlowTransformer(config.model, dataset.latent_shape, dataset.text_dim, len(dataset.rewards)),
+        FlowTransformer(
+            config.model,
+            dataset.latent_shape,
+            dataset.text_dim,
+            len(dataset.rewards),
+            regional_compile=config.compile and device.type == "cpu",
+            activation_checkpointing=layout.activation_checkpointing,
+        ),
         config.optimizer,
         layout,
         total_images=config.images,

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from miro.flow import (
-    SMALLEST_TIME,
+    MIN_TIMESTEP,
     FlowConfig,
     add_noise,
     euler_step,
-    euler_times,
+    euler_timesteps,
     sample_timesteps,
     velocity,
     velocity_errors,
@@ -42,7 +42,7 @@ def test_the_path_begins_at_the_data_and_ends_at_the_noise(draw: Draw) -> None:
 @pytest.mark.parametrize("config", [VELOCITY, SAMPLE], ids=lambda c: c.prediction_type)
 def test_a_perfect_prediction_is_the_velocity_of_the_path(draw: Draw, config: FlowConfig) -> None:
     x, noise = draw(5, 2, 4, 4), draw(5, 2, 4, 4)
-    t = torch.tensor([SMALLEST_TIME, 0.2, 0.5, 0.9, 1.0], dtype=torch.float64)
+    t = torch.tensor([MIN_TIMESTEP, 0.2, 0.5, 0.9, 1.0], dtype=torch.float64)
 
     v = velocity(config, perfect(config, x, noise), add_noise(x, noise, t), t)
 
@@ -57,22 +57,22 @@ def test_a_predicted_samples_velocity_does_not_explode_near_the_data(draw: Draw)
 
     v = velocity(SAMPLE, x + 0.01, add_noise(x, noise, t), t)
 
-    assert v.abs().max() < 0.011 / SMALLEST_TIME
+    assert v.abs().max() < 0.011 / MIN_TIMESTEP
 
 
 @pytest.mark.parametrize("config", [VELOCITY, SAMPLE], ids=lambda c: c.prediction_type)
 @pytest.mark.parametrize("steps", [1, 2, 7, 20])
-@pytest.mark.parametrize("limit", [None, 4.0])
+@pytest.mark.parametrize("clip_range", [None, 4.0])
 def test_euler_with_the_exact_velocity_lands_on_the_data(
-    draw: Draw, config: FlowConfig, steps: int, limit: float | None
+    draw: Draw, config: FlowConfig, steps: int, clip_range: float | None
 ) -> None:
     x, noise = draw(2, 3, 4, 4).clamp(-2, 2), draw(2, 3, 4, 4)
-    times = euler_times(steps).double()
+    times = euler_timesteps(steps).double()
 
     x_t = noise
     for t, t_next in zip(times[:-1], times[1:], strict=True):
         v = velocity(config, perfect(config, x, noise), x_t, t.expand(2))
-        x_t = euler_step(x_t, v, t, t_next, limit)
+        x_t = euler_step(x_t, v, t, t_next, clip_range)
         torch.testing.assert_close(x_t, add_noise(x, noise, t_next.expand(2)))
 
     torch.testing.assert_close(x_t, x, rtol=1e-6, atol=1e-6)
@@ -89,7 +89,7 @@ def test_a_limit_clamps_the_data_a_step_points_at(draw: Draw) -> None:
 
 
 def test_the_sampling_times_run_evenly_from_noise_to_data() -> None:
-    torch.testing.assert_close(euler_times(4), torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0]))
+    torch.testing.assert_close(euler_timesteps(4), torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0]))
 
 
 def test_the_loss_is_the_mean_squared_velocity_error_of_each_sample(draw: Draw) -> None:
@@ -111,7 +111,7 @@ def test_below_the_cap_errors_of_a_predicted_sample_weigh_alike(draw: Draw, t: f
         torch.tensor([t]).double(),
     )
     # The prediction whose velocity is exact, and one that is off by `wrong`.
-    exact = add_noise(x, noise, times) - max(t, SMALLEST_TIME) * (noise - x)
+    exact = add_noise(x, noise, times) - max(t, MIN_TIMESTEP) * (noise - x)
 
     errors = velocity_errors(config, exact + wrong, x, noise, times)
 

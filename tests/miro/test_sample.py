@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from miro.conditioning import ConditioningConfig, RewardTarget
-from miro.flow import FlowConfig, euler_times, velocity
+from miro.flow import FlowConfig, euler_timesteps, velocity
 from miro.model.packed_text import PackedText, absent, pack
 from miro.model.transformer import FlowTransformer, ModelConfig, RewardCond
 from miro.prepare.encode import EncodeConfig, encode
@@ -57,7 +57,7 @@ def asked(target: RewardTarget, batch: int = 3) -> RewardCond:
 
 def by_hand(model: FlowTransformer, text: PackedText, guidance: Guidance, steps: int) -> Tensor:
     """Equation 3 and text guidance, each branch a call of its own."""
-    x, times = NOISE, euler_times(steps)
+    x, times = NOISE, euler_timesteps(steps)
     keys, none = model.encode_context(text), model.encode_context(absent(3, TEXT))
     for t, t_next in zip(times[:-1], times[1:], strict=True):
         now = t.expand(3)
@@ -156,7 +156,7 @@ def test_a_network_that_knows_the_data_is_led_to_it(
 
     for limit in (None, 1.0):
         out = sample(
-            model, FLOW, text, Guidance(HIGH), NOISE, steps=steps, limit=limit, network=knows
+            model, FLOW, text, Guidance(HIGH), NOISE, steps=steps, clip_range=limit, network=knows
         )
         torch.testing.assert_close(out, data, rtol=1e-5, atol=1e-5)
     assert calls[:steps] == pytest.approx([1 - n / steps for n in range(steps)])
@@ -166,7 +166,7 @@ def test_a_limit_keeps_the_picture_in_range(model: FlowTransformer, text: Packed
     guidance = Guidance(HIGH, LOW, 30.0)
 
     free = sample(model, FLOW, text, guidance, NOISE, steps=3)
-    held = sample(model, FLOW, text, guidance, NOISE, steps=3, limit=1.0)
+    held = sample(model, FLOW, text, guidance, NOISE, steps=3, clip_range=1.0)
 
     assert free.abs().max() > 1 and held.abs().max() <= 1
 
