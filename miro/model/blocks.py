@@ -27,8 +27,8 @@ class Modulation(NamedTuple):
         (gate, shift, scale)[b] = shared[b] + offset + Σ_r keep[b, r] · table[r, bins[b, r]]
 
     `shared` comes from time and text, `offset` is this adaLN's own parameter, `table` holds what
-    reward r adds at each quantile level: adaLN-single (PixArt-α, arXiv 2310.00426, section 2.3)
-    with rewards added. The sum is never materialized.
+    reward r adds at each quantile level: adaLN-single (PixArt-α, arXiv 2310.00426) with
+    rewards added. The sum is never materialized.
     """
 
     shared: Tensor  # (B, 3, D)

@@ -102,7 +102,7 @@ def train(
         scores,
         dataset.rewards,
         config.conditioning.bins,
-        config.conditioning.bin_law,
+        config.conditioning.binning,
         optional=[n for n, told in zip(dataset.rewards, trained.tolist(), strict=True) if not told],
     )
     visits = BatchBuilder(config, dataset, trained, scores, bins)
@@ -124,7 +124,7 @@ def train(
     )
     with use_backend(config.kernels), ExitStack() as stack:
         backend.ready(device)
-        _prewarm(config, dataset, layout, len(bins.levels()), device)
+        _prewarm(config, dataset, layout, len(bins.quantile_levels()), device)
         join(config.device)
 
         def open_run() -> None:

@@ -18,9 +18,7 @@ DEPTH, CHANNELS, HIDDEN, TOKENS = 4, 32, 96, 64
 def deep(regional_compile: bool = False) -> FlowTransformer:
     torch.manual_seed(0)
     config = ModelConfig(CHANNELS, DEPTH, 2, HIDDEN, patch=2)
-    model = FlowTransformer(
-        config, (2, 16, 16), TEXT, REWARDS, regional_compile=regional_compile
-    )
+    model = FlowTransformer(config, (2, 16, 16), TEXT, REWARDS, regional_compile=regional_compile)
     with torch.no_grad():
         for param in model.parameters():
             param += 0.1 * torch.randn(param.shape)

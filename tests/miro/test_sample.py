@@ -12,7 +12,7 @@ from torch import Tensor
 
 from miro.conditioning import ConditioningConfig, RewardTarget
 from miro.flow import FlowConfig, euler_timesteps, velocity
-from miro.model.packed_text import PackedText, absent, pack
+from miro.model.packed_text import PackedText, empty_text, pack
 from miro.model.transformer import FlowTransformer, ModelConfig, RewardCond
 from miro.prepare.encode import EncodeConfig, encode
 from miro.sampling.pipeline import Pipeline, to_bytes
@@ -58,7 +58,7 @@ def asked(target: RewardTarget, batch: int = 3) -> RewardCond:
 def by_hand(model: FlowTransformer, text: PackedText, guidance: Guidance, steps: int) -> Tensor:
     """Equation 3 and text guidance, each branch a call of its own."""
     x, times = NOISE, euler_timesteps(steps)
-    keys, none = model.encode_context(text), model.encode_context(absent(3, TEXT))
+    keys, none = model.encode_context(text), model.encode_context(empty_text(3, TEXT))
     for t, t_next in zip(times[:-1], times[1:], strict=True):
         now = t.expand(3)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from miro.encoders.text import build_text_encoder
-from miro.model.packed_text import PackedText, absent, pack
+from miro.model.packed_text import PackedText, pack
 
 LENGTHS = (3, 0, 5, 1)
 
@@ -23,7 +23,8 @@ def assert_texts(packed: PackedText, expected: list[torch.Tensor]) -> None:
     assert packed.longest == max((len(text) for text in expected), default=0)
     assert packed.offsets[-1] == len(packed.states)
     for index, text in enumerate(expected):
-        assert torch.equal(packed.text(index), text)
+        start, stop = packed.offsets[index : index + 2].tolist()
+        assert torch.equal(packed.states[start:stop], text)
 
 
 def test_pack_lays_texts_end_to_end_and_keeps_the_absent_one(texts):
@@ -32,23 +33,9 @@ def test_pack_lays_texts_end_to_end_and_keeps_the_absent_one(texts):
     assert_texts(packed, texts)
 
 
-def test_select_takes_texts_in_any_order_and_more_than_once(texts):
-    chosen = [2, 1, 2, 0]
-    assert_texts(pack(texts).select(torch.tensor(chosen)), [texts[i] for i in chosen])
-
-
-def test_select_of_nothing_is_no_text(texts):
-    assert_texts(pack(texts).select(torch.tensor([], dtype=torch.long)), [])
-
-
 def test_keep_makes_the_others_absent(texts):
     kept = pack(texts).keep(torch.tensor([True, True, False, True]))
     assert_texts(kept, [texts[0], texts[1], texts[2][:0], texts[3]])
-
-
-def test_cat_appends(texts):
-    assert_texts(pack(texts).cat(pack(texts[2:])), [*texts, *texts[2:]])
-    assert_texts(pack(texts).cat(absent(2, 8)), [*texts, texts[1], texts[1]])
 
 
 def test_to_changes_the_states_and_not_the_offsets(texts):
