@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from miro.evaluate.measure import crossing_factor
+from miro.evaluate.measure import data_efficiency
 from miro.rewards.base import Reward
 from miro.rewards.registry import build_reward
 from miro.sampling.pipeline import Pipeline
@@ -99,7 +99,7 @@ def write_results(
     results = {
         "crossing_factor": {
             name: {
-                metric: crossing_factor(
+                metric: data_efficiency(
                     marks, curves[name]["baseline"][metric], curve, curves["start"]
                 )
                 for metric, curve in curves[name]["miro"].items()

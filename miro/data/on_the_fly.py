@@ -56,7 +56,7 @@ class OnTheFlyDataset(EncodedDataset):
         self._live, self.folder = live, folder
         self.index = ShardIndex(folder, manifest)
         # The first picture stands for all.
-        image = live.encoders.encoding.fit(self._images([0])[0])
+        image = live.encoders.encoding.center_crop(self._images([0])[0])
         record = live.encoders.record(live.encoders.encoding, image)
         self._open(folder, manifest, rewards, self.index, record)
 
@@ -67,7 +67,7 @@ class OnTheFlyDataset(EncodedDataset):
         """
         shape = self.shapes[self.shape_of[samples[0]]]
         encoders = self._live.encoders
-        pictures = encoders.encoding.fit_all(self._images(samples))
+        pictures = encoders.encoding.center_crop_all(self._images(samples))
         if mirrored is not None:
             pictures = [p.flip(2) if m else p for p, m in zip(pictures, mirrored, strict=True)]
         for sample, picture in zip(samples, pictures, strict=True):

@@ -9,7 +9,6 @@ text (arXiv 2207.12598), optional and separate. All branches are evaluated as on
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,8 +20,6 @@ from miro.flow import FlowConfig, euler_step, euler_timesteps, velocity
 from miro.model.packed_text import PackedText
 from miro.model.transformer import ContextKV, FlowTransformer, RewardCond
 from miro.utils.rng import generator_from
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

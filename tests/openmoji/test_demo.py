@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from openmoji.demo import MODELS, DemoConfig, run_demo
 
-from miro.evaluate.measure import crossing_factor
+from miro.evaluate.measure import data_efficiency
 
 
 @pytest.fixture(scope="module")
@@ -86,5 +86,5 @@ def test_another_demo_in_the_same_folder_is_refused(folder: Path):
 )
 def test_the_crossing_factor_is_of_staying_above(curve: list[float], factor: float | None):
     marks, baseline = [50, 100, 200, 400], [0.1, 0.2, 0.4, 0.5]
-    found = crossing_factor(marks, baseline, curve, start=100)
+    found = data_efficiency(marks, baseline, curve, start=100)
     assert found == (None if factor is None else pytest.approx(factor))
