@@ -1,16 +1,15 @@
-"""From raw reward scores to what the network is told: bins, unknown scores, dropout and targets.
+"""Reward conditioning: raw scores to bins and quantile levels, dropout, and inference targets.
 
-A reward is fed as its rank among the data: K equal-population bins, bin k as the level k / (K − 1)
-(MIRO, arXiv 2510.25897, section 3). A score that is missing or NaN is "not known", which is what
-reward dropout makes of known ones too, so one network serves with any subset of rewards, and with
-none as its own baseline.
+A score s_r is fed as its quantile level: K equal-population bins per reward, bin k as k / (K − 1)
+(MIRO, arXiv 2510.25897, section 3). A missing or NaN score and a dropped one are masked alike, so
+one network samples with any subset of the rewards, and with none is its own baseline.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -23,22 +22,22 @@ from miro.utils.serialize import unknown_name
 
 @dataclass(frozen=True)
 class ConditioningConfig:
-    """Which rewards a run trains on, how they are binned, and how often each is withheld."""
+    """Rewards to condition on, their binning, and dropout rates."""
 
     rewards: tuple[str, ...] | None = None
-    """The rewards the network is told. None: all it has a place for; none at all: the baseline."""
+    """The rewards the network is conditioned on. None: all of `reward_slots`; (): the baseline."""
     reward_slots: tuple[str, ...] | None = None
-    """The rewards the network has a place for, told or not, so that runs of different `rewards`
-    build the same network. None: all the data has. What the data does not have is not known."""
+    """The rewards the network has parameters for, so that runs that differ in `rewards` share one
+    architecture. None: all of the dataset's. A slot the dataset has no scores for is masked."""
     bins: int = 64
-    bin_law: Literal["population", "width"] = "population"
-    """`population`: as many samples in each bin; `width`: bins of equal width."""
+    binning: Literal["quantile", "equal_width"] = "quantile"
+    """`quantile`: bins of equal population (the paper's choice); `equal_width`: of equal width."""
     drop_one: float = 0.0
-    """Probability that a reward is withheld, independently of the others."""
+    """Probability of dropping a reward, independently of the others."""
     drop_all: float = 0.1
-    """Probability that all rewards of a sample are withheld together."""
+    """Probability of dropping all rewards of a sample together."""
     drop_text: float = 0.1
-    """Probability that a sample's caption is withheld: it makes text guidance possible."""
+    """Probability of dropping a sample's caption, which makes text guidance possible."""
 
     def __post_init__(self) -> None:
         if self.bins < 2:
@@ -52,22 +51,23 @@ class ConditioningConfig:
 
 @dataclass(frozen=True)
 class Bins:
-    """The inner bin edges of each reward, fitted once over all scores; saved as bins.json.
+    """Bin edges of each reward, fitted once on the dataset's scores and saved as bins.json.
 
-    A score falls into bin k when k edges are at or below it, so scores beyond those the edges were
-    fitted on fall into the first or last bin. Equal scores always share a bin; a constant reward
-    puts all its scores in one.
+    A score is in bin k if k edges are at or below it. Scores outside the fitted range are thus in
+    the first or last bin, and equal scores share one.
     """
 
     edges: Mapping[str, tuple[float, ...]]
+    """The K − 1 inner edges of each reward, ascending."""
 
     @property
     def rewards(self) -> tuple[str, ...]:
+        """Reward names, in the order of the score columns."""
         return tuple(self.edges)
 
     @property
     def count(self) -> int:
-        """Bins of a reward, the same for all."""
+        """Bins per reward (K)."""
         return len(next(iter(self.edges.values()))) + 1 if self.edges else 2
 
     @classmethod
@@ -76,36 +76,45 @@ class Bins:
         scores: np.ndarray,
         rewards: Sequence[str],
         count: int,
-        law: str = "population",
+        binning: str = "quantile",
         optional: Collection[str] = (),
     ) -> Bins:
-        """Fit to raw scores (rows, R); NaN rows of a reward are left out of its fit.
+        """Fit the edges.
+
+        Args:
+            scores: (rows, R) raw scores; non-finite ones are left out.
+            rewards: names of the R columns.
+            count: bins per reward.
+            binning: as `ConditioningConfig.binning`.
+            optional: rewards that may have no score at all.
 
         Raises:
-            ValueError: a reward that is not `optional` has no known score at all.
+            ValueError: a reward that is not `optional` has no finite score.
         """
         edges = {}
         for name, column in zip(rewards, scores.T, strict=True):
             known = np.sort(column[np.isfinite(column)])
             if not len(known) and name in optional:
-                known = np.zeros(1)  # any edges will do: there is nothing to put between them
+                known = np.zeros(1)  # arbitrary edges: no score will be binned
             if not len(known):
                 raise ValueError(
                     f"reward {name!r} has no known score in the data; annotate it, or leave it out "
                     "with conditioning.rewards"
                 )
-            if law == "width":
+            if binning == "equal_width":
                 inner = np.linspace(known[0], known[-1], count + 1)[1:-1]
             else:
-                # The first score of each bin is its lower edge: exact to one sample a bin.
+                # The lower edge of a bin is its first score, so populations differ by at most 1.
                 inner = known[np.arange(1, count) * len(known) // count]
             edges[name] = tuple(float(edge) for edge in inner)
         return cls(edges)
 
     def assign(self, scores: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Raw scores (rows, R) to bins (rows, R) uint8-sized int64 and which are known, bool.
+        """Bin raw scores (rows, R).
 
-        The bin of an unknown score is 0 and means nothing.
+        Returns:
+            (rows, R) int64 bins, 0 where the score is not finite, and (rows, R) bool, whether it is
+            finite.
         """
         known = np.isfinite(scores)
         bins = np.zeros(scores.shape, np.int64)
@@ -116,16 +125,21 @@ class Bins:
         bins[~known] = 0
         return torch.from_numpy(bins), torch.from_numpy(known)
 
-    def levels(self) -> Tensor:
-        """(K,) the level each bin is fed as: k / (K − 1)."""
+    def quantile_levels(self) -> Tensor:
+        """(K,) quantile level of each bin: k / (K − 1)."""
         return torch.arange(self.count) / (self.count - 1)
 
     def to_json(self) -> str:
+        """The contents of bins.json."""
         return json.dumps({"version": 1, "edges": {k: list(v) for k, v in self.edges.items()}})
 
     @classmethod
     def from_json(cls, text: str, source: Path | str) -> Bins:
-        """Raises ValueError naming `source` where the text is not what to_json writes."""
+        """Parse the contents of bins.json.
+
+        Raises:
+            ValueError: not what `to_json` writes; the message names `source`.
+        """
         try:
             record = json.loads(text)
             if record["version"] != 1:
@@ -134,17 +148,17 @@ class Bins:
             if len({len(inner) for inner in edges.values()}) > 1:
                 raise ValueError("its rewards have different numbers of bins")
             if any(list(inner) != sorted(inner) for inner in edges.values()):
-                raise ValueError("its edges do not rise")
+                raise ValueError("its edges are not ascending")
             return cls(edges)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{source} is not a bins file of this version: {error}") from error
 
 
 def conditioned_rewards(config: ConditioningConfig, available: Sequence[str]) -> Tensor:
-    """(R,) bool: which of the data's rewards the run is told.
+    """(R,) bool mask over `available`: the rewards that the run conditions on.
 
     Raises:
-        ValueError: the configuration names a reward the data does not have.
+        ValueError: the configuration names a reward that is not available.
     """
     names = tuple(available) if config.rewards is None else config.rewards
     for name in names:
@@ -154,40 +168,48 @@ def conditioned_rewards(config: ConditioningConfig, available: Sequence[str]) ->
 
 
 def keep_rewards(
-    config: ConditioningConfig, known: Tensor, trained: Tensor, uniform: Tensor
+    config: ConditioningConfig, known: Tensor, active: Tensor, uniform: Tensor
 ) -> Tensor:
-    """(B, R) bool: the rewards each sample of a training batch is told, after dropout.
+    """Reward dropout.
 
-    uniform: (B, R + 1) numbers in [0, 1), one for each reward and one for all together.
+    Args:
+        config: dropout rates.
+        known: (B, R) bool, whether a score is finite.
+        active: (R,) bool, from `conditioned_rewards`.
+        uniform: (B, R + 1) numbers in [0, 1): one per reward, then one for all of them together.
+
+    Returns:
+        (B, R) bool mask of the rewards that condition each sample.
     """
-    alone, together = uniform[:, :-1] >= config.drop_one, uniform[:, -1:] >= config.drop_all
-    return known & trained & alone & together
+    keep_one, keep_all = uniform[:, :-1] >= config.drop_one, uniform[:, -1:] >= config.drop_all
+    return known & active & keep_one & keep_all
 
 
 def keep_text(config: ConditioningConfig, uniform: Tensor) -> Tensor:
-    """(B,) bool: the samples of a training batch that keep their caption, from (B,) in [0, 1)."""
+    """Text dropout: (B,) bool mask of the samples that keep their caption; uniform (B,)."""
     return uniform >= config.drop_text
 
 
 @dataclass(frozen=True)
 class RewardTarget:
-    """Levels asked for at inference: one in [0, 1] a reward, or None where nothing is asked."""
+    """Reward conditions at inference: s⁺ or s⁻ of equation 3 (arXiv 2510.25897)."""
 
     levels: tuple[float | None, ...]
+    """A quantile level in [0, 1] per reward; None leaves the reward unconditioned."""
 
     @classmethod
-    def of(
-        cls, rewards: Sequence[str], wanted: Mapping[str, float | None], default: float | None
+    def from_dict(
+        cls, rewards: Sequence[str], levels: Mapping[str, float | None], default: float | None
     ) -> RewardTarget:
-        """`default` for every reward, but what `wanted` says for those it names.
+        """A target with `levels` by reward name, and `default` for the others.
 
         Raises:
             ValueError: an unknown reward, or a level outside 0 to 1.
         """
-        for name in wanted:
+        for name in levels:
             if name not in rewards:
                 raise unknown_name("reward of this model", name, rewards)
-        levels = {name: wanted.get(name, default) for name in rewards}
+        levels = {name: levels.get(name, default) for name in rewards}
         for name, level in levels.items():
             if level is not None and not 0 <= level <= 1:
                 raise ValueError(
@@ -195,16 +217,3 @@ class RewardTarget:
                     f"got {level}"
                 )
         return cls(tuple(levels.values()))
-
-    def mix(self, other: RewardTarget, share: float) -> RewardTarget:
-        """The target a `share` of the way to `other`; both must ask for the same rewards."""
-        if not 0 <= share <= 1:
-            raise ValueError(f"the share of a mix must be from 0 to 1, got {share}")
-        pairs = zip(self.levels, other.levels, strict=True)
-        return replace(self, levels=tuple(_mix(a, b, share) for a, b in pairs))
-
-
-def _mix(a: float | None, b: float | None, share: float) -> float | None:
-    if (a is None) != (b is None):
-        raise ValueError("two targets can be mixed only where both ask for the same rewards")
-    return None if a is None or b is None else a + share * (b - a)

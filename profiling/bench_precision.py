@@ -70,7 +70,9 @@ def step(engine: Engine, config: TrainConfig, number: int) -> float:
 
 def make(config: TrainConfig, precision: Any, compiled: bool) -> Engine:
     torch.manual_seed(0)
-    model = FlowTransformer(config.model, LATENTS, TEXT_CHANNELS, REWARDS)
+    model = FlowTransformer(
+        config.model, LATENTS, TEXT_CHANNELS, REWARDS, regional_compile=compiled
+    )
     return Engine(
         model,
         config.optimizer,

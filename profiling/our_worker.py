@@ -39,7 +39,10 @@ class OurStep(Step):
         self.settings = settings
         self.config = preset("small")
         torch.manual_seed(0)
-        model = FlowTransformer(narrowed(settings["scale"]), LATENTS, TEXT_CHANNELS, REWARDS)
+        model = FlowTransformer(
+            narrowed(settings["scale"]), LATENTS, TEXT_CHANNELS, REWARDS,
+            regional_compile=settings["compiled"] and settings["device"] == "cpu",
+        )  # fmt: skip
         # As it comes, what lies behind the zero-initialised layers is multiplied by zeros.
         for param in model.parameters():
             if not param.any():

@@ -88,14 +88,14 @@ def sample(
         out: folder for the PNG files; RUN/samples if not given.
         device: where to compute.
     """
-    from miro.sampling.command import draw
+    from miro.sampling.command import sample_images
 
     negative = _levels(ask.negative, "--negative") if ask.negative or ask.reward_scale else None
-    written = draw(
+    written = sample_images(
         run,
         prompt,
-        wanted=_levels(ask.reward, "--reward"),
-        unwanted=negative,
+        positive=_levels(ask.reward, "--reward"),
+        negative=negative,
         reward_scale=ask.reward_scale,
         text_scale=ask.text_scale,
         steps=ask.steps,
@@ -135,8 +135,8 @@ def evaluate(
         rewards=rewards,
         prompts=prompts,
         count=count,
-        wanted=_levels(ask.reward, "--reward"),
-        unwanted=_levels(ask.negative, "--negative"),
+        positive=_levels(ask.reward, "--reward"),
+        negative=_levels(ask.negative, "--negative"),
         reward_scale=ask.reward_scale,
         text_scale=ask.text_scale,
         steps=ask.steps,

@@ -1,4 +1,4 @@
-"""How an image and its captions become what the network reads; the same stored or on the fly."""
+"""FrozenEncoders: images to latents and captions to text states, ahead of or during training."""
 
 from __future__ import annotations
 
@@ -22,15 +22,22 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class EncodingConfig:
-    """What images and captions are encoded by, and in which sizes."""
+    """Frozen encoders of images and captions, image sizes, and precision."""
 
-    latents: str = "pixels"  # or a folder or hub id of a diffusers AutoencoderKL
-    text: str = "minilm"  # or a folder or hub id of a transformers encoder, e.g. google/flan-t5-xl
-    size: int | None = None  # images are cropped and resized to size x size; None: as they are
-    buckets: tuple[str, ...] = ()  # aspects such as 1:1 4:3 3:4, of about size² pixels each
-    multiple: int = 16  # of which a bucket's sides are: the autoencoder's factor times the patch
-    max_tokens: int | None = None  # longer captions are cut; None: 256 or what the encoder takes
-    precision: Literal["fp32", "bf16"] = "fp32"  # of both encoders' weights and arithmetic
+    latents: str = "pixels"
+    """"pixels", or a folder or hub id of a diffusers AutoencoderKL."""
+    text: str = "minilm"
+    """"minilm", or a folder or hub id of a transformers encoder, such as google/flan-t5-xl."""
+    size: int | None = None
+    """Images are center-cropped and resized to size x size; None: left as they are."""
+    buckets: tuple[str, ...] = ()
+    """Aspect ratios such as 1:1 4:3 3:4, of about size² pixels each."""
+    multiple: int = 16
+    """Sides of a bucket are multiples of it: the autoencoder's factor times the patch."""
+    max_tokens: int | None = None
+    """Longer captions are truncated; None: 256, or the encoder's limit if that is less."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of both encoders' weights and arithmetic."""
 
     def __post_init__(self) -> None:
         for name in ("size", "multiple", "max_tokens"):
@@ -43,7 +50,7 @@ class EncodingConfig:
             self.bucket_sizes()
 
     def settings(self) -> dict[str, Any]:
-        """It as a manifest says it; max_tokens may be None, which the encoder decides."""
+        """The manifest's record of it; max_tokens is None where the encoder's limit decides."""
         several = {"buckets": list(self.buckets), "multiple": self.multiple}
         return {
             "latents": self.latents,
@@ -54,16 +61,17 @@ class EncodingConfig:
         } | (several if self.buckets else {})
 
     def diff(self, record: Mapping[str, Any]) -> list[str]:
-        """In what a manifest's encoding differs from this one, as `differences` says it."""
+        """Where a manifest's encoding differs from this one, in the words of `differences`."""
         ours = self.settings()
         ours["max_tokens"] = self.max_tokens or record.get("max_tokens")
         names = ours | dict.fromkeys(name for name in ("buckets", "multiple") if name in record)
         return differences(ours, {name: record.get(name) for name in names})
 
     def bucket_sizes(self) -> list[tuple[int, int]]:
-        """The (height, width) images are brought to; none where they stay as they are.
+        """(height, width) of each bucket; empty if images are left as they are.
 
-        ValueError for buckets that are no aspects, or cannot be told apart.
+        Raises:
+            ValueError: a bucket that is not an aspect ratio, or two of the same size.
         """
         if self.size is None:
             if self.buckets:
@@ -87,48 +95,53 @@ class EncodingConfig:
             found[height, width] = name
         return list(found)
 
-    def fit(self, image: Tensor) -> Tensor:
-        """An image, uint8 (3, H, W), in the nearest of the sizes; as it is where there are none.
+    def center_crop(self, image: Tensor) -> Tensor:
+        """Crop an image to the aspect ratio of the nearest bucket and resize it, antialiased.
 
-        Its centre is cropped to the aspect, and resized, antialiased.
+        Args:
+            image: uint8 (3, H, W).
+
+        Returns:
+            uint8 (3, height, width) of the bucket; the image itself if `size` is None.
         """
         if not (sides := self.bucket_sizes()):
             return image
         return center_crop_resize(image, *nearest(sides, image.shape[2] / image.shape[1]))
 
-    def fit_all(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """`fit` of each of the images, which are on one device; on a CPU by all cores."""
-        return for_each(images, self.fit)
+    def center_crop_all(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """`center_crop` of images on one device; on a CPU in parallel on all cores."""
+        return for_each(images, self.center_crop)
 
 
 class TextCache:
-    """The token states of captions: first come, and closed when full.
+    """Token states by caption, first come first cached until `limit` bytes are reached.
 
-    What it holds depends on the captions before, in their order, and not on who asked: so a run
-    that goes on can fill it again from the shards that are there, and then encodes in the same
-    batches.
+    Its contents depend on the sequence of captions alone, so a resumed run can refill it from the
+    finished shards and then encodes the same batches.
     """
 
     def __init__(self, limit: int) -> None:
-        self._left = limit
+        self._bytes_left = limit
         self._states: dict[str, np.ndarray] = {}
         self.full = False
 
     def get(self, caption: str) -> np.ndarray | None:
+        """The cached states, float16 (length, dim), or None."""
         return self._states.get(caption)
 
     def put(self, caption: str, states: np.ndarray) -> None:
+        """Cache the states unless the cache is full; the first that do not fit close it."""
         if self.full or caption in self._states:
             return
-        self._left -= states.nbytes + len(caption)
-        if self._left < 0:
+        self._bytes_left -= states.nbytes + len(caption)
+        if self._bytes_left < 0:
             self.full = True
         else:
             self._states[caption] = states
 
 
 class FrozenEncoders:
-    """The frozen networks of an encoding, on a device. What they give is rounded to float16."""
+    """The latent codec and the text encoder of an encoding; outputs are rounded to float16."""
 
     def __init__(
         self,
@@ -138,7 +151,14 @@ class FrozenEncoders:
         batch_size: int,
         cache_bytes: int,
     ) -> None:
-        """batch_size: images of one forward pass; cache_bytes: for captions that come again."""
+        """Load both encoders.
+
+        Args:
+            encoding: which encoders.
+            device: device to compute on.
+            batch_size: images per forward pass.
+            cache_bytes: size of the cache of repeated captions.
+        """
         dtype = _DTYPES[encoding.precision]
         self.encoding, self.batch_size = encoding, batch_size
         self.codec = build_codec(encoding.latents, device, dtype=dtype)
@@ -148,15 +168,20 @@ class FrozenEncoders:
         self.cache = TextCache(cache_bytes)
 
     def record(self, encoding: EncodingConfig, image: Tensor) -> dict[str, Any]:
-        """What a manifest says of an encoding, by an image (3, H, W) that was fitted to it."""
+        """The `encoding` entry of a manifest.
+
+        Args:
+            encoding: with this object's encoders, possibly of other sizes.
+            image: a cropped image, uint8 (3, H, W), whose shape decides where `size` is None.
+        """
         sides = encoding.bucket_sizes() or [(image.shape[1], image.shape[2])]
         shapes = [list(self.codec.latent_shape(*side)) for side in sides]
-        # The network's own grid; the others lie round its centre.
-        base = min(shapes, key=lambda shape: abs(math.log(shape[2] / shape[1])))
+        # The reference grid of the network's position embeddings: the bucket nearest to a square.
+        reference = min(shapes, key=lambda shape: abs(math.log(shape[2] / shape[1])))
         return (
             encoding.settings()
             | {
-                "latent_shape": base,
+                "latent_shape": reference,
                 "has_std": self.codec.encode(image[None])[1] is not None,
                 "text_dim": self.text.dim,
                 "max_tokens": self.text.max_tokens,
@@ -166,36 +191,41 @@ class FrozenEncoders:
         )
 
     def encode_images(self, images: Sequence[Tensor]) -> list[np.ndarray]:
-        """Each image's latent, float16 (C, H, W), or (2, C, H, W) mean and deviation."""
-        found: dict[int, np.ndarray] = {}
+        """Latents of uint8 images (3, H, W), batched by shape.
+
+        Returns:
+            Per image float16 (C, h, w), or (2, C, h, w) mean and standard deviation.
+        """
+        latents: dict[int, np.ndarray] = {}
         by_shape: dict[tuple[int, ...], list[int]] = {}
-        for place, image in enumerate(images):
-            by_shape.setdefault(tuple(image.shape), []).append(place)
-        for places in by_shape.values():
-            for start in range(0, len(places), self.batch_size):
-                batch = places[start : start + self.batch_size]
-                mean, std = self.codec.encode(torch.stack([images[place] for place in batch]))
+        for index, image in enumerate(images):
+            by_shape.setdefault(tuple(image.shape), []).append(index)
+        for indices in by_shape.values():
+            for start in range(0, len(indices), self.batch_size):
+                batch = indices[start : start + self.batch_size]
+                mean, std = self.codec.encode(torch.stack([images[index] for index in batch]))
                 both = mean if std is None else torch.stack([mean, std], 1)
                 halves = _half(both, f"latents {self.encoding.latents!r}")
-                found |= dict(zip(batch, halves, strict=True))
-        return [found[place] for place in range(len(images))]
+                latents |= dict(zip(batch, halves, strict=True))
+        return [latents[index] for index in range(len(images))]
 
     def encode_texts(self, captions: Sequence[str]) -> Mapping[str, np.ndarray]:
-        """The token states of each distinct caption, float16 (length, dim)."""
-        states = {caption: self.cache.get(caption) for caption in captions}
-        new = [caption for caption, there in states.items() if there is None]
-        found = {caption: there for caption, there in states.items() if there is not None}
-        for caption, made in zip(new, self.text.encode(new), strict=True):
-            found[caption] = _half(made, f"text encoder {self.encoding.text!r}")
+        """Token states by distinct caption, float16 (length, dim)."""
+        cached = {caption: self.cache.get(caption) for caption in captions}
+        new = [caption for caption, states in cached.items() if states is None]
+        found = {caption: states for caption, states in cached.items() if states is not None}
+        for caption, states in zip(new, self.text.encode(new), strict=True):
+            found[caption] = _half(states, f"text encoder {self.encoding.text!r}")
             self.cache.put(caption, found[caption])
         return found
 
 
-def _half(values: Tensor, who: str) -> np.ndarray:
-    """As float16; ValueError where that is not finite."""
+def _half(values: Tensor, source: str) -> np.ndarray:
+    """Cast to float16; ValueError for NaN and overflow."""
     half = values.half().cpu().numpy()
     if not np.isfinite(half).all():
         raise ValueError(
-            f"{who} gave values that are not finite, or beyond what float16 holds (65,504)"
+            f"{source} gave NaN, or values beyond the range of float16 (65,504); try another "
+            "precision or encoder"
         )
     return half

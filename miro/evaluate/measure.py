@@ -1,7 +1,6 @@
-"""How well a model does what it is asked: rewards, the verifier's verdict, speed-up.
+"""Evaluation metrics: mean reward scores of sampled images, and data efficiency.
 
-A setting is a way to ask (targets and guidance scales) fixed before anything is measured. The same
-prompts and the same noise serve every model and setting, so that differences are the models'.
+Models are compared on the same prompts and the same noise, at guidance settings fixed beforehand.
 """
 
 from __future__ import annotations
@@ -17,52 +16,56 @@ from miro.sampling.pipeline import to_bytes
 
 @dataclass(frozen=True)
 class Measurement:
-    """Means over images, and their standard errors."""
+    """Mean score of each reward over a set of images, and its standard error."""
 
     means: dict[str, float]
     errors: dict[str, float]
 
 
-def measure(
-    generated: Tensor,
-    captions: Sequence[str],
-    rewards: Sequence[Reward],
-) -> Measurement:
-    """Score images (B, 3, H, W) in [0, 1] of the captions they were asked for."""
-    images = to_bytes(generated)
+def measure(images: Tensor, captions: Sequence[str], rewards: Sequence[Reward]) -> Measurement:
+    """Score images (B, 3, H, W) in [0, 1] with their captions; NaN scores are left out."""
+    uint8 = list(to_bytes(images))
     means, errors = {}, {}
     for reward in rewards:
-        scores = reward.score(list(images), captions).double()
+        scores = reward.score(uint8, captions).double()
         known = scores[scores.isfinite()]
         means[reward.name] = float(known.mean())
         errors[reward.name] = float(known.std() / max(len(known), 1) ** 0.5)
     return Measurement(means, errors)
 
 
-def crossing(
-    marks: Sequence[int], curve: Sequence[float], final: float, start: int
+def images_to_reach(
+    images: Sequence[int], scores: Sequence[float], target: float, start: int
 ) -> float | None:
-    """Images from which on the curve stays above `final`, or None if it ends below.
+    """Training images after which a score stays above `target`, interpolated linearly.
 
-    Between two marks it is taken for a straight line. Marks before `start` are not read: images
-    of a young model are noise, and noise is colourful.
+    Args:
+        images: training images at each evaluation, ascending.
+        scores: the score at each evaluation.
+        target: the score to reach.
+        start: evaluations before this many images are ignored: a barely trained model samples
+            noise, which some rewards score highly.
+
+    Returns:
+        None if the last score is not above `target`.
     """
-    read = [point for point in zip(marks, curve, strict=True) if point[0] >= start]
-    below = [number for number, (_, value) in enumerate(read) if value <= final]
+    curve = [point for point in zip(images, scores, strict=True) if point[0] >= start]
+    below = [index for index, (_, score) in enumerate(curve) if score <= target]
     if not below:
-        return float(read[0][0])
-    if below[-1] == len(read) - 1:
+        return float(curve[0][0])
+    if below[-1] == len(curve) - 1:
         return None
-    (before, low), (after, high) = read[below[-1] : below[-1] + 2]
-    return before + (after - before) * (final - low) / (high - low)
+    (before, low), (after, high) = curve[below[-1] : below[-1] + 2]
+    return before + (after - before) * (target - low) / (high - low)
 
 
 def data_efficiency(
-    marks: Sequence[int], baseline: Sequence[float], curve: Sequence[float], start: int
+    images: Sequence[int], baseline: Sequence[float], scores: Sequence[float], start: int
 ) -> float | None:
-    """Images of the baseline's run over those after which `curve` stays above its final score.
+    """Images the baseline needs over images the model needs for the baseline's final score.
 
-    None where the curve ends below. The paper's convergence speed-up (arXiv 2510.25897, figure 3).
+    The paper's convergence speed-up (arXiv 2510.25897, figure 3). Arguments as `images_to_reach`;
+    None if the model ends below the baseline.
     """
-    reached = crossing(marks, curve, baseline[-1], start)
-    return None if reached is None else marks[-1] / reached
+    reached = images_to_reach(images, scores, baseline[-1], start)
+    return None if reached is None else images[-1] / reached

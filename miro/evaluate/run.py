@@ -1,4 +1,4 @@
-"""`miro evaluate`: one model, one way to ask, measured and written beside the run."""
+"""`miro evaluate`: mean reward scores of a model's images, written to evaluation.json."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from miro.evaluate.measure import measure
 from miro.rewards.registry import build_reward
 from miro.sampling.pipeline import Pipeline
-from miro.sampling.sampler import Guidance
 from miro.utils.atomic_io import write_text
 
 
@@ -21,40 +20,45 @@ def evaluate(
     rewards: Sequence[str],
     prompts: Path,
     count: int,
-    wanted: Mapping[str, float | None],
-    unwanted: Mapping[str, float | None],
+    positive: Mapping[str, float | None],
+    negative: Mapping[str, float | None],
     reward_scale: float = 0.0,
     text_scale: float = 0.0,
     steps: int = 16,
     seed: int = 0,
 ) -> Path:
-    """Measure `count` images and write RUN/evaluation.json.
+    """Score one image of each of the first `count` prompts and write RUN/evaluation.json.
 
     Args:
         run: a run's folder or a weights folder.
-        rewards: specs "name" or "name=weights".
-        prompts: a UTF-8 text file, a prompt a line.
+        rewards: rewards to score with, NAME or NAME=weights.
+        prompts: a UTF-8 text file, one prompt per line.
+        count: number of prompts.
+        positive: quantile levels s⁺ by reward; 1 for a conditioned reward not named.
+        negative: quantile levels s⁻ by reward; 0 for a reward not named.
+        reward_scale: ω of reward guidance.
+        text_scale: scale of classifier-free guidance on the text.
+        steps: Euler steps.
+        seed: of the noise.
+
+    Returns:
+        The path of evaluation.json.
 
     Raises:
-        ValueError: a file without prompts, an impossible target.
+        ValueError: a file without prompts, or an impossible target.
     """
-    judges = [build_reward(spec, torch.device("cpu")) for spec in rewards]
+    scorers = [build_reward(spec, torch.device("cpu")) for spec in rewards]
     captions = _read_prompts(prompts, count)
     pipeline = Pipeline.load(run)
-    guidance = Guidance(
-        pipeline.target(wanted),
-        pipeline.target(unwanted, default=0.0) if reward_scale else None,
-        reward_scale,
-        text_scale,
-    )
-    generated = pipeline(captions, guidance, seed=seed, steps=steps)
-    result = measure(generated, captions, judges)
+    guidance = pipeline.guidance(positive, negative, reward_scale, text_scale)
+    result = measure(pipeline(captions, guidance, seed=seed, steps=steps), captions, scorers)
     record = {
         "images_trained": pipeline.images,
         "prompts": len(captions),
-        "means": result.means,
+        "mean_scores": result.means,
         "standard_errors": result.errors,
-        "wanted": dict(wanted),
+        "positive_levels": dict(positive),
+        "negative_levels": dict(negative),
         "reward_scale": reward_scale,
         "text_scale": text_scale,
         "steps": steps,
@@ -72,5 +76,5 @@ def _read_prompts(path: Path, count: int) -> list[str]:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise ValueError(f"{path} holds no prompt; write one a line")
+        raise ValueError(f"{path} contains no prompts; write one per line")
     return prompts[:count]

@@ -1,4 +1,4 @@
-"""The one call that is trained, as it is or compiled."""
+"""CompiledModel: the network's training forward pass, eager or under torch.compile."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from miro.model.transformer import FlowTransformer, RewardCond
 
 
 class CompiledModel(nn.Module):
-    """The network from noise and conditions to the prediction, as the one call that is trained.
+    """Text encoding and prediction as one call, which DeepSpeed wraps and torch.compile compiles.
 
-    Compiled on a CPU, one block is translated for all, which takes less time and leaves less of the
-    compiler in memory; and what no product made is computed again in backward instead of kept. On a
-    GPU neither was measured, and the second has little to save: norms and activation are kernels
-    there, which the compiler takes as they are.
+    With `model.regional_compile` (the trainer's choice on a CPU) one block is compiled for all,
+    which takes less time and memory, and backward recomputes everything but matmul outputs. On a
+    GPU norms and activations are Triton kernels already, so neither would save much there.
     """
 
     def __init__(self, model: FlowTransformer, compiled: bool) -> None:
@@ -29,15 +28,16 @@ class CompiledModel(nn.Module):
         self.run: Callable[..., Tensor] = self._predict
         if compiled:
             self.run = torch.compile(self._predict, dynamic=True)
-        on_cpu = model.patches.weight.device.type == "cpu"
-        self.compiled_on_cpu = model.regional_compile = compiled and on_cpu
-        # No one reads the residual stream behind the last block, whose backward is another for it.
+        self.regional = compiled and model.regional_compile
+        # The last block's residual output is unused, so its backward graph differs from the others.
         warnings.filterwarnings("ignore", "invoke_subgraph traced multiple backward graphs")
 
     def forward(self, x_t: Tensor, t: Tensor, rewards: RewardCond, text: PackedText) -> Tensor:
-        if not self.compiled_on_cpu:
+        """The network's fp32 prediction, (B, C, H, W)."""
+        if not self.regional:
             return self.run(x_t, t, rewards, text)
-        # At every call, as any may translate. A block's region cannot take an eps that varies.
+        # Any call may recompile, so patch at each one. `nested_compile_region` needs `eps` to be a
+        # constant (`specialize_float`).
         with (
             dynamo_config.patch(specialize_float=True),
             functorch_config.patch(ban_recompute_materialized_backward=False),

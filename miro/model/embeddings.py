@@ -1,4 +1,4 @@
-"""Time, place, text and reward embeddings of the flow transformer."""
+"""Embeddings of time, position, text and rewards."""
 
 from __future__ import annotations
 
@@ -13,9 +13,15 @@ from miro.model.packed_text import PackedText
 
 
 def sinusoids(values: Tensor, channels: int, longest_period: float) -> Tensor:
-    """Sines and cosines of `values` (...,) at geometric periods from 2π to `longest_period`·2π.
+    """Sinusoidal embedding (Transformer, arXiv 1706.03762, section 3.5).
 
-    Returns (..., channels) in fp32, cosines first (Transformer, arXiv 1706.03762, section 3.5).
+    Args:
+        values: (...,) numbers.
+        channels: even width of the result.
+        longest_period: the periods are geometric, from 2π to 2π · longest_period.
+
+    Returns:
+        (..., channels) fp32, cosines first.
     """
     steps = torch.arange(channels // 2, device=values.device, dtype=torch.float32)
     angles = values.float()[..., None] * torch.exp(
@@ -25,7 +31,7 @@ def sinusoids(values: Tensor, channels: int, longest_period: float) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """(B,) times in [0, 1] to (B, D), through sinusoids and a two-layer MLP."""
+    """(B,) times in [0, 1] to (B, D): sinusoids of 1000·t, then a two-layer MLP."""
 
     def __init__(self, channels: int, frequencies: int = 256) -> None:
         super().__init__()
@@ -35,15 +41,19 @@ class TimeEmbedding(nn.Module):
         )
 
     def forward(self, t: Tensor) -> Tensor:
-        num_freqs = sinusoids(1000 * t, self.frequencies, longest_period=1e4)
-        return self.mlp(num_freqs.to(next(self.mlp.parameters()).dtype))
+        """Embed t in the dtype of the weights."""
+        features = sinusoids(1000 * t, self.frequencies, longest_period=1e4)
+        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
 
 
 class RewardTable(nn.Module):
-    """What each reward adds to the modulation at each level: one MLP a reward, all in one product.
+    """What each reward adds to the modulation at each quantile level s.
 
-    A level s in [0, 1] is the rank of a score among the data, from worst to best: bin k of K is fed
-    as k / (K − 1). The last layer starts at zero, so that a fresh network ignores rewards.
+        table[r] = MLP_r(s, sin(π·n·s), cos(π·n·s) for n = 1 … num_freqs)
+
+    MIRO embeds a reward's bin with sinusoids and an MLP (arXiv 2510.25897); here the result enters
+    by adaLN instead of as a token. The MLPs of all rewards run as one batched matmul. Their last
+    layer is initialized to zero, so that an untrained network ignores rewards.
     """
 
     def __init__(self, rewards: int, outputs: int, channels: int = 128, num_freqs: int = 8) -> None:
@@ -56,7 +66,7 @@ class RewardTable(nn.Module):
         self.out_bias = nn.Parameter(torch.zeros(rewards, 1, outputs))
 
     def forward(self, levels: Tensor) -> Tensor:
-        """(L,) or (R, L) levels in [0, 1] to (R, L, outputs)."""
+        """(L,) quantile levels, or (R, L) of each reward's own, to (R, L, outputs)."""
         angles = levels.float()[..., None] * self.frequencies
         features = torch.cat((levels.float()[..., None], angles.sin(), angles.cos()), -1)
         features = features.to(self.hidden.dtype).expand(len(self.hidden), -1, -1)
@@ -65,10 +75,10 @@ class RewardTable(nn.Module):
 
 
 class TextEmbedding(nn.Module):
-    """The text's states as the transformer reads them.
+    """Frozen text states to the tokens that image blocks attend to, and a summary of each text.
 
-    They are projected, told their place in order (a frozen encoder's states say what a word is and
-    only weakly where it stands), and read one another in blocks of their own.
+    Tokens are projected, given a position embedding (a frozen encoder's states carry the order of
+    words only weakly) and passed through text blocks.
     """
 
     def __init__(
@@ -77,79 +87,90 @@ class TextEmbedding(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(TextBlock(channels, heads, hidden) for _ in range(depth))
         self.project = nn.Sequential(nn.Linear(text_channels, channels), nn.RMSNorm(channels))
-        # The summary is added to the embedding of time, whose last bias serves both.
+        # Without a last bias: the summary is added to the time embedding, which has one.
         self.summary = nn.Sequential(
             nn.Linear(text_channels, channels), nn.SiLU(), nn.Linear(channels, channels, bias=False)
         )
 
     def forward(self, text: PackedText) -> tuple[Tensor, Tensor]:
-        """(T, D) words in their order, and (B, D) a summary of each text from its mean state."""
+        """Packed tokens (T, D), and a summary (B, D) from the mean of each text's states."""
         lengths = text.offsets.diff()
-        owner = torch.repeat_interleave(lengths, output_size=len(text.states))
-        place = torch.arange(len(text.states), device=owner.device) - text.offsets[owner]
+        sample = torch.repeat_interleave(lengths, output_size=len(text.states))
+        position = torch.arange(len(text.states), device=sample.device) - text.offsets[sample]
         projected = self.project(text.states)
-        num_freqs = sinusoids(place, projected.shape[-1], longest_period=100.0)
-        words = projected + math.sqrt(2) * num_freqs.to(projected.dtype)
-        present = torch.arange(text.longest, device=owner.device) < lengths[:, None]
+        pos_embed = sinusoids(position, projected.shape[-1], longest_period=100.0)
+        tokens = projected + math.sqrt(2) * pos_embed.to(projected.dtype)
+        mask = torch.arange(text.longest, device=sample.device) < lengths[:, None]
         for block in self.blocks:
-            words = block(words, owner.long() * text.longest + place, present)
-        summed = text.states.new_zeros(len(lengths), text.states.shape[1])
-        mean = summed.index_add(0, owner, text.states) / lengths.clamp(min=1)[:, None]
-        return words, self.summary(mean.to(text.states.dtype))
+            tokens = block(tokens, sample.long() * text.longest + position, mask)
+        total = text.states.new_zeros(len(lengths), text.states.shape[1])
+        mean = total.index_add(0, sample, text.states) / lengths.clamp(min=1)[:, None]
+        return tokens, self.summary(mean.to(text.states.dtype))
 
 
-def _centred(length: int, base: int, device: torch.device | None) -> Tensor:
-    """(length,) coordinates of an axis whose centre is that of an axis from 0 to base − 1."""
-    return torch.arange(length, device=device) + (base - length) / 2
+def _centred(length: int, reference: int, device: torch.device | None) -> Tensor:
+    """(length,) coordinates whose centre is that of an axis from 0 to reference − 1."""
+    return torch.arange(length, device=device) + (reference - length) / 2
 
 
 def pos_embed_2d_sincos(
     rows: int,
     columns: int,
     channels: int,
-    base: tuple[int, int] | None = None,
+    reference_grid: tuple[int, int] | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """(rows·columns, channels) fixed sines and cosines of each token's place, of unit variance.
+    """Fixed 2-D sinusoidal position embedding of unit variance (as in ViT and DiT).
 
-    The periods run from two tokens to twice the grid's side, so that neighbours differ clearly on
-    a grid of any size (learned places start too small to be noticed on a small budget). `base` is
-    the (rows, columns) of the grid that decides them: another lies with its centre on that one's,
-    its tokens as far apart, so that a place means the same in both.
+    The periods run from two tokens to twice the grid's side, so that neighbouring tokens differ
+    clearly on a grid of any size.
+
+    Args:
+        rows: of the grid of tokens.
+        columns: of the grid of tokens.
+        channels: width, divisible by 4.
+        reference_grid: (rows, columns) of the grid that sets the periods; other grids share its
+            centre and its distance between tokens. None: this grid.
+        device: of the result.
+
+    Returns:
+        (rows · columns, channels) fp32.
     """
     quarter = channels // 4
     assert channels % 4 == 0
-    base = base or (rows, columns)
+    reference_grid = reference_grid or (rows, columns)
 
-    def axis(length: int, base: int) -> Tensor:
-        # From π / (2·base) to π / 2, evenly spaced in their logarithm.
-        share = 1 - torch.arange(quarter, device=device) / max(1, quarter - 1)
-        frequencies = math.pi / 2 * base**-share
-        angles = _centred(length, base, device)[:, None] * frequencies
+    def axis(length: int, reference: int) -> Tensor:
+        # Frequencies from π / (2 · reference) to π / 2, evenly spaced in their logarithm.
+        exponent = 1 - torch.arange(quarter, device=device) / max(1, quarter - 1)
+        frequencies = math.pi / 2 * reference**-exponent
+        angles = _centred(length, reference, device)[:, None] * frequencies
         return math.sqrt(2) * torch.cat((angles.sin(), angles.cos()), -1)
 
-    down = axis(rows, base[0])[:, None].expand(rows, columns, -1)
-    across = axis(columns, base[1])[None].expand(rows, columns, -1)
-    return torch.cat((down, across), -1).reshape(rows * columns, channels)
+    vertical = axis(rows, reference_grid[0])[:, None].expand(rows, columns, -1)
+    horizontal = axis(columns, reference_grid[1])[None].expand(rows, columns, -1)
+    return torch.cat((vertical, horizontal), -1).reshape(rows * columns, channels)
 
 
 def rope_angles(
     rows: int,
     columns: int,
     head_size: int,
-    base: tuple[int, int] | None = None,
+    reference_grid: tuple[int, int] | None = None,
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (rows·columns, head size / 2): half of the pairs turn with the row.
+    """cos and sin of 2-D RoPE, each (rows · columns, head size / 2) fp32.
 
-    `base` as in `pos_embed_2d_sincos`.
+    The first half of the pairs rotates with the row, the second with the column (axial RoPE, arXiv
+    2403.13298). `reference_grid` as in `pos_embed_2d_sincos`.
     """
     quarter = head_size // 4
     assert head_size % 4 == 0
-    base = base or (rows, columns)
+    reference_grid = reference_grid or (rows, columns)
     frequencies = 100.0 ** -(torch.arange(quarter, device=device) / quarter)
-    row, column = _centred(rows, base[0], device), _centred(columns, base[1], device)
-    down = row[:, None, None].expand(rows, columns, 1) * frequencies
-    across = column[None, :, None].expand(rows, columns, 1) * frequencies
-    angles = torch.cat((down, across), -1).reshape(rows * columns, head_size // 2)
+    row = _centred(rows, reference_grid[0], device)
+    column = _centred(columns, reference_grid[1], device)
+    vertical = row[:, None, None].expand(rows, columns, 1) * frequencies
+    horizontal = column[None, :, None].expand(rows, columns, 1) * frequencies
+    angles = torch.cat((vertical, horizontal), -1).reshape(rows * columns, head_size // 2)
     return angles.cos(), angles.sin()

@@ -1,17 +1,18 @@
-"""The flow transformer: image patches in, velocity out; rewards and time enter by modulation."""
+"""FlowTransformer: a diffusion transformer whose adaLN carries time, text and reward conditions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from miro.model.blocks import Block
+from miro.model.blocks import Block, Modulation, TextKV, modulated_norm
 from miro.model.embeddings import (
     RewardTable,
     TextEmbedding,
@@ -20,12 +21,11 @@ from miro.model.embeddings import (
     rope_angles,
 )
 from miro.model.packed_text import PackedText
-from miro_kernels import reward_adaln
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of the network. Nothing in it depends on the rewards a run trains on."""
+    """Sizes of the network; none of them depends on the rewards a run trains on."""
 
     channels: int
     depth: int
@@ -35,7 +35,7 @@ class ModelConfig:
     patch: int
     """Side of a patch, in latent pixels."""
     text_depth: int = 1
-    """Blocks in which the words of a text read one another, before the image reads them."""
+    """Number of text blocks, applied to the frozen encoder's states before the image blocks."""
 
     def __post_init__(self) -> None:
         least = {"channels": 1, "depth": 1, "heads": 1, "hidden": 1, "patch": 1, "text_depth": 0}
@@ -45,11 +45,15 @@ class ModelConfig:
         if self.channels % self.heads or self.channels // self.heads % 4:
             raise ValueError(
                 f"model: channels={self.channels} must split into heads={self.heads} "
-                "of a size divisible by 4 (2-D rotation)"
+                "of a size divisible by 4 (2-D RoPE)"
             )
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of tokens of a latent; ValueError where the patch does not divide it."""
+        """Rows and columns of tokens of a latent.
+
+        Raises:
+            ValueError: the patch does not divide the latent.
+        """
         if height % self.patch or width % self.patch:
             raise ValueError(
                 f"model: patch={self.patch} does not divide latents of {height}x{width}"
@@ -58,73 +62,36 @@ class ModelConfig:
 
 
 class ContextKV(NamedTuple):
-    """What the network needs of a batch of texts: computed once, used at every step."""
+    """A batch of texts as the blocks use it: computed once, valid at every sampling step."""
 
-    summary: Tensor  # (B, D)
-    absent: Tensor  # (1, D), the summary of a text that is not there
-    blocks: list[tuple[Tensor, Tensor]]  # a block's keys and values, each (T, heads, head size)
+    summary: Tensor  # (B, D), added to the time embedding
+    null_summary: Tensor  # (1, D), the summary of an empty text
+    kv: list[tuple[Tensor, Tensor]]  # keys and values of each block, (T, heads, head size)
     offsets: Tensor  # (B + 1,) int32
     longest: int
 
 
 class RewardCond(NamedTuple):
-    """Reward conditions of a batch: an index into `levels`, and whether the reward is known."""
+    """Reward conditions of a batch: quantile levels by index, and which of them are used."""
 
-    levels: Tensor  # (L,) in [0, 1]
-    bins: Tensor  # (B, R) integers in [0, L)
-    keep: Tensor  # (B, R) bool
-
-
-class _Sites(NamedTuple):
-    """What modulates all sites, by their kind: attention and output, or MLP. Gate, shift, scale."""
-
-    base: Sequence[Tensor]  # of each kind (B, 3, D)
-    table: Sequence[Tensor]  # of each kind (R, L, 3, D)
-    bins: Tensor  # (B, R)
-    keep: Tensor  # (B, R)
+    levels: Tensor  # (L,) quantile levels in [0, 1]
+    bins: Tensor  # (B, R) integers in [0, L), an index into `levels`
+    keep: Tensor  # (B, R) bool; False where a reward is unknown or dropped
 
 
-def _norm(
-    sites: _Sites, kind: int, offset: Tensor, x: Tensor, branch: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The residual stream with the branch before it, and normed for the branch behind."""
-    base, table = sites.base[kind], sites.table[kind]
-    if branch is None:  # Then there is no gate.
-        base, offset, table = base[:, 1:], offset[1:], table[:, :, 1:]
-    out = reward_adaln(x, base, offset, table, sites.bins, sites.keep, branch=branch)
-    return out if isinstance(out, tuple) else (x, out)
+def _run_block(block: Block, *args: Any) -> tuple[Tensor, Tensor]:
+    return block(*args)
 
 
-def _through(
-    block: Block,
-    sites: _Sites,
-    offsets: tuple[Tensor, Tensor],
-    rope: tuple[Tensor, Tensor],
-    keys: tuple[Tensor, Tensor],
-    text_offsets: Tensor,
-    longest: int,
-    x: Tensor,
-    h: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The residual stream and what is normed of it, from the entry of a block to its end."""
-    branch = block.attention(h, rope, keys, text_offsets, longest)
-    x, h = _norm(sites, 1, offsets[0], x, branch)
-    return _norm(sites, 0, offsets[1], x, block.mlp(h))
-
-
-_one_for_all = cast("Callable[..., Any]", torch.compiler.nested_compile_region(_through))
+_run_block_as_region = cast("Callable[..., Any]", torch.compiler.nested_compile_region(_run_block))
 
 
 class FlowTransformer(nn.Module):
-    """x_t (B, C, H, W), t (B,), rewards and text to the raw prediction (B, C, H, W).
+    """The network v_θ(x_t, t, c, s): a noisy latent, time, text and rewards to the prediction.
 
-    `latent_shape` is the grid it keeps the pos_embed of. Latents of any other height and width that
-    the patch divides are taken too: their centre lies on that grid's, at the same scale.
-
-    A site is a place where the residual stream is normed: the entry of each attention, the entry
-    of each MLP, and the output. Its modulation (gate of the branch before it, shift, scale) is the
-    sum of a part shared by all sites of its kind, from time and text, of the rewards' table, and of
-    the site's own offset (PixArt-α's adaLN-single, arXiv 2310.00426, with rewards added).
+    Each block has two adaLNs, before its attention and before its MLP, and one more precedes the
+    output layer. They share a projection of time and text and a table of rewards, one for the
+    attention's and the output's and one for the MLP's (see `Modulation`).
     """
 
     def __init__(
@@ -133,16 +100,28 @@ class FlowTransformer(nn.Module):
         latent_shape: tuple[int, int, int],
         text_channels: int,
         rewards: int,
+        *,
+        regional_compile: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
+        """Build the network with fp32 weights.
+
+        Args:
+            config: sizes.
+            latent_shape: (C, H, W) of the reference grid, whose position embeddings are buffers.
+                Latents of other sizes share its centre and its scale.
+            text_channels: width of the frozen text encoder's states.
+            rewards: number R of reward conditions.
+            regional_compile: under torch.compile, compile one block and reuse it for all.
+            activation_checkpointing: recompute each block in backward, to save memory.
+        """
         super().__init__()
-        channels, *_ = latent_shape
+        channels, height, width = latent_shape
         side, dim = config.patch, config.channels
         self.config, self.latent_shape = config, latent_shape
-        self.activation_checkpointing = (
-            False  # Whether backward computes the blocks again, to save memory.
-        )
-        self.regional_compile = False  # Whether torch.compile translates one block for all.
-        rows, columns = config.grid(*latent_shape[1:])
+        self.regional_compile = regional_compile
+        self.activation_checkpointing = activation_checkpointing
+        rows, columns = config.grid(height, width)
         self.patches = nn.Linear(channels * side * side, dim)
         cos, sin = rope_angles(rows, columns, dim // config.heads)
         self.pos_embed = nn.Buffer(pos_embed_2d_sincos(rows, columns, dim), persistent=False)
@@ -151,7 +130,7 @@ class FlowTransformer(nn.Module):
         self.text = TextEmbedding(
             text_channels, dim, config.text_depth, config.heads, config.hidden
         )
-        # Two kinds of sites (attention and output; MLP), each with gate, shift and scale.
+        # Two sets (attention and output; MLP) of gate, shift and scale.
         self.shared = nn.Linear(dim, 2 * 3 * dim)
         self.table = RewardTable(rewards, outputs=2 * 3 * dim)
         self.offsets = nn.Parameter(torch.zeros(2 * config.depth + 1, 3, dim))
@@ -164,63 +143,79 @@ class FlowTransformer(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def encode_context(self, text: PackedText) -> ContextKV:
-        """Project the text states once; the result serves every step of a sampler."""
+        """Text states to what every block needs of them; a sampler calls it once."""
         states = text.states.to(self.patches.weight.dtype)
-        words, summary = self.text(PackedText(states, text.offsets, text.longest))
+        tokens, summary = self.text(PackedText(states, text.offsets, text.longest))
         return ContextKV(
             summary,
             self.text.summary(states.new_zeros(1, states.shape[1])),
-            [block.attention.text(words) for block in self._blocks()],
+            [block.attention.text(tokens) for block in cast("list[Block]", self.blocks)],
             text.offsets,
             text.longest,
         )
 
-    def forward(self, x_t: Tensor, t: Tensor, rewards: RewardCond, text: ContextKV) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, rewards: RewardCond, context: ContextKV) -> Tensor:
+        """Predict the velocity, or the clean sample, as `FlowConfig.prediction_type` says.
+
+        Args:
+            x_t: (B, C, H, W) noisy latents; the patch divides H and W.
+            t: (B,) times in [0, 1].
+            rewards: reward conditions.
+            context: the texts, from `encode_context`.
+
+        Returns:
+            (B, C, H, W) fp32.
+        """
         dtype = self.patches.weight.dtype
         height, width = x_t.shape[2:]
-        pos_embed, rope = self._grid(height, width)
+        pos_embed, rope = self._positions(height, width)
         x = self.patches(self._patchify(x_t.to(dtype))) + pos_embed.to(dtype)
-        base = self.shared(nn.functional.silu(self.time(t) + text.summary))
-        base = base.unflatten(-1, (2, 3, -1)).unbind(1)
+
+        shared = self.shared(F.silu(self.time(t) + context.summary))
+        shared = shared.unflatten(-1, (2, 3, -1)).unbind(1)
         table = self.table(rewards.levels).unflatten(-1, (2, 3, -1)).unbind(2)
         offsets: Any = self.offsets
         if self.regional_compile:
-            # No two arguments of a region may share memory.
-            base, table, offsets = ([z.clone() for z in views] for views in (base, table, offsets))
-        sites = _Sites(base, table, rewards.bins, rewards.keep)
-        x, h = _norm(sites, 0, offsets[0], x, None)
-        through: Callable[..., Any] = _through
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            through = partial(checkpoint, _through, use_reentrant=False)
-        elif self.regional_compile:
-            through = _one_for_all
-        for index, (block, keys) in enumerate(zip(self._blocks(), text.blocks, strict=True)):
-            own = offsets[2 * index + 1], offsets[2 * index + 2]
-            x, h = through(block, sites, own, rope, keys, text.offsets, text.longest, x, h)
+            # Inputs of a compiled region must not alias one another.
+            shared, table, offsets = ([z.clone() for z in y] for y in (shared, table, offsets))
+
+        def modulation(n: int) -> Modulation:  # of the n-th adaLN of the network
+            terms = shared[n % 2], offsets[n], table[n % 2]
+            return Modulation(*terms, rewards.bins, rewards.keep)
+
+        h = modulated_norm(x, modulation(0))
+        run = self._block_runner()
+        for n, (block, kv) in enumerate(zip(self.blocks, context.kv, strict=True)):
+            mods = modulation(2 * n + 1), modulation(2 * n + 2)
+            x, h = run(block, x, h, mods, TextKV(*kv, context.offsets, context.longest), rope)
         return self._unpatchify(self.out(h), height, width).float()
 
-    def _blocks(self) -> list[Block]:
-        return cast("list[Block]", self.blocks)
+    def _block_runner(self) -> Callable[..., Any]:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return partial(checkpoint, _run_block, use_reentrant=False)
+        return _run_block_as_region if self.regional_compile else _run_block
 
-    def _grid(self, height: int, width: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Places and angles of a latent's tokens: kept, or where they lie about those kept."""
-        _, *own = self.latent_shape
-        if height == own[0] and width == own[1]:
+    def _positions(self, height: int, width: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Position embedding, and cos and sin of RoPE, of a latent's tokens."""
+        _, *reference = self.latent_shape
+        if height == reference[0] and width == reference[1]:
             return self.pos_embed, (self.cos, self.sin)
-        grid, base = self.config.grid(height, width), self.config.grid(*own)
+        grid, reference_grid = self.config.grid(height, width), self.config.grid(*reference)
         dim, device = self.config.channels, self.cos.device
         return (
-            pos_embed_2d_sincos(*grid, dim, base, device),
-            rope_angles(*grid, dim // self.config.heads, base, device),
+            pos_embed_2d_sincos(*grid, dim, reference_grid, device),
+            rope_angles(*grid, dim // self.config.heads, reference_grid, device),
         )
 
     def _patchify(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, N, C · patch²)."""
         side = self.config.patch
         rows, columns = self.config.grid(*x.shape[2:])
         x = x.unflatten(3, (columns, side)).unflatten(2, (rows, side))
         return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
     def _unpatchify(self, tokens: Tensor, height: int, width: int) -> Tensor:
+        """(B, N, C · patch²) to (B, C, H, W)."""
         side, channels = self.config.patch, self.latent_shape[0]
         x = tokens.unflatten(1, self.config.grid(height, width))
         x = x.unflatten(-1, (channels, side, side))

@@ -1,4 +1,4 @@
-"""`miro sample`: images of prompts as PNG files, each with a record of how it was asked for."""
+"""`miro sample`: images of prompts as PNG files, each with its settings in a JSON file."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from miro.images.buckets import aspect as ratio
+from miro.images.buckets import aspect as parse_aspect
 from miro.rewards.registry import build_reward
 from miro.sampling.pipeline import Pipeline, to_bytes
-from miro.sampling.sampler import Guidance, best_of
+from miro.sampling.sampler import best_of
 from miro.utils.atomic_io import write_text
 
 Levels = Mapping[str, float | None]
 
 
-def draw(
+def sample_images(
     run: Path,
     prompts: Sequence[str],
     *,
-    wanted: Levels,
-    unwanted: Levels | None = None,
+    positive: Levels,
+    negative: Levels | None = None,
     reward_scale: float = 0.0,
     text_scale: float = 0.0,
     steps: int = 50,
@@ -36,60 +36,63 @@ def draw(
     out: Path | None = None,
     device: str = "cpu",
 ) -> list[Path]:
-    """Draw `count` images of each prompt, each the best of `candidates` by the reward `best_by`.
+    """Sample `count` images per prompt, each the best of `candidates` by the reward `best_by`.
 
     Args:
         run: a run's folder or a weights folder.
-        prompts: what to draw.
-        wanted: levels asked for by reward; a trained reward not named is asked for at 1.
-        unwanted: levels reward guidance moves away from; a reward not named is at 0.
-        aspect: as 4:3; the images are of the nearest shape the run was trained on.
-        out: folder for the files; `run`/samples where None.
+        prompts: what to sample.
+        positive: quantile levels s⁺ by reward; 1 for a conditioned reward not named.
+        negative: quantile levels s⁻ by reward; 0 for a reward not named.
+        reward_scale: ω of reward guidance.
+        text_scale: scale of classifier-free guidance on the text.
+        steps: Euler steps.
+        seed: of the noise.
+        count: images per prompt.
+        candidates: images sampled for each image written.
+        best_by: the reward that ranks candidates, NAME or NAME=weights.
+        aspect: such as 4:3; the nearest training bucket is sampled.
+        out: folder for the files; None: `run`/samples.
+        device: device to compute on.
 
     Returns:
         The PNG files, in the order of the prompts.
 
     Raises:
-        ValueError: an empty prompt, an impossible count, target or reward.
+        ValueError: an empty prompt, or an impossible count, target or reward.
     """
     for prompt in prompts:
         if not prompt.strip():
-            raise ValueError("a prompt is empty; say what to draw")
+            raise ValueError("a prompt is empty; describe the image to sample")
     if count < 1 or candidates < 1:
         raise ValueError(f"count and best-of must be at least 1, got {count} and {candidates}")
     if candidates > 1 and best_by is None:
         raise ValueError(f"best of {candidates} needs a reward to choose by: --best-by NAME")
-    wide = None if aspect is None else ratio(aspect)
-    judge = build_reward(best_by, torch.device(device)) if best_by is not None else None
+    ratio = None if aspect is None else parse_aspect(aspect)
+    reward = build_reward(best_by, torch.device(device)) if best_by is not None else None
     pipeline = Pipeline.load(run, device)
-    guidance = Guidance(
-        pipeline.target(wanted),
-        pipeline.target(unwanted, default=0.0) if reward_scale else None,
-        reward_scale,
-        text_scale,
-    )
+    guidance = pipeline.guidance(positive, negative, reward_scale, text_scale)
     captions = [prompt for prompt in prompts for _ in range(count * candidates)]
-    # Every prompt starts from the same noises, so that prompts can be compared.
+    # All prompts share the same noises, so that their images can be compared.
     numbers = list(range(count * candidates)) * len(prompts)
-    shape = pipeline.shape(wide)
-    generated = to_bytes(
+    shape = pipeline.shape(ratio)
+    images = to_bytes(
         pipeline(captions, guidance, seed=seed, numbers=numbers, steps=steps, shape=shape)
     )
-    if judge is not None:
-        chosen = best_of(judge.score(list(generated), captions), candidates).tolist()
-        captions, numbers = [captions[i] for i in chosen], [numbers[i] for i in chosen]
-        generated = generated[chosen]
+    if reward is not None:
+        best = best_of(reward.score(list(images), captions), candidates).tolist()
+        captions, numbers = [captions[i] for i in best], [numbers[i] for i in best]
+        images = images[best]
     out = run / "samples" if out is None else out
     return [
         _write(out / f"{index:04d}", image, {"prompt": caption, "seed": seed, "noise": number})
         for index, (image, caption, number) in enumerate(
-            zip(generated, captions, numbers, strict=True)
+            zip(images, captions, numbers, strict=True)
         )
     ]
 
 
-def _write(stem: Path, image: Tensor, record: Mapping[str, object]) -> Path:
+def _write(stem: Path, image: Tensor, settings: Mapping[str, object]) -> Path:
     stem.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(stem.with_suffix(".png"))
-    write_text(stem.with_suffix(".json"), json.dumps(record))
+    write_text(stem.with_suffix(".json"), json.dumps(settings))
     return stem.with_suffix(".png")

@@ -1,4 +1,4 @@
-"""`miro export`: inference weights, with all that sampling from them needs."""
+"""`miro export`: EMA weights with everything that sampling from them needs."""
 
 from __future__ import annotations
 
@@ -14,45 +14,45 @@ from miro.training.checkpoint import CheckpointError, CheckpointReader, RunFolde
 
 
 def export(run: Path, dest: Path, images: int | None = None) -> Path:
-    """Write the averaged weights of a run as one safetensors file, with their state beside it.
+    """Write a run's EMA weights as one safetensors file, with a JSON file beside it.
 
-    The state holds the configuration, the bins of each reward and the names of the encoders; the
-    folder is all that `miro sample` is given.
+    The JSON file holds the configuration, the bins and the names of the encoders, so `miro sample`
+    needs nothing but the folder.
 
     Args:
-        run: a run's folder. Weights come from its weights or, where there are none of `images`,
-            from a checkpoint, of however many ranks.
-        dest: the folder to make; must not exist.
-        images: which; None takes the newest.
+        run: a run's folder. The weights come from its weights folders or, if none has `images`,
+            from a checkpoint saved by any number of ranks.
+        dest: the folder to create; must not exist.
+        images: export the weights after this many images; None: the newest.
 
     Returns:
         dest.
 
     Raises:
-        CheckpointError: there are none, or they are damaged.
+        CheckpointError: there are no such weights, or they are damaged.
         ValueError: dest exists.
     """
     if dest.exists():
         raise ValueError(f"{dest} exists already; choose another folder")
     folder = RunFolder(run)
-    written = dict(folder.weights_written())
-    saved = dict(checkpoint.saved_in(folder.checkpoints))
-    if not written and not saved:
+    weights = dict(folder.weights_written())
+    checkpoints = dict(checkpoint.saved_in(folder.checkpoints))
+    if not weights and not checkpoints:
         raise CheckpointError(f"{run} is not a run that has written weights or checkpoints")
-    wanted = max(written | saved) if images is None else images
-    if wanted in written:
-        tensors, state = checkpoint.load(written[wanted])
-    elif wanted in saved:
-        tensors, state = _averaged(folder, saved[wanted])
+    chosen = max(weights | checkpoints) if images is None else images
+    if chosen in weights:
+        tensors, state = checkpoint.load(weights[chosen])
+    elif chosen in checkpoints:
+        tensors, state = _merge_ema(folder, checkpoints[chosen])
     else:
-        known = ", ".join(map(str, sorted(written | saved)))
-        raise CheckpointError(f"{run} has nothing of {wanted} images; it has {known}")
+        available = ", ".join(map(str, sorted(weights | checkpoints)))
+        raise CheckpointError(f"{run} has no weights at {chosen} images; choose one of {available}")
     checkpoint.save(dest, tensors, state)
     return dest
 
 
-def _averaged(run: RunFolder, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The average in a checkpoint, put together from the parts of all ranks."""
+def _merge_ema(run: RunFolder, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The EMA weights of a checkpoint, merged from the shards of all ranks."""
     reader = CheckpointReader(folder)
     reader.check()
     tensors = {

@@ -1,15 +1,14 @@
-"""From prompts to images: Euler integration with reward guidance, targets and best of N.
+"""Sampling: Euler integration of the flow with reward and text guidance, and best of N.
 
     v̂ = v(s⁺, c) + ω·(v(s⁺, c) − v(s⁻, c)) + τ·(v(s⁺, c) − v(s⁺, ∅))
 
-The first two terms are MIRO's guidance (arXiv 2510.25897, equation 3): the caption c is the same
-in both branches and only the rewards asked for differ. τ is classifier-free guidance on the text
-(arXiv 2207.12598), separate and optional. All branches run as one batch.
+The first two terms are MIRO's guidance (arXiv 2510.25897, equation 3): both branches have the
+caption c and differ in their reward targets s⁺ and s⁻. The last is classifier-free guidance on the
+text (arXiv 2207.12598), optional and separate. All branches are evaluated as one batch.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,21 +16,20 @@ import torch
 from torch import Tensor
 
 from miro.conditioning import RewardTarget
-from miro.flow import FlowConfig, euler_step, euler_times, velocity
+from miro.flow import FlowConfig, euler_step, euler_timesteps, velocity
 from miro.model.packed_text import PackedText
 from miro.model.transformer import ContextKV, FlowTransformer, RewardCond
 from miro.utils.rng import generator_from
 
-log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Guidance:
-    """What to ask for, what to move away from, and how hard."""
+    """Reward targets and guidance scales of a sampling run."""
 
     positive: RewardTarget
+    """s⁺."""
     negative: RewardTarget | None = None
-    """s⁻; needed where reward_scale is not zero."""
+    """s⁻; required where reward_scale is not zero."""
     reward_scale: float = 0.0
     """ω of equation 3. The paper's best range at full size is 5 to 7."""
     text_scale: float = 0.0
@@ -47,7 +45,7 @@ class Guidance:
 
 @dataclass(frozen=True)
 class _Branch:
-    """One evaluation of the network a step: which rewards, whether the caption, and its weight."""
+    """One evaluation of the network per step: its conditions, and its weight in the guided sum."""
 
     target: RewardTarget
     captioned: bool
@@ -65,36 +63,39 @@ def _branches(guidance: Guidance) -> list[_Branch]:
     return branches
 
 
-def _reward_input(branches: Sequence[_Branch], batch: int, device: torch.device) -> RewardCond:
-    """Each branch's levels as an index into the distinct levels that occur."""
-    asked = [[level for level in branch.target.levels] for branch in branches]
-    levels = sorted({level for row in asked for level in row if level is not None} or {0.0})
-    # Typed, because of no rewards torch would make floating-point numbers.
-    index = torch.tensor(
-        [[0 if v is None else levels.index(v) for v in row] for row in asked], dtype=torch.int64
+def _reward_cond(branches: Sequence[_Branch], batch: int, device: torch.device) -> RewardCond:
+    """Reward conditions of all branches, as indices into the distinct levels that occur."""
+    targets = [branch.target.levels for branch in branches]
+    levels = sorted({v for row in targets for v in row if v is not None} or {0.0})
+    # Without rewards the lists are empty, and torch would make them float tensors.
+    bins = torch.tensor(
+        [[0 if v is None else levels.index(v) for v in row] for row in targets], dtype=torch.int64
     )
-    keep = torch.tensor([[v is not None for v in row] for row in asked], dtype=torch.bool)
+    keep = torch.tensor([[v is not None for v in row] for row in targets], dtype=torch.bool)
 
-    def repeated(rows: Tensor) -> Tensor:
+    def repeat(rows: Tensor) -> Tensor:
         return rows.reshape(len(branches), -1).repeat_interleave(batch, 0).to(device)
 
-    return RewardCond(torch.tensor(levels, device=device), repeated(index), repeated(keep))
+    return RewardCond(torch.tensor(levels, device=device), repeat(bins), repeat(keep))
 
 
-def _stack_text(keys: ContextKV, branches: Sequence[_Branch], batch: int, tokens: int) -> ContextKV:
-    """The prompts' keys once for each branch that reads them, and no text for the others."""
+def _repeat_context(
+    context: ContextKV, branches: Sequence[_Branch], batch: int, tokens: int
+) -> ContextKV:
+    """The prompts' context once per captioned branch, and empty texts for the others."""
     copies = sum(branch.captioned for branch in branches)
-    ends, start = [keys.offsets[:1]], 0
+    offsets, start = [context.offsets[:1]], 0
     for branch in branches:
-        # Offsets that do not advance are texts of length zero.
-        own = keys.offsets[1:] if branch.captioned else keys.offsets.new_zeros(batch)
-        ends.append(own + start)
+        # Equal offsets are texts of length zero.
+        ends = context.offsets[1:] if branch.captioned else context.offsets.new_zeros(batch)
+        offsets.append(ends + start)
         start += tokens if branch.captioned else 0
+    null_summary = context.null_summary
     summary = torch.cat(
-        [keys.summary if b.captioned else keys.absent.expand(batch, -1) for b in branches]
+        [context.summary if b.captioned else null_summary.expand(batch, -1) for b in branches]
     )
-    blocks = [(k.repeat(copies, 1, 1), v.repeat(copies, 1, 1)) for k, v in keys.blocks]
-    return ContextKV(summary, keys.absent, blocks, torch.cat(ends), keys.longest)
+    kv = [(k.repeat(copies, 1, 1), v.repeat(copies, 1, 1)) for k, v in context.kv]
+    return ContextKV(summary, null_summary, kv, torch.cat(offsets), context.longest)
 
 
 @torch.no_grad()
@@ -106,60 +107,65 @@ def sample(
     noise: Tensor,
     *,
     steps: int = 50,
-    limit: float | None = None,
+    clip_range: float | None = None,
     network: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """Integrate noise to latents.
 
     Args:
         model: the network, in the dtype it computes in.
-        flow: what its output means.
+        flow: what the network predicts.
         text: states of B prompts.
         guidance: targets and scales.
-        noise: (B, C, H, W) fp32, the start.
+        noise: (B, C, H, W) fp32, x at t = 1.
         steps: Euler steps from t = 1 to 0.
-        limit: bound of the data where it has one (1 for pixels, None for latents).
-        network: a compiled form of `model`, where there is one.
+        clip_range: clamp the predicted clean sample to ±clip_range (1 for pixels, None for
+            latents).
+        network: a compiled form of `model`, if there is one.
 
     Returns:
         (B, C, H, W) fp32 latents.
 
     Raises:
-        ValueError: sizes do not fit, or no step is asked for.
+        ValueError: `text` and `noise` differ in batch size, or `steps` is below 1.
     """
     if steps < 1:
         raise ValueError(f"sampling takes at least 1 step, got {steps}")
     batch = len(noise)
     if len(text) != batch:
-        raise ValueError(f"sampling: {len(text)} texts for {batch} noises")
+        raise ValueError(f"sampling: {len(text)} texts for a batch of {batch} noises")
     branches = _branches(guidance)
-    keys = _stack_text(model.encode_context(text), branches, batch, len(text.states))
-    rewards = _reward_input(branches, batch, noise.device)
+    context = _repeat_context(model.encode_context(text), branches, batch, len(text.states))
+    rewards = _reward_cond(branches, batch, noise.device)
     weights = torch.tensor([branch.weight for branch in branches], device=noise.device)
-    # A compiled module is asked for its length where it is taken for a truth.
+    # `network or model` would call `__len__` on an `OptimizedModule`, hence `is None`.
     predict = model if network is None else network
-    x, times = noise, euler_times(steps).to(noise.device)
+    x, times = noise, euler_timesteps(steps).to(noise.device)
     for t, t_next in zip(times[:-1], times[1:], strict=True):
-        stacked = x.repeat(len(branches), 1, 1, 1)
-        now = t.expand(len(stacked))
-        prediction = predict(stacked, now, rewards, keys)
-        v = velocity(flow, prediction, stacked, now).unflatten(0, (len(branches), batch))
-        x = euler_step(x, torch.einsum("k,kbchw->bchw", weights, v), t, t_next, limit)
+        x_t = x.repeat(len(branches), 1, 1, 1)
+        t_batch = t.expand(len(x_t))
+        prediction = predict(x_t, t_batch, rewards, context)
+        v = velocity(flow, prediction, x_t, t_batch).unflatten(0, (len(branches), batch))
+        x = euler_step(x, torch.einsum("k,kbchw->bchw", weights, v), t, t_next, clip_range)
     return x
 
 
 def draw_noise(shape: tuple[int, int, int], seed: int, numbers: Sequence[int]) -> Tensor:
-    """(B, C, H, W) noise: a number of a seed is the same noise in every batch and model."""
+    """(B, C, H, W) standard normal noise; equal (seed, number) give equal noise in any batch."""
     return torch.stack(
         [torch.randn(shape, generator=generator_from(seed, "noise", n)) for n in numbers]
     )
 
 
 def best_of(scores: Tensor, count: int) -> Tensor:
-    """(B,) the index of the best of each prompt's `count` images, which lie side by side.
+    """Choose the best of each prompt's candidates.
 
     Args:
-        scores: (B·count,) scores of the images by the reward that chooses; NaN is never chosen.
+        scores: (B · count,) scores, the `count` candidates of a prompt adjacent; NaN never wins.
+        count: candidates per prompt.
+
+    Returns:
+        (B,) indices into `scores`.
     """
     rows = scores.nan_to_num(nan=-torch.inf).reshape(-1, count)
     return rows.argmax(1) + torch.arange(len(rows)) * count

@@ -63,7 +63,7 @@ class BatchBuilder:
         self.config, self.dataset, self.trained = config, dataset, trained
         self.loader = Loader(dataset, config.seed, config.batch, config.mirror)
         self.binned, self.known = (t.view(dataset.scores.shape) for t in bins.assign(scores))
-        self.levels = bins.levels()
+        self.levels = bins.quantile_levels()
 
     def at(self, position: int, size: int) -> TrainBatch:
         """The `size` visits from `position` on, in the host's memory."""

@@ -89,7 +89,7 @@ class Engine:
         self.guard = GradientClipper(config, self.device)
         # The fp32 weights exist before the rounding to bf16, and become the masters.
         initial = {name: p.detach().clone() for name, p in model.named_parameters()}
-        model.activation_checkpointing = layout.activation_checkpointing
+        assert model.activation_checkpointing == layout.activation_checkpointing
         if not layout.stage:
             cast_parameters(model, precision)
             for param in model.parameters():

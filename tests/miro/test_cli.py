@@ -71,7 +71,7 @@ def test_evaluate_and_report_read_the_run(own: Path, tmp_path: Path):
     prompts.write_text("photo number 1\n\nphoto number 2\n")
     run("evaluate", own / "run", "--prompts", prompts, "--rewards", "sharpness", "--steps", 2)
     record = json.loads((own / "run" / "evaluation.json").read_text())
-    assert record["prompts"] == 2 and np.isfinite(record["means"]["sharpness"])
+    assert record["prompts"] == 2 and np.isfinite(record["mean_scores"]["sharpness"])
     run("report", own / "run")
     assert "sharpness" in (own / "run" / "report.html").read_text()
 

@@ -15,10 +15,10 @@ from miro.training.engine import Engine
 DEPTH, CHANNELS, HIDDEN, TOKENS = 4, 32, 96, 64
 
 
-def deep() -> FlowTransformer:
+def deep(regional_compile: bool = False) -> FlowTransformer:
     torch.manual_seed(0)
     config = ModelConfig(CHANNELS, DEPTH, 2, HIDDEN, patch=2)
-    model = FlowTransformer(config, (2, 16, 16), TEXT, REWARDS)
+    model = FlowTransformer(config, (2, 16, 16), TEXT, REWARDS, regional_compile=regional_compile)
     with torch.no_grad():
         for param in model.parameters():
             param += 0.1 * torch.randn(param.shape)
@@ -33,7 +33,7 @@ def predict(made: Engine, batch: int, height: int = 16, width: int = 16) -> Tens
 
 @pytest.fixture(scope="module")
 def compiled() -> Engine:
-    return engine(model=deep(), compiled=True)
+    return engine(model=deep(regional_compile=True), compiled=True)
 
 
 @pytest.mark.parametrize("batch", [5, 7])
@@ -87,7 +87,7 @@ def test_one_block_is_translated_for_all(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=watch))
     with torch.no_grad():
-        predict(engine(model=deep(), compiled=True), batch=5)
+        predict(engine(model=deep(regional_compile=True), compiled=True), batch=5)
 
     (graph,) = graphs
     region = torch.ops.higher_order.invoke_subgraph

@@ -49,8 +49,8 @@ def test_fewer_scores_than_bins_spread_from_the_first_bin_to_the_last() -> None:
 def test_a_better_score_never_falls_into_a_lower_bin() -> None:
     scores = np.sort(np.random.default_rng(1).normal(size=(500, 1)).round(1), 0)
 
-    for law in ("population", "width"):
-        found = assigned(Bins.fit(scores, ["clip"], 16, law), scores)
+    for binning in ("quantile", "equal_width"):
+        found = assigned(Bins.fit(scores, ["clip"], 16, binning), scores)
         assert found == sorted(found)
 
 
@@ -66,14 +66,14 @@ def test_equal_scores_share_a_bin() -> None:
 def test_a_constant_reward_fills_one_bin() -> None:
     scores = column(*[0.3] * 20)
 
-    for law in ("population", "width"):
-        assert len(set(assigned(Bins.fit(scores, ["clip"], 8, law), scores))) == 1
+    for binning in ("quantile", "equal_width"):
+        assert len(set(assigned(Bins.fit(scores, ["clip"], 8, binning), scores))) == 1
 
 
 def test_bins_of_equal_width_divide_the_range() -> None:
     scores = column(0, 1, 2, 3, 100)
 
-    assert assigned(Bins.fit(scores, ["clip"], 4, "width"), scores) == [0, 0, 0, 0, 3]
+    assert assigned(Bins.fit(scores, ["clip"], 4, "equal_width"), scores) == [0, 0, 0, 0, 3]
 
 
 def test_scores_beyond_those_fitted_fall_into_the_outer_bins() -> None:
@@ -122,7 +122,7 @@ def test_a_reward_without_any_score_is_refused_by_name() -> None:
 
 
 def test_levels_run_from_zero_to_one() -> None:
-    levels = Bins.fit(column(*range(9)), ["clip"], 5).levels()
+    levels = Bins.fit(column(*range(9)), ["clip"], 5).quantile_levels()
 
     torch.testing.assert_close(levels, torch.tensor([0, 0.25, 0.5, 0.75, 1]))
 
@@ -131,7 +131,7 @@ def test_bins_without_rewards_can_be_used() -> None:
     bins = Bins.fit(np.zeros((4, 0), np.float32), [], 64)
 
     assert bins.rewards == () and bins.assign(np.zeros((4, 0)))[0].shape == (4, 0)
-    assert len(bins.levels()) == bins.count
+    assert len(bins.quantile_levels()) == bins.count
 
 
 def test_bins_survive_their_file_exactly() -> None:
@@ -252,37 +252,23 @@ def test_impossible_values_are_named(bad: dict, words: str) -> None:
 def test_a_target_asks_for_the_default_but_where_told_otherwise() -> None:
     rewards = ("clip", "vqa", "hpsv2")
 
-    assert RewardTarget.of(rewards, {}, 1.0).levels == (1.0, 1.0, 1.0)
-    assert RewardTarget.of(rewards, {"vqa": 0.25, "hpsv2": None}, 1.0).levels == (1.0, 0.25, None)
-    assert RewardTarget.of(rewards, {"clip": 0.0}, None).levels == (0.0, None, None)
+    assert RewardTarget.from_dict(rewards, {}, 1.0).levels == (1.0, 1.0, 1.0)
+    assert RewardTarget.from_dict(rewards, {"vqa": 0.25, "hpsv2": None}, 1.0).levels == (
+        1.0,
+        0.25,
+        None,
+    )
+    assert RewardTarget.from_dict(rewards, {"clip": 0.0}, None).levels == (0.0, None, None)
 
 
 def test_a_target_of_an_unknown_reward_offers_the_nearest() -> None:
     with pytest.raises(ValueError, match="unknown reward.*'hpsv'.*did you mean 'hpsv2'"):
-        RewardTarget.of(("clip", "hpsv2"), {"hpsv": 1.0}, 1.0)
+        RewardTarget.from_dict(("clip", "hpsv2"), {"hpsv": 1.0}, 1.0)
 
 
 @pytest.mark.parametrize("level", [-0.01, 1.01, NAN, float("inf")])
 def test_a_target_outside_zero_to_one_is_refused(level: float) -> None:
     with pytest.raises(ValueError, match=f"target of clip.*0.*1.*got {level}"):
-        RewardTarget.of(("clip",), {"clip": level}, 1.0)
+        RewardTarget.from_dict(("clip",), {"clip": level}, 1.0)
     with pytest.raises(ValueError, match=f"0.*1.*got {level}"):
-        RewardTarget.of(("clip",), {}, level)
-
-
-def test_mixing_goes_from_one_target_to_the_other() -> None:
-    start, end = RewardTarget((0.0, 1.0, None)), RewardTarget((1.0, 0.5, None))
-
-    assert start.mix(end, 0.0) == start and start.mix(end, 1.0) == end
-    assert start.mix(end, 0.25) == RewardTarget((0.25, 0.875, None))
-
-
-def test_targets_that_ask_for_different_rewards_are_not_mixed() -> None:
-    with pytest.raises(ValueError, match="same rewards"):
-        RewardTarget((0.0, None)).mix(RewardTarget((0.0, 1.0)), 0.5)
-
-
-@pytest.mark.parametrize("share", [-0.5, 1.5])
-def test_a_mix_beyond_its_ends_is_refused(share: float) -> None:
-    with pytest.raises(ValueError, match=f"share.*got {share}"):
-        RewardTarget((0.5,)).mix(RewardTarget((1.0,)), share)
+        RewardTarget.from_dict(("clip",), {}, level)

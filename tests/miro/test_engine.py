@@ -10,7 +10,7 @@ import torch
 from helpers.engines import CONFIG, LAYOUT, SHAPE, TEXT, build, engine, inputs, learn
 from torch import Tensor
 
-from miro.model.packed_text import absent
+from miro.model.packed_text import empty_text
 from miro.model.transformer import FlowTransformer, ModelConfig
 from miro.training.engine import Engine
 from miro.training.optimizer import OptimizerConfig, ema_decay, lr_multiplier
@@ -19,7 +19,7 @@ from miro.training.zero_shards import ShardSlice
 
 def loss(engine: Engine, seed: int, captioned: bool = True) -> Tensor:
     x, t, rewards, text = inputs(seed)
-    text = text if captioned else absent(len(text), TEXT)
+    text = text if captioned else empty_text(len(text), TEXT)
     return (engine.predict(x, t, rewards, text) - x.flip(0)).square().mean()
 
 

@@ -1,4 +1,4 @@
-"""Exported weights: from the weights of a run, or put together from the parts of a checkpoint."""
+"""Export: from a run's weights, or merged from the shards of a checkpoint."""
 
 import shutil
 from dataclasses import replace
@@ -16,7 +16,7 @@ from miro.training.checkpoint import CheckpointError, RunFolder
 from miro.training.config import TrainConfig
 
 
-def test_the_newest_weights_are_exported_and_can_be_sampled_from_alone(
+def test_the_newest_weights_are_exported_and_load_by_themselves(
     undisturbed: RunFolder, tmp_path: Path
 ) -> None:
     dest = export(undisturbed.root, tmp_path / "model")
@@ -28,9 +28,7 @@ def test_the_newest_weights_are_exported_and_can_be_sampled_from_alone(
     assert Pipeline.load(dest).rewards == ("colourfulness", "sharpness")
 
 
-def test_a_checkpoint_of_several_ranks_becomes_one_file(
-    training: TrainConfig, tmp_path: Path
-) -> None:
+def test_a_checkpoint_of_several_ranks_is_merged(training: TrainConfig, tmp_path: Path) -> None:
     config = replace(training, sharding=ShardingConfig("3"))
     train_together(2, config, tmp_path / "run")
     run = RunFolder(tmp_path / "run")
@@ -44,8 +42,8 @@ def test_a_checkpoint_of_several_ranks_becomes_one_file(
     Pipeline.load(tmp_path / "model")
 
 
-def test_what_cannot_be_exported_is_refused(undisturbed: RunFolder, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="nothing of 48 images; it has 40, 80, 96"):
+def test_invalid_exports_are_rejected(undisturbed: RunFolder, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no weights at 48 images; choose one of 40, 80, 96"):
         export(undisturbed.root, tmp_path / "model", images=48)
     with pytest.raises(CheckpointError, match="is not a run"):
         export(tmp_path, tmp_path / "model")

@@ -15,7 +15,7 @@ import torch
 from helpers.multirank import Together
 
 import miro.training.batch_plan
-from miro.model.packed_text import absent
+from miro.model.packed_text import empty_text
 from miro.model.transformer import FlowTransformer, ModelConfig, RewardCond
 from miro.training.batch_plan import BatchPlan, ShardingConfig
 from miro.training.config import TrainConfig
@@ -70,7 +70,7 @@ def measure(config: ModelConfig, layout: BatchPlan, precision: Any, bucket: int,
         for step in range(2):
             reset_peak()
             for _ in range(layout.accumulation):
-                out_ = engine.predict(x, t, rewards, absent(layout.micro_batch, TEXT))
+                out_ = engine.predict(x, t, rewards, empty_text(layout.micro_batch, TEXT))
                 engine.backward(out_.square().mean())
                 del out_
             if step:

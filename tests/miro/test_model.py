@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from miro.model.embeddings import TextEmbedding, pos_embed_2d_sincos, rope_angles
-from miro.model.packed_text import PackedText, absent, pack
+from miro.model.packed_text import PackedText, empty_text, pack
 from miro.model.transformer import FlowTransformer, ModelConfig, RewardCond
 from miro_kernels import qk_norm_rope
 
@@ -149,7 +149,7 @@ def test_a_nan_in_one_samples_text_stays_in_that_sample(
 
 
 def test_no_text_at_all_is_texts_of_length_zero(trained: FlowTransformer, inputs: Inputs) -> None:
-    rewards, none = inputs.rewards(), absent(3, TEXT)
+    rewards, none = inputs.rewards(), empty_text(3, TEXT)
     longer = PackedText(none.states, none.offsets, longest=7)  # any bound will do
     mixed = pack([torch.zeros(0, TEXT)] * 3 + [torch.ones(2, TEXT)])
 
@@ -170,8 +170,8 @@ def test_the_summary_of_an_absent_text_is_that_of_a_text_of_length_zero(
 ) -> None:
     keys = trained.encode_context(pack(inputs.texts))
 
-    torch.testing.assert_close(keys.summary[1], keys.absent[0])
-    assert (keys.summary[0] - keys.absent[0]).abs().max() > 1e-3
+    torch.testing.assert_close(keys.summary[1], keys.null_summary[0])
+    assert (keys.summary[0] - keys.null_summary[0]).abs().max() > 1e-3
 
 
 def test_levels_are_what_counts_and_not_how_they_are_indexed(
@@ -242,7 +242,7 @@ def test_a_batch_of_none_gives_none(trained: FlowTransformer) -> None:
     rewards = RewardCond(torch.tensor([0.5]), torch.zeros(0, 3).long(), torch.zeros(0, 3).bool())
 
     out = trained(
-        torch.zeros(0, *SHAPE), torch.zeros(0), rewards, trained.encode_context(absent(0, 5))
+        torch.zeros(0, *SHAPE), torch.zeros(0), rewards, trained.encode_context(empty_text(0, 5))
     )
 
     assert out.shape == (0, *SHAPE)

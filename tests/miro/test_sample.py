@@ -1,4 +1,4 @@
-"""From prompts to images: guidance, targets, best of N, and what a pipeline refuses."""
+"""Sampling: guidance, targets, best of N, and invalid input to a pipeline."""
 
 import json
 import shutil
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from miro.conditioning import ConditioningConfig, RewardTarget
-from miro.flow import FlowConfig, euler_times, velocity
-from miro.model.packed_text import PackedText, absent, pack
+from miro.flow import FlowConfig, euler_timesteps, velocity
+from miro.model.packed_text import PackedText, empty_text, pack
 from miro.model.transformer import FlowTransformer, ModelConfig, RewardCond
 from miro.prepare.encode import EncodeConfig, encode
 from miro.sampling.pipeline import Pipeline, to_bytes
@@ -31,13 +31,13 @@ HIGH, LOW = RewardTarget((1.0, 0.75, None)), RewardTarget((0.0, 0.75, 0.5))
 
 @pytest.fixture(scope="module")
 def model() -> FlowTransformer:
-    """A network with random weights everywhere and three rewards."""
+    """A network for three rewards, no weight zero."""
     torch.manual_seed(0)
-    made = FlowTransformer(ModelConfig(16, 2, 2, 24, 2), SHAPE, TEXT, rewards=3)
+    model = FlowTransformer(ModelConfig(16, 2, 2, 24, 2), SHAPE, TEXT, rewards=3)
     with torch.no_grad():
-        for param in made.parameters():
+        for param in model.parameters():
             param += 0.2 * torch.randn(param.shape)
-    return made.requires_grad_(False)
+    return model.requires_grad_(False)
 
 
 @pytest.fixture
@@ -48,28 +48,30 @@ def text(draw: Callable[..., Tensor]) -> PackedText:
 NOISE = draw_noise(SHAPE, seed=0, numbers=range(3))
 
 
-def asked(target: RewardTarget, batch: int = 3) -> RewardCond:
-    """A target as the network's input, one level a reward."""
+def reward_cond(target: RewardTarget, batch: int = 3) -> RewardCond:
+    """The target as the network's input, with a table of one level per reward."""
     keep = torch.tensor([[level is not None for level in target.levels]] * batch)
     levels = torch.tensor([0.0 if level is None else level for level in target.levels])
     return RewardCond(levels, torch.arange(len(levels)).expand(batch, -1), keep)
 
 
-def by_hand(model: FlowTransformer, text: PackedText, guidance: Guidance, steps: int) -> Tensor:
-    """Equation 3 and text guidance, each branch a call of its own."""
-    x, times = NOISE, euler_times(steps)
-    keys, none = model.encode_context(text), model.encode_context(absent(3, TEXT))
+def reference_sample(
+    model: FlowTransformer, text: PackedText, guidance: Guidance, steps: int
+) -> Tensor:
+    """Equation 3 plus text guidance, one network call per branch."""
+    x, times = NOISE, euler_timesteps(steps)
+    context, null = model.encode_context(text), model.encode_context(empty_text(3, TEXT))
     for t, t_next in zip(times[:-1], times[1:], strict=True):
         now = t.expand(3)
 
-        def v(target: RewardTarget, keys: tuple, x: Tensor = x, now: Tensor = now) -> Tensor:
-            return velocity(FLOW, model(x, now, asked(target), keys), x, now)
+        def v(target: RewardTarget, context: tuple, x: Tensor = x, now: Tensor = now) -> Tensor:
+            return velocity(FLOW, model(x, now, reward_cond(target), context), x, now)
 
-        positive = v(guidance.positive, keys)
+        positive = v(guidance.positive, context)
         guided = positive
         if guidance.negative is not None:
-            guided = guided + guidance.reward_scale * (positive - v(guidance.negative, keys))
-        guided = guided + guidance.text_scale * (positive - v(guidance.positive, none))
+            guided = guided + guidance.reward_scale * (positive - v(guidance.negative, context))
+        guided = guided + guidance.text_scale * (positive - v(guidance.positive, null))
         x = x + (t_next - t) * guided
     return x
 
@@ -84,40 +86,46 @@ def by_hand(model: FlowTransformer, text: PackedText, guidance: Guidance, steps:
         Guidance(HIGH, LOW, reward_scale=-0.5),
         Guidance(RewardTarget((None, None, None)), text_scale=2.0),
     ],
-    ids=["none", "rewards", "text", "both", "negative scale", "nothing asked"],
+    ids=["none", "rewards", "text", "both", "negative scale", "no reward"],
 )
-def test_guidance_is_its_formula(
+def test_guidance_matches_its_formula(
     model: FlowTransformer, text: PackedText, guidance: Guidance
 ) -> None:
     out = sample(model, FLOW, text, guidance, NOISE, steps=3)
 
-    torch.testing.assert_close(out, by_hand(model, text, guidance, 3), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        out, reference_sample(model, text, guidance, 3), rtol=1e-3, atol=1e-3
+    )
 
 
 def test_each_part_of_guidance_changes_the_image(model: FlowTransformer, text: PackedText) -> None:
-    ways = [
+    variants = [
         Guidance(HIGH), Guidance(LOW), Guidance(HIGH, LOW, 2.0), Guidance(HIGH, text_scale=2.0),
         Guidance(RewardTarget((None,) * 3)),
     ]  # fmt: skip
-    outs = [sample(model, FLOW, text, way, NOISE, steps=2) for way in ways]
+    outs = [sample(model, FLOW, text, guidance, NOISE, steps=2) for guidance in variants]
 
     for first in range(len(outs)):
         for second in range(first):
             assert (outs[first] - outs[second]).abs().max() > 1e-2
-    # The second prompt is empty: there is no text to be guided by.
+    # The second prompt is empty, so text guidance does nothing.
     torch.testing.assert_close(outs[3][1], outs[0][1], rtol=1e-3, atol=1e-3)
 
 
-def test_a_compiled_network_samples_the_same(model: FlowTransformer, text: PackedText) -> None:
+def test_a_compiled_network_gives_the_same_samples(
+    model: FlowTransformer, text: PackedText
+) -> None:
     guidance = Guidance(HIGH, LOW, reward_scale=2.0)
     compiled = torch.compile(model, backend="eager")
 
-    found = sample(model, FLOW, text, guidance, NOISE, steps=3, network=compiled)
+    out = sample(model, FLOW, text, guidance, NOISE, steps=3, network=compiled)
 
-    torch.testing.assert_close(found, sample(model, FLOW, text, guidance, NOISE, steps=3))
+    torch.testing.assert_close(out, sample(model, FLOW, text, guidance, NOISE, steps=3))
 
 
-def test_a_scale_of_zero_is_no_negative_branch(model: FlowTransformer, text: PackedText) -> None:
+def test_a_reward_scale_of_zero_skips_the_negative_branch(
+    model: FlowTransformer, text: PackedText
+) -> None:
     calls: list[int] = []
 
     def counted(x: Tensor, *rest: object) -> Tensor:
@@ -130,43 +138,49 @@ def test_a_scale_of_zero_is_no_negative_branch(model: FlowTransformer, text: Pac
     assert torch.equal(without, zero) and calls == [3] * 4
 
 
-def test_a_reward_asked_at_none_is_not_told(model: FlowTransformer, text: PackedText) -> None:
-    silent = RewardTarget((None, None, None))
-    nothing = asked(silent)
+def test_a_level_of_none_masks_the_reward(model: FlowTransformer, text: PackedText) -> None:
+    masked = RewardTarget((None, None, None))
     x, t = NOISE, torch.ones(3)
 
-    out = sample(model, FLOW, text, Guidance(silent), NOISE, steps=1)
+    out = sample(model, FLOW, text, Guidance(masked), NOISE, steps=1)
 
-    told_nothing = model(x, t, nothing, model.encode_context(text))
-    torch.testing.assert_close(out, told_nothing, rtol=1e-4, atol=1e-4)
+    expected = model(x, t, reward_cond(masked), model.encode_context(text))
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 9])
-def test_a_network_that_knows_the_data_is_led_to_it(
+def test_an_exact_network_samples_the_data(
     model: FlowTransformer, text: PackedText, draw: Callable[..., Tensor], steps: int
 ) -> None:
     data = draw(3, *SHAPE, dtype=torch.float32).clamp(-1, 1)
     calls: list[float] = []
 
-    def knows(x: Tensor, t: Tensor, *_: object) -> Tensor:
+    def exact(x: Tensor, t: Tensor, *_: object) -> Tensor:
         calls.append(float(t[0]))
         return data
 
-    for limit in (None, 1.0):
+    for clip_range in (None, 1.0):
         out = sample(
-            model, FLOW, text, Guidance(HIGH), NOISE, steps=steps, limit=limit, network=knows
+            model,
+            FLOW,
+            text,
+            Guidance(HIGH),
+            NOISE,
+            steps=steps,
+            clip_range=clip_range,
+            network=exact,
         )
         torch.testing.assert_close(out, data, rtol=1e-5, atol=1e-5)
     assert calls[:steps] == pytest.approx([1 - n / steps for n in range(steps)])
 
 
-def test_a_limit_keeps_the_image_in_range(model: FlowTransformer, text: PackedText) -> None:
+def test_clip_range_bounds_the_image(model: FlowTransformer, text: PackedText) -> None:
     guidance = Guidance(HIGH, LOW, 30.0)
 
-    free = sample(model, FLOW, text, guidance, NOISE, steps=3)
-    held = sample(model, FLOW, text, guidance, NOISE, steps=3, limit=1.0)
+    unclipped = sample(model, FLOW, text, guidance, NOISE, steps=3)
+    clipped = sample(model, FLOW, text, guidance, NOISE, steps=3, clip_range=1.0)
 
-    assert free.abs().max() > 1 and held.abs().max() <= 1
+    assert unclipped.abs().max() > 1 and clipped.abs().max() <= 1
 
 
 def test_a_model_without_rewards_can_be_sampled(text: PackedText) -> None:
@@ -177,10 +191,10 @@ def test_a_model_without_rewards_can_be_sampled(text: PackedText) -> None:
     assert out.shape == NOISE.shape
 
 
-def test_sizes_that_do_not_fit_are_refused(model: FlowTransformer, text: PackedText) -> None:
+def test_invalid_arguments_are_rejected(model: FlowTransformer, text: PackedText) -> None:
     with pytest.raises(ValueError, match="at least 1 step, got 0"):
         sample(model, FLOW, text, Guidance(HIGH), NOISE, steps=0)
-    with pytest.raises(ValueError, match="3 texts for 2 noises"):
+    with pytest.raises(ValueError, match="3 texts for a batch of 2 noises"):
         sample(model, FLOW, text, Guidance(HIGH), NOISE[:2])
     with pytest.raises(ValueError, match=r"scale 2\.0 needs a negative target"):
         Guidance(HIGH, reward_scale=2.0)
@@ -196,7 +210,7 @@ def test_noise_depends_on_seed_and_number_alone() -> None:
     assert abs(many.mean()) < 0.02 and abs(many.std() - 1) < 0.02
 
 
-def test_the_best_of_each_prompts_images_is_chosen() -> None:
+def test_best_of_chooses_the_highest_score_of_each_prompt() -> None:
     nan = float("nan")
     scores = torch.tensor([0.1, 0.9, 0.3, -5.0, nan, -7.0, nan, nan, -torch.inf])
 
@@ -205,10 +219,10 @@ def test_the_best_of_each_prompts_images_is_chosen() -> None:
     assert best_of(torch.tensor([nan, -1e30]), 2).tolist() == [1]
 
 
-def test_bytes_are_rounded_images() -> None:
-    levels = torch.arange(256, dtype=torch.float32) / 255
+def test_to_bytes_rounds() -> None:
+    values = torch.arange(256, dtype=torch.float32) / 255
 
-    assert torch.equal(to_bytes(levels), torch.arange(256).byte())
+    assert torch.equal(to_bytes(values), torch.arange(256).byte())
 
 
 PROMPTS = ["a red frog", "two cats", "a red frog", ""]
@@ -227,21 +241,21 @@ TRAINING = TrainConfig(
 
 @pytest.fixture(scope="module")
 def runs(encoded: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """runs(precision, rewards): the folder of a short run, trained once for all tests."""
-    made: dict[tuple, Path] = {}
+    """runs(precision, rewards): the folder of a short run, trained once per module."""
+    folders: dict[tuple, Path] = {}
 
     def run(precision: Precision = "fp32", rewards: tuple[str, ...] | None = None) -> Path:
-        if (precision, rewards) not in made:
-            folder = made[precision, rewards] = tmp_path_factory.mktemp("run")
+        if (precision, rewards) not in folders:
+            folder = folders[precision, rewards] = tmp_path_factory.mktemp("run")
             conditioning = ConditioningConfig(rewards=rewards, drop_all=0.0)
             config = replace(TRAINING, data=encoded, precision=precision, conditioning=conditioning)
             train(config, folder)
-        return made[precision, rewards]
+        return folders[precision, rewards]
 
     return run
 
 
-def test_a_run_is_loaded_at_its_newest_weights_and_a_weights_folder_at_its_own(
+def test_a_run_loads_its_newest_weights_and_a_weights_folder_its_own(
     runs: Callable[..., Path],
 ) -> None:
     run = RunFolder(runs())
@@ -267,27 +281,27 @@ def test_an_image_depends_on_its_prompt_seed_and_number_alone(
 
     assert together.shape == (4, 3, 32, 32) and together.dtype == torch.float32
     assert 0 <= together.min() and together.max() <= 1 and together.std() > 0.05
-    # Another order, another batch size, other neighbours.
-    apart = pipeline(PROMPTS[::-1], guidance, seed=1, numbers=[7, 6, 5, 4], steps=4, batch=3)
-    torch.testing.assert_close(apart.flip(0), together, rtol=0, atol=tolerance)
+    # Another order and another batch size.
+    reordered = pipeline(PROMPTS[::-1], guidance, seed=1, numbers=[7, 6, 5, 4], steps=4, batch=3)
+    torch.testing.assert_close(reordered.flip(0), together, rtol=0, atol=tolerance)
     alone = pipeline([PROMPTS[1]], guidance, seed=1, numbers=[5], steps=4)
     torch.testing.assert_close(alone[0], together[1], rtol=0, atol=tolerance)
     other = pipeline([PROMPTS[1]], guidance, seed=2, numbers=[5], steps=4)
     assert (other[0] - together[1]).abs().max() > 2 * tolerance
 
 
-def test_targets_reach_the_image(runs: Callable[..., Path]) -> None:
+def test_targets_change_the_image(runs: Callable[..., Path]) -> None:
     pipeline = Pipeline.load(runs())
 
     def image(target: RewardTarget) -> Tensor:
         return pipeline(["a red frog"], Guidance(target), steps=3)
 
     high, low = image(pipeline.target()), image(pipeline.target(default=0.0))
-    silent = image(pipeline.target({"colourfulness": None, "sharpness": None}))
-    assert (high - low).abs().max() > 1e-3 and (high - silent).abs().max() > 1e-3
+    masked = image(pipeline.target({"colourfulness": None, "sharpness": None}))
+    assert (high - low).abs().max() > 1e-3 and (high - masked).abs().max() > 1e-3
 
 
-def test_a_target_asks_for_what_the_run_was_told(runs: Callable[..., Path]) -> None:
+def test_a_target_covers_the_rewards_the_run_is_conditioned_on(runs: Callable[..., Path]) -> None:
     assert Pipeline.load(runs()).target({"sharpness": 0.25}).levels == (1.0, 0.25)
     specialist = Pipeline.load(runs(rewards=("sharpness",)))
     assert specialist.target().levels == (None, 1.0)
@@ -296,48 +310,48 @@ def test_a_target_asks_for_what_the_run_was_told(runs: Callable[..., Path]) -> N
 
 
 @pytest.mark.parametrize(
-    ("rewards", "wanted", "words"),
+    ("rewards", "levels", "words"),
     [
         (None, {"sharpnes": 1.0}, "'sharpnes'.*did you mean 'sharpness'.*colourfulness"),
         (None, {"sharpness": 1.5}, "target of sharpness must be from 0.*to 1.*got 1.5"),
         (("sharpness",), {"colourfulness": 1.0}, "'colourfulness'.*Known: sharpness"),
     ],
 )
-def test_an_impossible_target_is_refused(
-    runs: Callable[..., Path], rewards: tuple[str, ...] | None, wanted: dict, words: str
+def test_an_invalid_target_is_rejected(
+    runs: Callable[..., Path], rewards: tuple[str, ...] | None, levels: dict, words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
-        Pipeline.load(runs(rewards=rewards)).target(wanted)
+        Pipeline.load(runs(rewards=rewards)).target(levels)
 
 
-def test_a_prompt_longer_than_the_encoder_reads_is_cut_and_said(
+def test_a_prompt_that_is_too_long_is_truncated_with_a_warning(
     runs: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     pipeline, long = Pipeline.load(runs()), "a red frog beside a blue fish " * 60
 
-    text = pipeline.read(["two cats", long])
+    text = pipeline.encode_prompts(["two cats", long])
 
     assert text.lengths.tolist()[1] == 256 and "two cats" not in caplog.text
     assert "a red frog beside" in caplog.text and "256 tokens" in caplog.text
     caplog.clear()
-    pipeline.read([long, long])
-    assert caplog.text == "", "it is said once"
+    pipeline.encode_prompts([long, long])
+    assert caplog.text == "", "one warning per prompt"
 
 
-def test_prompts_are_read_at_the_length_the_data_was_encoded_at(
+def test_prompts_are_truncated_to_the_length_of_the_training_captions(
     encoded: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     encode(encoded.parent / "scored", tmp_path / "short", config=EncodeConfig(max_tokens=5))
     config = replace(TRAINING, data=tmp_path / "short", images=8, checkpoint_every=8, weights_at=())
     train(config, tmp_path / "run")
 
-    text = Pipeline.load(tmp_path / "run").read(["a red frog beside a blue fish"])
+    text = Pipeline.load(tmp_path / "run").encode_prompts(["a red frog beside a blue fish"])
 
     assert text.lengths.tolist() == [5] and "5 tokens" in caplog.text
 
 
-def test_an_empty_prompt_is_an_image_without_text(runs: Callable[..., Path]) -> None:
-    assert Pipeline.load(runs()).read(["", "two cats"]).lengths.tolist()[0] == 0
+def test_an_empty_prompt_has_no_tokens(runs: Callable[..., Path]) -> None:
+    assert Pipeline.load(runs()).encode_prompts(["", "two cats"]).lengths.tolist()[0] == 0
 
 
 def test_damaged_weights_are_named(runs: Callable[..., Path], tmp_path: Path) -> None:
@@ -352,7 +366,7 @@ def test_damaged_weights_are_named(runs: Callable[..., Path], tmp_path: Path) ->
         Pipeline.load(run.root)
 
 
-def test_weights_of_another_network_than_they_say_are_refused(
+def test_weights_that_do_not_match_their_configuration_are_rejected(
     runs: Callable[..., Path], tmp_path: Path
 ) -> None:
     tensors, state = checkpoint.load(RunFolder(runs()).weights_at(64))
@@ -360,10 +374,10 @@ def test_weights_of_another_network_than_they_say_are_refused(
     state["config"]["model"]["hidden"] = 64
     checkpoint.save(tmp_path / "weights", tensors, state)
 
-    with pytest.raises(CheckpointError, match=f"{tmp_path / 'weights'} holds other weights"):
+    with pytest.raises(CheckpointError, match=f"{tmp_path / 'weights'}: the weights do not match"):
         Pipeline.load(tmp_path / "weights")
 
 
-def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_weights_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="neither a weights folder nor a run"):
         Pipeline.load(tmp_path)

