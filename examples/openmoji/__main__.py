@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from miro.cli.main import run_command
+from miro.cli.main import Command, run_command
 from miro.utils.progress import bar, console
 from openmoji.demo import DemoConfig
 from openmoji.fit_clip import FitClipConfig
@@ -101,11 +101,16 @@ def report(folder: Positional[Path] = Path("runs/demo")) -> None:
 
 
 COMMANDS = {
-    "demo": demo,
-    "scenes": scenes,
-    "fit-clip": fit_clip,
-    "fit-verifier": fit_verifier,
-    "report": report,
+    name: Command(
+        f"openmoji.__main__:{function.__name__}", (function.__doc__ or "").splitlines()[0]
+    )
+    for name, function in {
+        "demo": demo,
+        "scenes": scenes,
+        "fit-clip": fit_clip,
+        "fit-verifier": fit_verifier,
+        "report": report,
+    }.items()
 }
 
 if __name__ == "__main__":

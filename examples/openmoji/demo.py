@@ -99,7 +99,7 @@ class DemoConfig:
             config,
             data=self.folder / "encoded",
             seed=self.seed,
-            weights_at=self.marks(config),
+            ema_weights_at=self.marks(config),
             conditioning=conditioning,
             compile=compiled,
         )
@@ -257,9 +257,9 @@ def _encode(config: DemoConfig, report: Report) -> None:
 
 def _train(config: DemoConfig, model: str, report: Report) -> None:
     from miro.training.loop import train
-    from miro.training.metrics import Progress
+    from miro.training.metrics import TrainingProgress
 
-    def show(progress: Progress) -> None:
+    def show(progress: TrainingProgress) -> None:
         detail = f"loss {progress.loss:.4f}  {progress.images_per_second:,.0f} images/s"
         report(progress.images, progress.total, detail)
 

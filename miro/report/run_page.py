@@ -62,7 +62,7 @@ def _loss_plots(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         figure = plots.training_lines(lines, log=True, across=across, named=True)
         found.append({"title": title, "note": note, "plot": plot(figure, title)})
 
-    told = [(r["images"], _under("loss_at/", r)) for r in reports]
+    told = [(r["images"], _under("loss_by_t/", r)) for r in reports]
     told = [(images, at) for images, at in told if at]
     if told:
         lines = {
@@ -72,7 +72,7 @@ def _loss_plots(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         add("Loss by noise", "velocity error, three reports", lines, "t, from data to noise")
     thirds: dict[str, dict[str, tuple[list[int], list[float]]]] = {}
     for report in reports:
-        for name, loss in _under("loss_by/", report).items():
+        for name, loss in _under("loss_by_reward/", report).items():
             reward, _, third = name.rpartition("/")
             images, losses = thirds.setdefault(reward, {}).setdefault(third, ([], []))
             images.append(report["images"])

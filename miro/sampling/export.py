@@ -36,7 +36,7 @@ def export(run: Path, dest: Path, images: int | None = None) -> Path:
         raise ValueError(f"{dest} exists already; choose another folder")
     folder = RunFolder(run)
     written = dict(folder.weights_written())
-    saved = dict(checkpoint.saved_in(folder.checkpoints))
+    saved = dict(checkpoint.list_checkpoints(folder.checkpoints))
     if not written and not saved:
         raise CheckpointError(f"{run} is not a run that has written weights or checkpoints")
     wanted = max(written | saved) if images is None else images

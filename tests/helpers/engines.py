@@ -25,13 +25,13 @@ def build(width: int = 16, rewards: int = REWARDS) -> FlowTransformer:
     return model
 
 
-LAYOUT = BatchPlan(stage=0, world=1, micro_batch=4, accumulation=1)
+PLAN = BatchPlan(stage=0, world=1, micro_batch=4, accumulation=1)
 
 
 def engine(
     config: OptimizerConfig = CONFIG, model: FlowTransformer | None = None, **options: Any
 ) -> Engine:
-    options = {"layout": LAYOUT, "total_images": 400, **options}
+    options = {"plan": PLAN, "total_images": 400, **options}
     return Engine(model or build(), config, **options)
 
 
