@@ -31,7 +31,7 @@ from worker import Phases, Step
 
 from miro.training.metrics import MetricsTracker
 from miro.training.metrics_log import MetricsWriter
-from miro.training.peaks import peak_flops
+from miro.training.flops import peak_flops
 from miro_kernels.lab.eager import FREE
 
 ROOT = Path(__file__).parent.parent
@@ -164,7 +164,7 @@ def main() -> int:
         peak=peak_flops(step.engine.device, given.precision),
     )  # fmt: skip
     images = given.batch * (WARMUP + given.steps)
-    profiler = traced(step, given.steps, report=lambda: step.meter.tell(images, images))
+    profiler = traced(step, given.steps, report=lambda: step.meter.log(images, images))
     metrics.close()
     if on_gpu:
         torch.cuda.memory._dump_snapshot(str(given.out / "memory.pickle"))

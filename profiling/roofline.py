@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from miro.training.peaks import PEAKS
+from miro.training.flops import DEVICE_SPECS
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Device:
 
 
 DEVICES = {
-    name: Device(PEAKS[whole].flops, PEAKS[whole].bandwidth)
+    name: Device(DEVICE_SPECS[whole].flops, DEVICE_SPECS[whole].bandwidth)
     for name, whole in (
         ("H100 SXM", "NVIDIA H100 80GB HBM3"),
         ("H200", "NVIDIA H200"),

@@ -25,7 +25,7 @@ from miro.model.transformer import FlowTransformer, ModelConfig, RewardCond
 from miro.training.batch_plan import BatchPlan, ShardingConfig, Stage, plan_batch
 from miro.training.config import TrainConfig
 from miro.training.memory import Memory, activation_bytes, estimate, parameter_count
-from miro.training.peaks import PEAKS
+from miro.training.flops import DEVICE_SPECS
 from miro.training.presets import preset
 from miro_kernels import use_backend
 
@@ -39,12 +39,12 @@ class Assumptions:
     """What the projection takes for granted; none of it was measured here."""
 
     gpu: str = "H100 SXM, 80 GB"
-    peak: float = PEAKS["NVIDIA H100 80GB HBM3"].flops
+    peak: float = DEVICE_SPECS["NVIDIA H100 80GB HBM3"].flops
     """Dense bf16 FLOP/s."""
     utilisation: float = 0.35
     """Share of the peak that forward and backward reach. Public figures for training of diffusion
     transformers are 0.10 to 0.33 (shared/performance-anchors.md)."""
-    memory_bandwidth: float = PEAKS["NVIDIA H100 80GB HBM3"].bandwidth
+    memory_bandwidth: float = DEVICE_SPECS["NVIDIA H100 80GB HBM3"].bandwidth
     inside: float = 350e9
     """Bytes/s a GPU sends in a ring inside a machine of eight (NVLink 4)."""
     between: float = 40e9

@@ -80,7 +80,7 @@ def training(encoded: Path) -> TrainConfig:
         threads=1,
         report_every=8,
         checkpoint_every=16,
-        weights_at=(40,),
+        ema_weights_at=(40,),
     )
 
 

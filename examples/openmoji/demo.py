@@ -101,7 +101,7 @@ class DemoConfig:
             config,
             data=self.folder / "encoded",
             seed=self.seed,
-            weights_at=self.eval_checkpoints(config),
+            ema_weights_at=self.eval_checkpoints(config),
             conditioning=conditioning,
             compile=compiled,
         )

@@ -1,6 +1,6 @@
-"""The commands about datasets: scenes, annotate, caption, inspect, fit-clip, fit-verifier, encode.
+"""The commands for datasets: annotate, caption, inspect and encode.
 
-annotate, caption and encode may be run by all ranks of a launch; of these the first one speaks.
+annotate, caption and encode may be run by all ranks of a launch; rank 0 shows the progress.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ Positional = tyro.conf.Positional
 
 
 @contextmanager
-def _by_ranks(
+def _on_first_rank(
     name: str,
 ) -> Iterator[tuple[Callable[[int, int | None], None], Callable[[str], None]]]:
-    """How a stage counts samples, and says what it did."""
+    """Yield the functions that show progress and print; they do nothing on other ranks."""
     if dist_env(os.environ).first:
         with counting(name) as progress:
             yield progress, console.print
@@ -50,16 +50,16 @@ def annotate(
         source: a folder of images with .txt or .json captions beside them; WebDataset tars, as a
             folder or "a/{000..099}.tar"; a .csv, .tsv, .jsonl or .parquet table; a Hugging Face
             dataset on disk; or a dataset folder.
-        dest: the dataset folder to make or to complete.
+        dest: the dataset folder to write or to complete.
         rewards: names, or name=weights where a reward needs them, as in alignment=runs/clip.
-        config: how to go about it.
+        config: decoding, batching and device.
     """
     from miro.prepare.annotate import annotate as run
 
-    with _by_ranks("annotate") as (progress, say):
+    with _on_first_rank("annotate") as (progress, say):
         summary = run(source, dest, rewards=rewards, config=config, progress=progress)
         say(
-            f"{dest}: {summary.samples} samples, {summary.rejected} set aside "
+            f"{dest}: {summary.samples} samples, {summary.rejected} rejected "
             f"({dest / 'rejected.jsonl'}), {summary.images_per_second:.0f} images/s"
         )
 
@@ -69,19 +69,19 @@ def caption(
     dest: Positional[Path],
     config: Annotated[CaptionConfig, Inline] = CaptionConfig(),  # noqa: B008 frozen
 ) -> None:
-    """Give a dataset's images further captions, by a vision-language model or from a table.
+    """Add captions to a dataset's images, by a vision-language model or from a table.
 
     Args:
-        source: a dataset folder that `miro annotate` made; its scores are not needed.
-        dest: the dataset folder to make, without scores: annotate it afterwards.
-        config: who writes the captions, and how.
+        source: a dataset folder of `miro annotate`; its scores are not needed.
+        dest: the dataset folder to write, without scores: annotate it afterwards.
+        config: the model or table, and its options.
     """
     from miro.prepare.caption import caption as run
 
-    with _by_ranks("caption") as (progress, say):
+    with _on_first_rank("caption") as (progress, say):
         summary = run(source, dest, config=config, progress=progress)
         say(
-            f"{dest}: {summary.samples} samples, {summary.rejected} captions set aside "
+            f"{dest}: {summary.samples} samples, {summary.rejected} captions rejected "
             f"({dest / 'rejected.jsonl'}), {summary.images_per_second:.1f} images/s\n"
             f"score it with `miro annotate {dest} {dest} --rewards ...`"
         )
@@ -92,12 +92,12 @@ def inspect(
     out: Path | None = None,
     config: Annotated[InspectConfig, Inline] = InspectConfig(),  # noqa: B008 frozen
 ) -> None:
-    """Show a dataset on one HTML page: counts, scores, what was set aside, the best and worst.
+    """Show a dataset on one HTML page: counts, scores, rejected samples, the best and worst.
 
     Args:
         data: a dataset folder of `miro annotate` or `miro encode`.
         out: the page, NAME.html, with the numbers in NAME.json; DATA/inspect.html if not given.
-        config: how much to look at, and what to show.
+        config: how many samples to read and to show.
     """
     from miro.inspect.inspect_dataset import inspect as run
 
@@ -114,13 +114,15 @@ def encode(
     """Encode a dataset's images to latents and its captions to text states, once.
 
     Args:
-        source: a dataset folder that `miro annotate` made.
-        dest: the encoded dataset to make.
-        config: which encoders, and how.
+        source: a dataset folder of `miro annotate`.
+        dest: the encoded dataset to write.
+        config: encoders, decoding and device.
     """
     from miro.prepare.encode import encode as run
 
-    with _by_ranks("encode") as (progress, say):
+    with _on_first_rank("encode") as (progress, say):
         summary = run(source, dest, config=config, progress=progress)
-        cut = f", {summary.cut} captions cut to the encoder's length" if summary.cut else ""
-        say(f"{dest}: {summary.samples} samples{cut}, {summary.images_per_second:.0f}/s")
+        truncated = (
+            f", {summary.cut} captions truncated to the encoder's length" if summary.cut else ""
+        )
+        say(f"{dest}: {summary.samples} samples{truncated}, {summary.images_per_second:.0f}/s")

@@ -1,33 +1,48 @@
-"""`miro launch`: start a run by one of the launch scripts, or print what each of them would do.
+"""`miro launch`: run a launch script, or print what launch scripts would run.
 
-The scripts are plain shell and work alone; this knows only that DRY_RUN makes them print.
+The scripts are plain shell and work without it; with DRY_RUN set they print instead of running.
 """
 
 from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 
-# What a script is shown with where no arguments are given: the words of its own first comment.
-USAGE = "#   "
+import tyro
+
+Positional = tyro.conf.Positional
+
+# Arguments for a dry run without any; HOSTS is replaced by the example hosts file.
+PLACEHOLDERS = {
+    "data.sh": ("COMMAND", "SOURCE", "DEST"),
+    "laptop.sh": ("PHOTOS", "RUN"),
+    "nodes.sh": ("HOSTS", "PRESET", "--run", "DIR", "--data", "DIR"),
+}
+TRAIN_PLACEHOLDERS = ("PRESET", "--run", "DIR", "--data", "DIR")
 
 
-def launch(script: Path, arguments: Sequence[str], *, dry_run: bool) -> int:
-    """Run a launch script, or print what it would run; returns its exit code.
+def launch(
+    script: Positional[Path] = Path("launch"),
+    arguments: Positional[tuple[str, ...]] = (),
+    dry_run: bool = False,
+) -> None:
+    """Start a run by a launch script; --dry-run prints the commands of a script or a folder.
 
     Args:
-        script: one of the scripts, or with `dry_run` their folder.
-        arguments: of the script; with `dry_run` and none, the names in its usage line.
+        script: a script, as launch/node.sh, or with --dry-run a folder of scripts.
+        arguments: of the script, after `--`; placeholders in a dry run without any.
+        dry_run: print the commands and run nothing.
 
     Raises:
-        ValueError: there is no such script.
+        ValueError: the script does not exist.
+        SystemExit: a script failed; its exit status.
     """
-    scripts = sorted(p for p in script.glob("*.sh") if os.access(p, os.X_OK))
-    if script.is_file():
-        scripts = [script]
-    if not scripts or (script.is_dir() and not dry_run):
+    if script.is_dir() and dry_run:
+        scripts = sorted(p for p in script.glob("*.sh") if os.access(p, os.X_OK))
+    else:
+        scripts = [script] if script.is_file() else []
+    if not scripts:
         raise ValueError(
             f"{script} is no launch script; give one, as in `miro launch launch/node.sh`, or its "
             "folder and --dry-run"
@@ -35,24 +50,9 @@ def launch(script: Path, arguments: Sequence[str], *, dry_run: bool) -> int:
     if not dry_run:
         os.execv(script.resolve(), [str(script), *arguments])
     for path in scripts:
-        given = list(arguments) or _usage(path)
-        print(f"# {path} {' '.join(given)}", flush=True)
-        done = subprocess.run(["bash", path, *given], env={**os.environ, "DRY_RUN": "1"})
+        words = arguments or PLACEHOLDERS.get(path.name, TRAIN_PLACEHOLDERS)
+        words = [str(path.with_name("hosts.example")) if w == "HOSTS" else w for w in words]
+        print(f"# {path} {' '.join(words)}", flush=True)
+        done = subprocess.run(["bash", path, *words], env={**os.environ, "DRY_RUN": "1"})
         if done.returncode:
-            return done.returncode
-    return 0
-
-
-def _usage(script: Path) -> list[str]:
-    """The arguments in the usage line of a script, without the optional ones."""
-    for line in script.read_text().splitlines():
-        if line.startswith(USAGE) and script.name in line:
-            words = line.split(script.name, 1)[1].split("[", 1)[0].split()
-            return [_example(script, word) for word in words]
-    return []
-
-
-def _example(script: Path, word: str) -> str:
-    """A hostfile that exists stands for one; every other word stands for itself."""
-    example = script.with_name("hosts.example")
-    return str(example) if word == "HOSTFILE" and example.exists() else word
+            raise SystemExit(done.returncode)

@@ -13,7 +13,7 @@ from miro.images.decoder import Decoder
 from miro.images.pillow import (
     PillowDecoder,
 )
-from miro.utils.threads import threads
+from miro.utils.threads import default_num_workers
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def build_decoder(
 
     ValueError where "dali" is asked for and not installed.
     """
-    workers = workers or threads()
+    workers = workers or default_num_workers()
     if name == "pillow":
         return PillowDecoder(workers)
     # Asking for a module inside a package that is not there would raise.

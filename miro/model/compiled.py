@@ -7,11 +7,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import config as dynamo_config
-from torch._functorch import config as functorch_config
 
 from miro.model.packed_text import PackedText
 from miro.model.transformer import FlowTransformer, RewardCond
+from miro.utils.torch_internals import dynamo_config, functorch_config
 
 
 class CompiledModel(nn.Module):

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from miro.utils.atomic_io import no_space
-from miro.utils.locks import held
+from miro.utils.locks import locked_file
 
 
 class RejectedLog:
@@ -59,7 +59,7 @@ class RejectedLog:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Be the only process at the log, and know what it says."""
-        with held(self._file, self.path.parent):
+        with locked_file(self._file, self.path.parent):
             self._file.seek(self._read)
             lines = self._file.read().splitlines(keepends=True)
             if lines and not lines[-1].endswith(b"\n"):  # its process died while it wrote this one

@@ -71,7 +71,7 @@ def _loss_plots(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         figure = plots.line_plot(lines, log=True, x_label=x_label, legend=True)
         found.append({"title": title, "note": note, "plot": plot(figure, title)})
 
-    by_time = [(record["images"], _with_prefix("loss_at/", record)) for record in records]
+    by_time = [(record["images"], _with_prefix("loss_by_t/", record)) for record in records]
     by_time = [(images, losses) for images, losses in by_time if losses]
     if by_time:
         lines = {
@@ -81,7 +81,7 @@ def _loss_plots(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         add("Loss by timestep", "at three points of training", lines, "t, from data to noise")
     thirds: dict[str, dict[str, tuple[list[int], list[float]]]] = {}
     for record in records:
-        for name, loss in _with_prefix("loss_by/", record).items():
+        for name, loss in _with_prefix("loss_by_reward/", record).items():
             reward, _, third = name.rpartition("/")
             images, losses = thirds.setdefault(reward, {}).setdefault(third, ([], []))
             images.append(record["images"])

@@ -36,7 +36,7 @@ def export(run: Path, dest: Path, images: int | None = None) -> Path:
         raise ValueError(f"{dest} exists already; choose another folder")
     folder = RunFolder(run)
     weights = dict(folder.weights_written())
-    checkpoints = dict(checkpoint.saved_in(folder.checkpoints))
+    checkpoints = dict(checkpoint.list_checkpoints(folder.checkpoints))
     if not weights and not checkpoints:
         raise CheckpointError(f"{run} is not a run that has written weights or checkpoints")
     chosen = max(weights | checkpoints) if images is None else images

@@ -1,18 +1,18 @@
-"""A run's folder: where each thing lies, and checkpoints that are complete or absent.
+"""The folder of a run, and checkpoints that are complete or absent.
 
-    config.json  bins.json  versions.json     what the run is
-    metrics.jsonl  tensorboard/               what it measured
-    deepspeed.json                            what DeepSpeed was told
-    checkpoints/<images>/, checkpoints/latest all that a resumed run needs; few are kept
-    weights/<images>/                         averaged weights to sample from; all are kept
+    config.json  bins.json  versions.json     configuration, reward bins, package versions
+    metrics.jsonl  tensorboard/               metrics
+    deepspeed.json                            DeepSpeed's configuration
+    checkpoints/<images>/, checkpoints/latest state to resume from; only recent ones are kept
+    weights/<images>/                         EMA weights to sample from; all are kept
 
-A checkpoint is written into a hidden folder beside its place, synced, and renamed: a stop at any
-moment leaves the one before. Its manifest holds a checksum of every file, so that a damaged one is
-refused by name. Tensors are safetensors; nothing is ever unpickled.
+A checkpoint is written to a staging folder, fsynced and renamed, so a crash at any moment leaves
+the previous one intact. Its manifest has a SHA-256 of every file; a damaged file is refused by
+name. Tensors are safetensors; nothing is unpickled.
 
-Each rank writes one file of tensors, PART. There a tensor is called KEY/NAME@START: the elements
-from START on of KEY (master, ema, a moment) of the flattened parameter NAME. So a checkpoint says
-nothing of how a run was cut, and one of any other cut can take it up.
+Each rank writes one file of tensors, RANK_FILE. A tensor is named KEY/NAME@START: the elements from
+START on of KEY (master, ema, a moment) of the flattened parameter NAME. A checkpoint therefore
+loads at any ZeRO stage and world size.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from miro.utils.atomic_io import sync_file, sync_folder
 log = logging.getLogger(__name__)
 
 TENSORS, STATE, MANIFEST, LATEST = "tensors.safetensors", "state.json", "manifest.json", "latest"
-PART = "rank-{:05d}.safetensors"
+RANK_FILE = "rank-{:05d}.safetensors"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used: absent, damaged, or of another kind. Names the folder."""
+    """A checkpoint is absent, damaged or incompatible; the message names its folder."""
 
 
 class RunFolder:
-    """The paths of a run; the only place that knows them."""
+    """Paths of a run's files."""
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
@@ -60,27 +60,30 @@ class RunFolder:
         self.weights = self.root / "weights"
 
     def checkpoint(self, images: int) -> Path:
+        """Return the folder of the checkpoint after `images` images."""
         return self.checkpoints / f"{images:012d}"
 
     def weights_at(self, images: int) -> Path:
+        """Return the folder of the EMA weights after `images` images."""
         return self.weights / f"{images:012d}"
 
     def weights_written(self) -> list[tuple[int, Path]]:
-        """(images, folder) of all averaged weights, oldest first."""
-        return _numbered(self.weights)
+        """List (images, folder) of all saved EMA weights, oldest first."""
+        return list_checkpoints(self.weights)
 
 
-def _numbered(folder: Path) -> list[tuple[int, Path]]:
+def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """List (images, path) of the checkpoints in `folder`, damaged ones too, oldest first."""
     if not folder.is_dir():
         return []
     return sorted((int(path.name), path) for path in folder.iterdir() if path.name.isdigit())
 
 
 def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Write a checkpoint folder of one file of tensors, complete or not at all.
+    """Write a checkpoint with one file of tensors, complete or not at all.
 
     Raises:
-        OSError: the disk is full or refuses; the partial folder is removed, others are untouched.
+        OSError: the disk is full or failed; the staging folder is removed and others are untouched.
     """
     begin(folder)
     try:
@@ -90,50 +93,57 @@ def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) 
 
 
 def staging_path(folder: Path) -> Path:
-    """Where a checkpoint is before it is complete."""
+    """Return the folder in which a checkpoint is written before it is renamed."""
     return folder.with_name(f".{folder.name}.writing")
 
 
 def begin(folder: Path) -> None:
-    """Make room for the files of a checkpoint; what an earlier attempt left goes."""
+    """Create an empty staging folder."""
     shutil.rmtree(staging_path(folder), ignore_errors=True)
     staging_path(folder).mkdir(parents=True)
 
 
 def write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> str:
-    """Write and sync one file of a checkpoint that was begun; return its checksum.
+    """Write and fsync one file of tensors in the staging folder; return its checksum.
 
     Raises:
-        OSError: the disk is full or refuses.
+        OSError: the disk is full or failed.
     """
     path = staging_path(folder) / name
     try:
         save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path)
     except SafetensorError as error:
-        # It reports a full disk as an error of its own.
+        # safetensors reports a full disk as an error of its own type.
         raise OSError(str(error)) from error
     sync_file(path)
     return _checksum(path)
 
 
-def commit(folder: Path, sums: Mapping[str, str], state: Mapping[str, Any]) -> None:
-    """Complete a checkpoint whose files of tensors, with these checksums, are all written."""
-    aside = staging_path(folder)
-    (aside / STATE).write_text(json.dumps(state))
-    sync_file(aside / STATE)
-    sums = {**sums, STATE: _checksum(aside / STATE)}
-    (aside / MANIFEST).write_text(json.dumps({"version": 2, "sha256": sums}))
-    sync_file(aside / MANIFEST)
+def commit(folder: Path, checksums: Mapping[str, str], state: Mapping[str, Any]) -> None:
+    """Complete a checkpoint: write its state and manifest, and rename the staging folder.
+
+    Args:
+        folder: the checkpoint.
+        checksums: SHA-256 by name of the files of tensors, which are written already.
+        state: plain JSON types.
+    """
+    staging = staging_path(folder)
+    (staging / STATE).write_text(json.dumps(state))
+    sync_file(staging / STATE)
+    checksums = {**checksums, STATE: _checksum(staging / STATE)}
+    (staging / MANIFEST).write_text(json.dumps({"version": 2, "sha256": checksums}))
+    sync_file(staging / MANIFEST)
     if folder.exists():
         shutil.rmtree(folder)
-    os.replace(aside, folder)
+    os.replace(staging, folder)
     sync_folder(folder.parent)
 
 
 def cleanup_error(folder: Path, reason: str) -> OSError:
-    """Remove what is written of a checkpoint; the error that says so."""
+    """Remove the staging folder and return the error to raise."""
     shutil.rmtree(staging_path(folder), ignore_errors=True)
-    free = shutil.disk_usage(_existing(folder)).free
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     return OSError(
         f"could not write {folder}: {reason} ({free / 2**20:.0f} MiB free); earlier checkpoints "
         "are untouched: make room and resume"
@@ -141,73 +151,82 @@ def cleanup_error(folder: Path, reason: str) -> OSError:
 
 
 class CheckpointReader:
-    """An open checkpoint; tensors are read when they are asked for.
+    """An open checkpoint, whose tensors are read on demand.
 
-    state: the plain numbers saved with it. files: of tensors, with their checksums.
+    Attributes:
+        folder: the checkpoint.
+        state: the plain numbers saved with it.
+        files: SHA-256 by name of the files of tensors.
+
+    Raises:
+        CheckpointError: the checkpoint is absent, incomplete or of another version.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Raises CheckpointError if it is absent, incomplete or not ours."""
         self.folder = folder
         try:
             manifest = json.loads((folder / MANIFEST).read_text())
             if manifest["version"] != 2:
                 raise CheckpointError(f"{folder} is of version {manifest['version']}, not 2")
             self.files: dict[str, str] = dict(manifest["sha256"])
-            self._check(STATE, self.files.pop(STATE))
+            self._check_file(STATE, self.files.pop(STATE))
             self.state: dict[str, Any] = json.loads((folder / STATE).read_text())
         except CheckpointError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{folder} is not a complete checkpoint: {error}") from error
-        self._pieces: dict[str, list[_Stored]] | None = None
+        self._index: dict[str, list[_SavedSlice]] | None = None
 
-    def _check(self, name: str, checksum: str) -> None:
+    def _check_file(self, name: str, checksum: str) -> None:
         try:
-            found = _checksum(self.folder / name)
+            actual = _checksum(self.folder / name)
         except OSError as error:
             raise CheckpointError(f"{self.folder} is not a complete checkpoint: {error}") from error
-        if found != checksum:
+        if actual != checksum:
             raise CheckpointError(f"{self.folder / name} is damaged: its checksum differs")
 
-    def check(self, share: int = 0, shares: int = 1) -> None:
-        """Read every byte of every `shares`-th file; CheckpointError names a damaged one."""
-        for name in sorted(self.files)[share::shares]:
-            self._check(name, self.files[name])
+    def check(self, rank: int = 0, world: int = 1) -> None:
+        """Verify the checksums of every `world`-th file.
 
-    def _stored(self) -> dict[str, list[_Stored]]:
-        if self._pieces is None:
-            self._pieces = defaultdict(list)
+        Raises:
+            CheckpointError: a file is damaged or absent; names it.
+        """
+        for name in sorted(self.files)[rank::world]:
+            self._check_file(name, self.files[name])
+
+    def _saved_slices(self) -> dict[str, list[_SavedSlice]]:
+        if self._index is None:
+            self._index = defaultdict(list)
             for name in self.files:
                 file = safe_open(self.folder / name, framework="pt")
                 for key in file.keys():  # noqa: SIM118 not a mapping
                     tensor, _, start = key.rpartition("@")
                     (size,) = file.get_slice(key).get_shape()
-                    self._pieces[tensor].append(_Stored(int(start), int(size), key, file))
-        return self._pieces
+                    self._index[tensor].append(_SavedSlice(int(start), int(size), key, file))
+        return self._index
 
     def read(self, key: str, name: str, start: int, size: int) -> Tensor:
-        """Elements start : start + size of what was saved as KEY/NAME, fp32.
+        """Read elements start : start + size of KEY/NAME, however it was sharded, as fp32.
 
         Raises:
-            CheckpointError: it holds fewer.
+            CheckpointError: the checkpoint has fewer elements.
         """
         out, filled = torch.empty(size), 0
-        for piece in self._stored().get(f"{key}/{name}", ()):
-            low, high = max(start, piece.start), min(start + size, piece.start + piece.size)
+        for saved in self._saved_slices().get(f"{key}/{name}", ()):
+            low, high = max(start, saved.start), min(start + size, saved.start + saved.size)
             if low < high:
-                values = piece.file.get_slice(piece.key)[low - piece.start : high - piece.start]
+                values = saved.file.get_slice(saved.key)[low - saved.start : high - saved.start]
                 out[low - start : high - start] = values
                 filled += high - low
         if filled != size:
             raise CheckpointError(
-                f"{self.folder} is of another network: it holds {filled} of the {size} elements "
+                f"{self.folder} is of another network: it has {filled} of the {size} elements "
                 f"of {key} of {name}"
             )
         return out
 
 
-class _Stored(NamedTuple):
+class _SavedSlice(NamedTuple):
     start: int
     size: int
     key: str
@@ -215,10 +234,10 @@ class _Stored(NamedTuple):
 
 
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All tensors, by the names of the files, and the state of a checkpoint; every byte is checked.
+    """Load all tensors, by the keys of their files, and the state; verifies all checksums.
 
     Raises:
-        CheckpointError: a file is absent, damaged or not ours.
+        CheckpointError: a file is absent, damaged or of another version.
     """
     reader = CheckpointReader(folder)
     reader.check()
@@ -228,54 +247,55 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, reader.state
 
 
-def saved_in(folder: Path) -> list[tuple[int, Path]]:
-    """(images, folder) of the checkpoints in `folder`, oldest first, whole or not."""
-    return _numbered(folder)
-
-
 def open_newest(
     folder: Path,
-    share: int = 0,
-    shares: int = 1,
-    agree: Callable[[bool], bool] = bool,
-    fits: Callable[[Mapping[str, Any]], None] = lambda state: None,
+    rank: int = 0,
+    world: int = 1,
+    all_true: Callable[[bool], bool] = bool,
+    check_state: Callable[[Mapping[str, Any]], None] = lambda state: None,
 ) -> CheckpointReader | None:
-    """The newest checkpoint in `folder` that is whole and fits, or None; the others are named.
+    """Open the newest checkpoint that is complete and compatible, and log those that are not.
 
-    Each of `shares` ranks reads its share of the files, and `agree` says whether all found theirs
-    whole, so that every one of them takes the same. `fits` is given a checkpoint's state and raises
-    ValueError where it is of something else.
+    Args:
+        folder: of the checkpoints.
+        rank: verifies every `world`-th file.
+        world: number of ranks.
+        all_true: all-reduces whether the files are good, so that all ranks open the same one.
+        check_state: raises ValueError for the state of another network.
+
+    Returns:
+        The checkpoint, or None if there is none.
     """
-    for _, path in reversed(_numbered(folder)):
+    for _, path in reversed(list_checkpoints(folder)):
         reader = error = None
         try:
             reader = CheckpointReader(path)
-            reader.check(share, shares)
-            fits(reader.state)
+            reader.check(rank, world)
+            check_state(reader.state)
         except CheckpointError as damaged:
             error = damaged
-        except ValueError as foreign:
-            error = CheckpointError(f"{path}: {foreign}")
-        if agree(error is None):
+        except ValueError as incompatible:
+            error = CheckpointError(f"{path}: {incompatible}")
+        if all_true(error is None):
             return reader
         log.warning("%s; trying the one before", error or f"another rank found {path} damaged")
     return None
 
 
-def keep(folder: Path, images: int, *, last: int, every: int | None) -> None:
-    """Delete all checkpoints up to `images` but the last few and those at multiples of `every`.
+def delete_old(folder: Path, images: int, *, keep_last: int, keep_every: int | None) -> None:
+    """Delete checkpoints up to `images`, except the last ones and multiples of `keep_every`.
 
-    One beyond `images` was damaged, and will be written again. What a stopped save left goes too.
+    A checkpoint beyond `images` was damaged; it is ignored and will be written again.
     """
-    written = [(number, path) for number, path in _numbered(folder) if number <= images]
-    for number, path in written[:-last]:
-        if every is None or number % every:
+    written = [(number, path) for number, path in list_checkpoints(folder) if number <= images]
+    for number, path in written[:-keep_last]:
+        if keep_every is None or number % keep_every:
             shutil.rmtree(path)
     clear_unfinished(folder)
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Remove what saves that were stopped have left."""
+    """Delete the staging folders of interrupted saves."""
     for path in folder.glob(".*.writing"):
         if path.is_dir():
             shutil.rmtree(path)
@@ -286,9 +306,3 @@ def clear_unfinished(folder: Path) -> None:
 def _checksum(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _existing(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path

@@ -17,22 +17,24 @@ from miro_kernels.backend import Backend
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All that decides a run. Progress, and every interval, is counted in images."""
+    """Configuration of a run. Progress and all intervals are counted in images."""
 
     model: ModelConfig
     data: Path | None = None
-    """The encoded dataset folder (`miro encode` makes it), or a .json that mixes several by weight:
+    """The encoded dataset folder (`miro encode` writes it), or a .json of several with weights:
     {"sources": [{"folder": "a", "weight": 2.0}, {"folder": "b", "weight": 1.0}]}."""
     on_the_fly: bool = False
-    """`data` are images, which `miro annotate` made, and encoded as `encode` says at each visit."""
+    """`data` holds images (a folder of `miro annotate`), which are encoded during training as
+    `encode` says."""
     encode: EncodingConfig = field(default_factory=EncodingConfig)
-    mirror: bool = False
-    """Half of the visits see the image in a mirror; of live data only. Not where words say which
-    side is left."""
+    horizontal_flip: bool = False
+    """Flip an image left to right with probability 1/2; needs on_the_fly. Do not use it where
+    captions
+    say left or right, or where images contain text."""
     images: int = 1_000_000
-    """Images to train on, the same image counted each time it is seen."""
+    """Images to train on; repetitions count."""
     batch: int = 64
-    """Images of an optimizer step."""
+    """Images per optimizer step, of all processes together."""
     seed: int = 0
     flow: FlowConfig = field(default_factory=FlowConfig)
     conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
@@ -43,27 +45,28 @@ class TrainConfig:
     """Compile the network with torch.compile; worth its start-up time on long runs. On a CPU this
     needs a C++ compiler."""
     kernels: Backend = "auto"
-    """What computes the fused operations. auto leaves it to the variable MIRO_KERNELS and then to
-    the device: Triton on a GPU, torch elsewhere."""
+    """Backend of the fused kernels. auto follows the environment variable MIRO_KERNELS, then the
+    device: Triton on a GPU, torch elsewhere."""
     device: str = "cpu"
     threads: int | None = None
-    """CPU threads of this process; None leaves it to torch."""
+    """CPU threads per process; None for torch's default."""
     report_every: int = 6_400
-    """Images between reports to the metrics file, TensorBoard and the screen."""
+    """Images between reports to metrics.jsonl, TensorBoard and the screen."""
     peak_flops: float | None = None
-    """FLOP/s that a device reaches at most in `precision`, of which MFU is the share. None takes it
-    from miro/peaks.py by the device's name; where that has none, MFU is not reported."""
+    """Peak FLOP/s of a device in `precision`, for MFU. None looks it up in miro/training/flops.py
+    by
+    the device's name; MFU is not reported for a device that is not listed."""
     checkpoint_every: int = 32_000
-    """Images between checkpoints to resume from."""
+    """Images between checkpoints."""
     keep_checkpoints: int = 2
-    """The last ones, to resume from."""
+    """Number of recent checkpoints to keep."""
     keep_every: int | None = None
-    """Checkpoints at multiples of as many images are kept for good."""
+    """Keep also the checkpoints at multiples of this number of images."""
     on_failed_save: OnFailure = "stop"
-    """What a run does that cannot write a checkpoint, its disk being full: stop, or continue to the
-    next one. Checkpoints before are untouched in both."""
-    weights_at: tuple[int, ...] = ()
-    """Images after which the averaged weights are kept for evaluation, beside those of the end."""
+    """If a checkpoint cannot be written, as on a full disk: stop the run, or continue to the next
+    checkpoint. Earlier checkpoints are untouched in both cases."""
+    ema_weights_at: tuple[int, ...] = ()
+    """Images after which to save EMA weights for evaluation, besides those at the end."""
 
     def __post_init__(self) -> None:
         for name in ("images", "batch", "report_every", "checkpoint_every", "keep_checkpoints"):
@@ -74,15 +77,15 @@ class TrainConfig:
                 raise ValueError(
                     f"{name}={getattr(self, name)} must be a multiple of batch={self.batch}"
                 )
-        if self.mirror and not self.on_the_fly:
+        if self.horizontal_flip and not self.on_the_fly:
             raise ValueError(
-                "mirror=True needs on_the_fly=True: a stored latent cannot be mirrored"
+                "horizontal_flip=True needs on_the_fly=True: a stored latent cannot be flipped"
             )
         if self.peak_flops is not None and not self.peak_flops > 0:
             raise ValueError(f"peak_flops must be above 0, got {self.peak_flops}")
-        for mark in self.weights_at:
-            if mark % self.batch or not 0 < mark <= self.images:
+        for images in self.ema_weights_at:
+            if images % self.batch or not 0 < images <= self.images:
                 raise ValueError(
-                    f"weights_at: {mark} must be a multiple of batch={self.batch} up to "
+                    f"ema_weights_at: {images} must be a multiple of batch={self.batch} up to "
                     f"images={self.images}"
                 )

@@ -1,13 +1,13 @@
-"""The training engine, and the one owner of DeepSpeed: precision, sharding, gradients and state.
+"""The training engine, the one user of DeepSpeed: precision, sharding, gradients and state.
 
-The training loop calls `predict`, `backward` and `step`; how weights are kept, cut among ranks,
-reduced and updated is decided here alone. Our configuration goes in, DeepSpeed's dictionary comes
-out, and every run goes through it, also one of a single process.
+The training loop calls `predict`, `backward` and `step`. Every run uses DeepSpeed, also one of a
+single process.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -25,6 +25,13 @@ from miro.training.batch_plan import (
     Precision,
     deepspeed_config,
 )
+from miro.training.deepspeed_internals import (
+    Zero3Internals,
+    Zero12Internals,
+    disable_gradient_allreduce,
+    disable_op_builders,
+    full_shape,
+)
 from miro.training.optimizer import (
     GradientClipper,
     OptimizerConfig,
@@ -32,130 +39,145 @@ from miro.training.optimizer import (
     lr_multiplier,
     make_optimizer,
 )
-from miro.training.zero_shards import NoShards, Partition, ShardSlice, Zero3Shards, Zero12Shards
-from miro.utils.distributed import DistEnv, join
+from miro.training.zero_shards import NoShards, Partition, ShardSlice, ZeroShards
+from miro.utils.distributed import DistEnv, init_distributed
 
 
 def cast_parameters(model: FlowTransformer, precision: Precision) -> FlowTransformer:
-    """The model with its parameters in `precision`; fixed places and angles stay fp32."""
+    """Cast the parameters to `precision` in place; buffers (position embedding, RoPE) stay fp32."""
     for param in model.parameters():
         param.data = param.data.to(DTYPES[precision])
     return model
 
 
-def _check(
-    config: OptimizerConfig, layout: BatchPlan, precision: Precision, compiled: bool
+def _check_compatible(
+    config: OptimizerConfig, plan: BatchPlan, precision: Precision, compiled: bool
 ) -> None:
-    """ValueError for what does not go together, with what does."""
-    if layout.stage and config.name == "muon":
+    """Raise ValueError for unsupported combinations, with the alternatives."""
+    if plan.stage and config.name == "muon":
         raise ValueError(
-            f"optimizer.name=muon needs whole matrices, and sharding.stage={layout.stage} "
-            "cuts them: choose adamw, or sharding.stage=0"
+            f"optimizer.name=muon needs whole matrices, and sharding.stage={plan.stage} "
+            "shards them: choose adamw, or sharding.stage=0"
         )
-    if compiled and layout.stage == 3:
+    if compiled and plan.stage == 3:
         raise ValueError(
-            "compile=True does not go with sharding.stage=3, which gathers weights between "
+            "compile=True does not work with sharding.stage=3, which gathers weights between "
             "layers: choose compile=False, or a lower stage"
         )
-    if precision == "bf16" and layout.stage == 1 and layout.accumulation > 1:
+    if precision == "bf16" and plan.stage == 1 and plan.accumulation > 1:
         raise ValueError(
-            "sharding.stage=1 adds up the gradients of a step in bf16, which loses what they "
-            f"differ in over {layout.accumulation} micro-batches: choose sharding.stage=2, "
-            "which adds them up in fp32, or a larger sharding.micro_batch"
+            "sharding.stage=1 accumulates gradients in bf16, which loses precision over "
+            f"{plan.accumulation} micro-batches: choose sharding.stage=2, "
+            "which accumulates in fp32, or a larger sharding.micro_batch"
         )
 
 
 class Engine:
-    """A model under training, this rank's part of it.
+    """A model in training: this rank's part of its weights, gradients and optimizer state.
 
-    In `bf16` the parameters and activations are bf16, and fp32 masters are kept.
+    In bf16 parameters and activations are bf16, with fp32 master weights.
     """
 
     def __init__(
         self,
         model: FlowTransformer,
         config: OptimizerConfig,
-        layout: BatchPlan,
+        plan: BatchPlan,
         *,
         total_images: int,
         precision: Precision = "fp32",
         compiled: bool = False,
         device: str | torch.device = "cpu",
-        ranks: DistEnv = DistEnv(),  # noqa: B008 frozen
+        env: DistEnv = DistEnv(),  # noqa: B008 frozen
     ) -> None:
-        _check(config, layout, precision, compiled)
-        self.config, self.layout, self.total_images = config, layout, total_images
-        self.ranks, self.device = ranks, torch.device(device)
-        self.guard = GradientClipper(config, self.device)
-        # The fp32 weights exist before the rounding to bf16, and become the masters.
+        _check_compatible(config, plan, precision, compiled)
+        self.config, self.plan, self.total_images = config, plan, total_images
+        self.env, self.device = env, torch.device(device)
+        self.gradient_clipper = GradientClipper(config, self.device)
+        # The fp32 weights before rounding to bf16 become the master weights.
         initial = {name: p.detach().clone() for name, p in model.named_parameters()}
-        assert model.activation_checkpointing == layout.activation_checkpointing
-        if not layout.stage:
+        model.activation_checkpointing = plan.activation_checkpointing
+        if not plan.stage:
             cast_parameters(model, precision)
             for param in model.parameters():
-                param.grad_dtype = layout.optimized(precision)[1]
+                param.grad_dtype = plan.optimizer_dtypes(precision)[1]
         self.model = model.to(self.device)
         self.parameters = dict(self.model.named_parameters())
         self.optimizer = make_optimizer(config, self.parameters.items())
-        self.deepspeed = _start(
+        self.deepspeed = _initialize_deepspeed(
             CompiledModel(self.model, compiled),
             self.optimizer,
-            deepspeed_config(layout, precision, self.device.type),
+            deepspeed_config(plan, precision, self.device.type),
             self.device.type,
         )
-        self.partition = self._partition()
+        self.partition = self._make_partition()
         self._init_master_and_ema(initial)
 
-    def _partition(self) -> Partition:
-        ranks, zero = self.ranks, self.deepspeed.optimizer
-        if self.layout.stage == 0:
-            return NoShards(self.parameters, self.optimizer, ranks.rank, ranks.world)
-        if self.layout.stage == 3:
-            return Zero3Shards(self.parameters, self.optimizer, zero, ranks.rank)
-        return Zero12Shards(self.parameters, self.optimizer, zero)
+    def _make_partition(self) -> Partition:
+        if self.plan.stage == 0:
+            return NoShards(self.parameters, self.optimizer, self.env.rank, self.env.world)
+        zero = self.deepspeed.optimizer
+        internals = (
+            Zero3Internals(zero, self.env.rank) if self.plan.stage == 3 else Zero12Internals(zero)
+        )
+        return ZeroShards(self.parameters, self.optimizer, internals)
 
     @torch.no_grad()
     def _init_master_and_ema(self, initial: Mapping[str, Tensor]) -> None:
-        """Masters and averages are the given weights."""
+        """Set master and EMA weights to the given fp32 weights."""
         flat = {name: weights.view(-1) for name, weights in initial.items()}
-        for piece in self.partition.pieces():
+        for shard in self.partition.shards():
             for key in ("master", "ema"):
-                own = flat[piece.name][piece.start : piece.start + piece.size]
-                piece.tensors[key].copy_(own)
+                values = flat[shard.name][shard.start : shard.start + shard.size]
+                shard.tensors[key].copy_(values)
         self.partition.sync_params_from_master()
 
     def predict(self, x_t: Tensor, t: Tensor, rewards: RewardCond, text: PackedText) -> Tensor:
-        """The network's output for this rank's micro-batch."""
+        """Run the network forward on this rank's micro-batch.
+
+        Args:
+            x_t: (B, C, H, W), noised latents.
+            t: (B,), in [0, 1].
+            rewards: bins and masks of the rewards.
+            text: packed text states of the B captions.
+
+        Returns:
+            (B, C, H, W), the prediction.
+        """
         return self.deepspeed(x_t, t, rewards, text)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a micro-batch's mean loss to those of its step."""
+        """Accumulate the gradients of a micro-batch's mean loss."""
         self.deepspeed.backward(loss)
         if not self.deepspeed.is_gradient_accumulation_boundary():
-            self.deepspeed.step()  # Only counts.
+            self.deepspeed.step()  # Advances DeepSpeed's micro-step counter only.
 
     def step(self, images: int) -> Tensor:
-        """Clip, or skip, and update: the step that began after `images` images.
+        """Clip the gradients and update the weights, or skip the step.
 
-        Returns the norm of the gradients before clipping, on the device: nothing waits for it.
+        Args:
+            images: images trained on before this step.
+
+        Returns:
+            The gradient norm before clipping, on the device: there is no host sync.
         """
         assert self.deepspeed.is_gradient_accumulation_boundary()
-        norm = self._norm()
-        scale = self.guard.scale(norm)
-        self.optimizer.grad_scale = scale.cpu() if self.layout.offload != "none" else scale
+        norm = self._gradient_norm()
+        scale = self.gradient_clipper.scale(norm)
+        self.optimizer.grad_scale = scale.cpu() if self.plan.offload != "none" else scale
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * lr_multiplier(
                 self.config, images, self.total_images
             )
-            group["ema_decay"] = ema_decay(self.config, images, self.layout.batch)
+            group["ema_decay"] = ema_decay(self.config, images, self.plan.batch)
         self.deepspeed.step()
         return norm
 
-    def _norm(self) -> Tensor:
+    def _gradient_norm(self) -> Tensor:
         grads = self.partition.gradients()
         norm = nn.utils.get_total_norm(grads) if grads else torch.zeros(())
         norm = norm.to(self.device, torch.float32)
-        if self.layout.stage and self.ranks.world > 1:
+        if self.plan.stage and self.env.world > 1:
             norm = norm.square()
             dist.all_reduce(norm)
             norm = norm.sqrt()
@@ -163,89 +185,87 @@ class Engine:
 
     @torch.no_grad()
     def ema_state_dict(self) -> dict[str, Tensor]:
-        """The fp32 averaged weights by parameter name: what sampling and evaluation use.
-
-        All ranks call it together; only the first gets them.
-        """
-        pieces = {piece.name: piece for piece in self.partition.pieces()}
-        if not self.layout.stage:
-            return self._shaped({name: piece.tensors["ema"] for name, piece in pieces.items()})
+        """Return the fp32 EMA weights by parameter name, on rank 0; a collective of all ranks."""
+        shards = {shard.name: shard for shard in self.partition.shards()}
+        if not self.plan.stage:
+            return self._unflatten({name: shard.tensors["ema"] for name, shard in shards.items()})
         whole = {}
         for name, param in self.parameters.items():
-            size = getattr(param, "ds_numel", None) or param.numel()
-            full = torch.zeros(size, device=self.device)
-            if (piece := pieces.get(name)) is not None:
-                full[piece.start : piece.start + piece.size] = piece.tensors["ema"]
-            if self.ranks.world > 1:
+            full = torch.zeros(math.prod(full_shape(param)), device=self.device)
+            if (shard := shards.get(name)) is not None:
+                full[shard.start : shard.start + shard.size] = shard.tensors["ema"]
+            if self.env.world > 1:
                 dist.reduce(full, dst=0)
-            if self.ranks.first:
+            if self.env.first:
                 whole[name] = full.cpu()
-        return self._shaped(whole)
+        return self._unflatten(whole)
 
-    def _shaped(self, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _unflatten(self, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.view(self.shapes[name]) for name, tensor in flat.items()}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each parameter; stage 3 leaves an empty tensor in its place."""
-        return {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in self.parameters.items()}
+        """Unsharded shape of each parameter."""
+        return {name: full_shape(param) for name, param in self.parameters.items()}
 
-    def state(self) -> tuple[Iterator[ShardSlice], dict[str, Any]]:
-        """All that a resumed run needs: this rank's pieces, live, and plain numbers."""
+    def checkpoint_state(self) -> tuple[Iterator[ShardSlice], dict[str, Any]]:
+        """Return this rank's shards, as views, and the state of all ranks as plain numbers."""
         steps = {state["step"] for state in self.optimizer.state.values()}
-        shapes = {name: list(shape) for name, shape in self.shapes.items()}
-        numbers = {"step": max(steps, default=0), "guard": self.guard.read(), "shapes": shapes}
-        return self.partition.saved(), numbers
+        state = {
+            "step": max(steps, default=0),
+            "gradient_clipper": self.gradient_clipper.state_dict(),
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+        }
+        return self.partition.checkpoint_shards(), state
 
     @torch.no_grad()
     def load_state(
-        self, read: Callable[[str, ShardSlice], Tensor], numbers: Mapping[str, Any]
+        self, read: Callable[[str, ShardSlice], Tensor], state: Mapping[str, Any]
     ) -> None:
-        """Take up what `state` gave, at whatever stage and world size it was saved.
+        """Restore what `checkpoint_state` returned, at any ZeRO stage and world size.
 
         Args:
-            read: (key, piece) to the saved values of the piece's range.
-            numbers: as saved.
+            read: maps (key, shard) to the saved values of the shard's range.
+            state: the plain numbers.
 
         Raises:
-            ValueError: as `check_state`.
+            ValueError: the checkpoint is of another network.
         """
-        self.check_state(numbers)
-        for piece in self.partition.pieces():
-            for key, tensor in piece.tensors.items():
-                tensor.copy_(read(key, piece))
+        self.check_state(state)
+        for shard in self.partition.shards():
+            for key, tensor in shard.tensors.items():
+                tensor.copy_(read(key, shard))
         self.partition.sync_params_from_master()
-        for state in self.optimizer.state.values():
-            state["step"] = int(numbers["step"])
-        self.guard.load(numbers["guard"])
+        for param_state in self.optimizer.state.values():
+            param_state["step"] = int(state["step"])
+        self.gradient_clipper.load_state_dict(state["gradient_clipper"])
 
-    def check_state(self, numbers: Mapping[str, Any]) -> None:
-        """ValueError where a saved state is of another network; it names the first difference."""
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError with the first difference if a saved state is of another network."""
         ours = {name: list(shape) for name, shape in self.shapes.items()}
-        theirs = numbers.get("shapes", {})
+        theirs = state.get("shapes", {})
         for name in sorted(ours.keys() | theirs.keys()):
-            found, wanted = theirs.get(name), ours.get(name)
-            if found != wanted:
+            found, expected = theirs.get(name), ours.get(name)
+            if found != expected:
                 raise ValueError(
-                    f"the checkpoint is of another network: {name} is {found} there, {wanted} here"
+                    f"the checkpoint is of another network: {name} has shape {found}, this network "
+                    f"{expected}"
                 )
 
 
-def _start(
+def _initialize_deepspeed(
     module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], device: str
 ) -> Any:
-    """DeepSpeed's engine, in the process group of the run."""
-    join(device)
-    # Read at DeepSpeed's first import, which would take a GPU that the run does not use.
+    """Build DeepSpeed's engine in the run's process group."""
+    init_distributed(device)
+    # Read at DeepSpeed's first import, which would otherwise choose any GPU of the machine.
     os.environ.setdefault("DS_ACCELERATOR", device)
     os.environ.setdefault("LOCAL_RANK", "0")
     import deepspeed
-    import deepspeed.ops
 
-    # Its log says at each start what was configured, and warns of optimizers it does not know.
+    # It logs its whole configuration at INFO and warns of optimizers that are not its own.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # It would try a compiler on each of its own kernels, and on a CPU build one. None is used.
-    deepspeed.ops.__compatible_ops__ = {}  # pyright: ignore[reportAttributeAccessIssue]
+    disable_op_builders()
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     engine, *_ = deepspeed.initialize(
         model=module,
@@ -254,5 +274,5 @@ def _start(
         dist_init_required=False,
     )
     if dist.get_world_size() == 1 and not config["zero_optimization"]["stage"]:
-        engine.enable_backward_allreduce = False  # It would copy every gradient, for no one.
+        disable_gradient_allreduce(engine)
     return engine

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
 import json
 import logging
 import math
 import os
-import platform
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 
 from miro import flow
 from miro.conditioning import Bins, conditioned_rewards
-from miro.data.dataset_base import Dataset
-from miro.data.mixture import open_data
+from miro.data.mixture import TrainingData, open_data
 from miro.data.on_the_fly import OnTheFlyEncoders
 from miro.encoders.encoder import EncodingConfig
 from miro.model.transformer import FlowTransformer
@@ -31,34 +28,18 @@ from miro.training.batches import BatchBuilder, TrainBatch
 from miro.training.checkpoint import RunFolder
 from miro.training.config import TrainConfig
 from miro.training.engine import Engine
-from miro.training.flops import training_flops
+from miro.training.flops import peak_flops, training_flops
 from miro.training.memory import choose_stage
-from miro.training.metrics import MetricsTracker, Progress, StepRecord
+from miro.training.metrics import MetricsTracker, StepRecord, TrainingProgress
 from miro.training.metrics_log import MetricsWriter
-from miro.training.peaks import peak_flops
+from miro.training.run_record import inference_state, open_run
 from miro.utils.atomic_io import write_text
-from miro.utils.distributed import DistEnv, Stopped, StopSignal, dist_env, join
+from miro.utils.distributed import DistEnv, Stopped, StopSignal, dist_env, init_distributed
 from miro.utils.locks import exclusive_lock, machine_lock
 from miro.utils.rng import seed_from
-from miro.utils.serialize import differences, to_dict
 from miro_kernels import backend, prewarm, use_backend
 
-__all__ = ["Progress", "train"]
-
 log = logging.getLogger(__name__)
-
-# What may differ between a run and its resumption: none of it changes a result.
-FREE_TO_CHANGE = (
-    "report_every",
-    "peak_flops",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "keep_every",
-    "on_failed_save",
-    "data",
-    "sharding",
-    "threads",
-)
 
 
 def train(
@@ -66,268 +47,239 @@ def train(
     folder: Path,
     *,
     resume: Literal["auto", "never"] = "auto",
-    report: Callable[[Progress], None] = lambda progress: None,
+    report: Callable[[TrainingProgress], None] = lambda progress: None,
 ) -> Path:
-    """Train to the end of `config.images` and return the folder of the final weights.
+    """Train for `config.images` images and return the folder of the final EMA weights.
 
     Args:
         config: the run.
-        folder: the run's folder; made if absent.
-        resume: `auto` goes on from the newest whole checkpoint in the folder, if there is one;
-            `never` refuses a folder that holds a run.
-        report: called at each report.
+        folder: the run's folder; created if absent.
+        resume: `auto` continues from the newest complete checkpoint in the folder, if there is one;
+            `never` refuses a folder that has a run.
+        report: called on rank 0 at each report.
 
     Raises:
-        ValueError: the configuration is impossible, on this machine or at all, or the folder holds
-            another run.
-        FloatingPointError: too many steps in a row had to be skipped; no checkpoint holds them.
-        Stopped: SIGTERM was received; the run is saved.
+        ValueError: the configuration is invalid or does not fit the data or this machine, or the
+            folder has another run.
+        FloatingPointError: too many steps in a row were skipped; no checkpoint includes them.
+        Stopped: SIGTERM was received and a checkpoint was saved.
     """
     if config.data is None:
         raise ValueError("train: data is not set; give the folder `miro encode` wrote: --data DIR")
     if config.threads:
         torch.set_num_threads(config.threads)
-    ranks = dist_env(os.environ)
-    device = ranks.device(config.device)
-    live = OnTheFlyEncoders(config.encode, device) if config.on_the_fly else None
-    dataset = open_data(config.data, config.conditioning.reward_slots, live)
-    asked = config.encode != EncodingConfig()
-    if asked and (otherwise := config.encode.diff(dataset.encoding)):
-        raise ValueError(f"{config.data} was encoded otherwise ({'; '.join(otherwise)})")
-    pairs = dataset.scores.size // max(1, len(dataset.rewards))
-    trained = conditioned_rewards(config.conditioning, dataset.rewards)
-    # What the network is not told is not known, so a score that comes later changes nothing.
-    known = np.where(trained.numpy(), dataset.scores, np.float32(np.nan))
-    scores = known.reshape(pairs, len(dataset.rewards))
-    bins = Bins.fit(
-        scores,
-        dataset.rewards,
-        config.conditioning.bins,
-        config.conditioning.bin_law,
-        optional=[n for n, told in zip(dataset.rewards, trained.tolist(), strict=True) if not told],
-    )
-    visits = BatchBuilder(config, dataset, trained, scores, bins)
-    for _, height, width in dataset.shapes:
-        config.model.grid(height, width)
+    env = dist_env(os.environ)
+    device = env.device(config.device)
+    dataset = _open_dataset(config, config.data, device)
+    active = conditioned_rewards(config.conditioning, dataset.rewards)
+    scores = _mask_inactive_scores(dataset, active)
+    bins = _fit_bins(config, dataset, active, scores)
+    batches = BatchBuilder(config, dataset, active, scores, bins)
+    plan = _make_plan(config, dataset, env, device)
     run = RunFolder(folder)
-    layout = plan_batch(
-        config.sharding,
-        batch=config.batch,
-        world=ranks.world,
-        stage=choose_stage(
-            config,
-            max(dataset.shapes, key=math.prod),
-            dataset.text_dim,
-            len(dataset.rewards),
-            ranks,
-            device,
-        ),
-    )
     with use_backend(config.kernels), ExitStack() as stack:
-        backend.check_backend(device)
-        _prewarm(config, dataset, layout, len(bins.levels()), device)
-        join(config.device)
+        backend.ready(device)
+        _prewarm(config, dataset, plan, len(bins.levels()), device)
+        init_distributed(config.device)
 
-        def open_run() -> None:
+        def claim_folder() -> None:
             stack.enter_context(exclusive_lock(folder))
-            _open_run(run, config, bins, dataset, resume)
-            told = deepspeed_config(layout, config.precision, device.type)
-            write_text(run.deepspeed, json.dumps(told, indent=2))
+            open_run(run, config, bins, dataset, resume)
+            record = deepspeed_config(plan, config.precision, device.type)
+            write_text(run.deepspeed, json.dumps(record, indent=2))
             checkpoint.clear_unfinished(run.checkpoints)
 
-        ranks.on_first(open_run)
-        engine = _engine(config, dataset, layout, device, ranks)
-        return _train(config, run, dataset, bins, engine, visits, report)
+        env.on_first(claim_folder)
+        engine = _make_engine(config, dataset, plan, device, env)
+        return _train(config, run, dataset, bins, engine, batches, report)
 
 
 def _train(
     config: TrainConfig,
     run: RunFolder,
-    dataset: Dataset,
+    dataset: TrainingData,
     bins: Bins,
     engine: Engine,
-    visits: BatchBuilder,
-    report: Callable[[Progress], None],
+    builder: BatchBuilder,
+    report: Callable[[TrainingProgress], None],
 ) -> Path:
-    """The loop, on checked arguments."""
-    ranks, layout = engine.ranks, engine.layout
+    """Resume and loop to the end of the run."""
+    env, plan = engine.env, engine.plan
     images = _resume(run, engine)
     with ExitStack() as stack:
-        metrics = None
-        if ranks.first:
-            metrics = stack.enter_context(
+        writer = None
+        if env.first:
+            writer = stack.enter_context(
                 closing(MetricsWriter(run.metrics, run.tensorboard, images))
             )
-        saver = stack.enter_context(
+        checkpointer = stack.enter_context(
             AsyncCheckpointer(
                 run,
-                ranks,
+                env,
                 keep_last=config.keep_checkpoints,
                 keep_every=config.keep_every,
                 on_failure=config.on_failed_save,
             )
         )
-        stop = stack.enter_context(StopSignal(ranks))
-        ahead = stack.enter_context(closing(visits.ahead(layout, ranks.rank, images)))
-        meter = MetricsTracker(
+        stop = stack.enter_context(StopSignal(env))
+        tracker = MetricsTracker(
             engine,
-            metrics,
+            writer,
             report,
-            lambda start: visits.keys(layout, ranks.rank, start),
+            lambda start: builder.sample_keys(plan, env.rank, start),
             images,
             rewards=dataset.rewards,
             peak=config.peak_flops or peak_flops(engine.device, config.precision),
         )
-        coming = meter.wait.timed(ahead)
+        batches = tracker.data_wait.timed(
+            stack.enter_context(closing(builder.prefetch(plan, env.rank, images)))
+        )
         while images < config.images:
-            seen = [
-                _learn(config, engine, v) for v in itertools.islice(coming, layout.accumulation)
+            # Accumulate gradients over micro-batches and update the weights.
+            records = [
+                _forward_backward(config, engine, batch)
+                for batch in itertools.islice(batches, plan.accumulation)
             ]
-            meter.add(images, seen, engine.step(images))
+            tracker.add(images, records, engine.step(images))
             images += config.batch
             done, stopped = images == config.images, stop.should_stop()
+
+            # Report metrics.
             if done or images % config.report_every == 0:
-                meter.tell(images, config.images)
-            if done or images in config.weights_at:
-                meter.check(images)
-                saver.weights(
-                    images, engine.ema_state_dict(), _inference_state(config, dataset, bins, images)
-                )
-            if (done or stopped or images % config.checkpoint_every == 0) and meter.check(images):
-                if metrics is not None:
-                    metrics.flush()
-                pieces, numbers = engine.state()
-                # With it a checkpoint can be exported without its data.
-                encoding = dataset.encoding
-                saver.checkpoint(images, pieces, {**numbers, "encoding": encoding})
+                tracker.log(images, config.images)
+
+            # Save EMA weights.
+            if done or images in config.ema_weights_at:
+                tracker.check_skipped(images)
+                state = inference_state(config, dataset, bins, images)
+                checkpointer.weights(images, engine.ema_state_dict(), state)
+
+            # Save a checkpoint, unless the last step was skipped.
+            save = done or stopped or images % config.checkpoint_every == 0
+            if save and tracker.check_skipped(images):
+                if writer is not None:
+                    writer.flush()
+                shards, state = engine.checkpoint_state()
+                # `miro export` of a checkpoint needs the encoding and must not need the data.
+                checkpointer.checkpoint(images, shards, {**state, "encoding": dataset.encoding})
+
             if stopped and not done:
-                saver.wait()
+                checkpointer.wait()
                 raise Stopped(
-                    f"stopped after {images:,} images, and saved; the same command goes on"
+                    f"stopped after {images:,} images and saved; the same command resumes the run"
                 )
-        saver.wait()
-    ranks.all_true(True)  # None leaves while another still hears from it.
+        checkpointer.wait()
+    env.all_true(True)  # Barrier before the process group is destroyed.
     return run.weights_at(images)
 
 
-def _learn(config: TrainConfig, engine: Engine, visit: TrainBatch) -> StepRecord:
-    """Add the gradients of a micro-batch; what the meter keeps of it, on the device."""
-    visit = visit.to(engine.device)
-    x, noise, t, rewards = visit.x, visit.noise, visit.t, visit.rewards
-    prediction = engine.predict(flow.add_noise(x, noise, t), t, rewards, visit.text)
+def _forward_backward(config: TrainConfig, engine: Engine, batch: TrainBatch) -> StepRecord:
+    """Accumulate the gradients of a micro-batch; all stays on the device."""
+    batch = batch.to(engine.device)
+    x, noise, t, rewards = batch.x, batch.noise, batch.t, batch.rewards
+    prediction = engine.predict(flow.add_noise(x, noise, t), t, rewards, batch.text)
     losses = flow.velocity_errors(config.flow, prediction, x, noise, t)
     engine.backward(losses.mean())
-    told = rewards.bins.shape[1], rewards.levels.numel()
-    flops = training_flops(config.model, x.shape, visit.text.states.shape, told)
+    tables = rewards.bins.shape[1], rewards.levels.numel()
+    flops = training_flops(config.model, x.shape, batch.text.states.shape, tables)
     return StepRecord(losses.detach(), t, rewards, flops)
 
 
-def _prewarm(
-    config: TrainConfig, dataset: Dataset, layout: BatchPlan, levels: int, device: torch.device
-) -> None:
-    """Compile the kernels before the ranks meet, so that none keeps the others waiting.
+def _open_dataset(config: TrainConfig, folder: Path, device: torch.device) -> TrainingData:
+    """Open the data, and check its encoding and shapes against the configuration."""
+    encoders = OnTheFlyEncoders(config.encode, device) if config.on_the_fly else None
+    dataset = open_data(folder, config.conditioning.reward_slots, encoders)
+    if config.encode != EncodingConfig() and (found := config.encode.diff(dataset.encoding)):
+        raise ValueError(
+            f"{folder} has another encoding than the configuration ({'; '.join(found)}); leave out "
+            "`encode`, or encode the data again"
+        )
+    for _, height, width in dataset.shapes:
+        config.model.grid(height, width)
+    return dataset
 
-    One process of a machine compiles, and the others find the kernels in Triton's cache.
+
+def _mask_inactive_scores(dataset: TrainingData, active: torch.Tensor) -> np.ndarray:
+    """Return (captions, R) scores, NaN for inactive rewards.
+
+    So annotating an inactive reward later changes neither bins.json nor a resumed run.
+    """
+    masked = np.where(active.numpy(), dataset.scores, np.float32(np.nan))
+    captions = dataset.scores.size // max(1, len(dataset.rewards))
+    return masked.reshape(captions, len(dataset.rewards))
+
+
+def _fit_bins(
+    config: TrainConfig, dataset: TrainingData, active: torch.Tensor, scores: np.ndarray
+) -> Bins:
+    inactive = [n for n, used in zip(dataset.rewards, active.tolist(), strict=True) if not used]
+    conditioning = config.conditioning
+    return Bins.fit(
+        scores, dataset.rewards, conditioning.bins, conditioning.bin_law, optional=inactive
+    )
+
+
+def _make_plan(
+    config: TrainConfig, dataset: TrainingData, env: DistEnv, device: torch.device
+) -> BatchPlan:
+    largest = max(dataset.shapes, key=math.prod)
+    stage = choose_stage(config, largest, dataset.text_dim, len(dataset.rewards), env, device)
+    return plan_batch(config.sharding, batch=config.batch, world=env.world, stage=stage)
+
+
+def _prewarm(
+    config: TrainConfig, dataset: TrainingData, plan: BatchPlan, levels: int, device: torch.device
+) -> None:
+    """Compile the Triton kernels before the first collective, whose time-out could expire.
+
+    One process per machine compiles; the others load the kernels from Triton's cache.
     """
     with machine_lock("miro-prewarm"):
         for tokens in sorted({math.prod(config.model.grid(*s[1:])) for s in dataset.shapes}):
             prewarm(
                 config.model,
-                batch=layout.micro_batch,
+                batch=plan.micro_batch,
                 tokens=tokens,
                 rewards=len(dataset.rewards),
                 levels=levels,
                 dtype=DTYPES[config.precision],
                 device=device,
-                optimized=layout.optimized(config.precision),
+                optimized=plan.optimizer_dtypes(config.precision),
             )
 
 
-def _engine(
+def _make_engine(
     config: TrainConfig,
-    dataset: Dataset,
-    layout: BatchPlan,
+    dataset: TrainingData,
+    plan: BatchPlan,
     device: torch.device,
-    ranks: DistEnv,
+    env: DistEnv,
 ) -> Engine:
-    """The engine of a new run; every rank begins with the same weights."""
+    """Build the engine with the same initial weights on every rank."""
     torch.manual_seed(seed_from(config.seed, "weights"))
     return Engine(
         FlowTransformer(config.model, dataset.latent_shape, dataset.text_dim, len(dataset.rewards)),
         config.optimizer,
-        layout,
+        plan,
         total_images=config.images,
         precision=config.precision,
         compiled=config.compile,
         device=device,
-        ranks=ranks,
+        env=env,
     )
 
 
 def _resume(run: RunFolder, engine: Engine) -> int:
-    """Take up the newest checkpoint that is whole; the images it was saved after, or 0."""
-    ranks = engine.ranks
+    """Load the newest complete checkpoint and return its number of images, or 0."""
+    env = engine.env
     reader = checkpoint.open_newest(
-        run.checkpoints, ranks.rank, ranks.world, ranks.all_true, engine.check_state
+        run.checkpoints, env.rank, env.world, env.all_true, engine.check_state
     )
     if reader is None:
         return 0
     engine.load_state(
-        lambda key, piece: reader.read(key, piece.name, piece.start, piece.size), reader.state
+        lambda key, shard: reader.read(key, shard.name, shard.start, shard.size), reader.state
     )
     images = int(reader.state["images"])
     log.info("resumed at %d images", images)
     return images
-
-
-def _open_run(
-    run: RunFolder,
-    config: TrainConfig,
-    bins: Bins,
-    dataset: Dataset,
-    resume: Literal["auto", "never"],
-) -> None:
-    """Write what the run is, or check that the folder's run is this one."""
-    record = to_dict(config)
-    if run.config.exists():
-        if resume == "never":
-            raise ValueError(f"{run.root} holds a run already; choose another folder, or resume it")
-        theirs = json.loads(run.config.read_text())
-        free = set(FREE_TO_CHANGE)
-        found = differences(
-            {k: v for k, v in record.items() if k not in free},
-            {k: v for k, v in theirs.items() if k not in free},
-        )
-        if found:
-            raise ValueError(
-                f"{run.root} holds a run of another configuration ({'; '.join(found)}); choose "
-                "another folder, or give the same configuration to resume"
-            )
-        if run.bins.read_text() != bins.to_json():
-            raise ValueError(
-                f"{run.root} was trained on other scores than {dataset.folder} holds now; choose "
-                "another folder"
-            )
-        return
-    write_text(run.bins, bins.to_json())
-    write_text(run.versions, json.dumps(_versions(), indent=2))
-    write_text(run.config, json.dumps(record, indent=2))
-
-
-def _versions() -> dict[str, str]:
-    packages = ("miro-trainer", "torch", "numpy", "transformers", "open_clip_torch")
-    installed = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
-    found = {name: installed[name] for name in packages if name in installed}
-    return {"python": platform.python_version(), "machine": platform.machine(), **found}
-
-
-def _inference_state(
-    config: TrainConfig, dataset: Dataset, bins: Bins, images: int
-) -> dict[str, Any]:
-    """All that sampling needs beside the weights."""
-    return {
-        "images": images,
-        "config": to_dict(config),
-        "bins": json.loads(bins.to_json()),
-        "encoding": dataset.encoding,
-    }

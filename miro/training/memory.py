@@ -1,7 +1,7 @@
-"""What a rank's part of a run takes of its device's memory, and the stage of ZeRO that fits.
+"""Estimated device memory of a rank, and the lowest ZeRO stage that fits.
 
-Counted from what the engine and DeepSpeed 0.19 keep, in bytes; `tests/miro/test_memory.py` holds it
-against measured processes.
+The formulas follow what the engine and DeepSpeed 0.19 allocate; `tests/miro/test_memory.py`
+compares them with the measured memory of processes.
 """
 
 from __future__ import annotations
@@ -13,107 +13,124 @@ from dataclasses import dataclass, fields
 import torch
 
 from miro.model.transformer import FlowTransformer, ModelConfig
-from miro.training.batch_plan import BUCKET, BatchPlan, Precision, ShardingConfig, Stage, plan_batch
+from miro.training.batch_plan import BUCKET, BatchPlan, Precision, Stage, plan_batch
 from miro.training.config import TrainConfig
 from miro.utils.distributed import DistEnv
 
 log = logging.getLogger(__name__)
 
-# What is left to the allocator's gaps, NCCL and the libraries' own workspaces.
+# The rest is for fragmentation of the allocator, NCCL, and workspaces of libraries.
 USABLE = 0.9
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the device of one rank."""
+    """Bytes on the device of one rank, by purpose."""
 
     weights: float
     gradients: float
     masters: float
-    """fp32 weights, where they are not those computed with."""
+    """fp32 master weights, where the weights of forward are another copy."""
     moments: float
     average: float
+    """EMA weights."""
     buffers: float
-    """Of reductions and gathers."""
+    """Buckets of reductions and all-gathers."""
     activations: float
 
     @property
     def total(self) -> float:
+        """Sum over all purposes."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 
 def parameter_count(
     config: ModelConfig, latent: tuple[int, int, int], text: int, rewards: int
 ) -> int:
-    """Parameters of the network, without making it."""
+    """Count the network's parameters on the meta device, without allocating them.
+
+    Args:
+        config: the network.
+        latent: (C, H, W), shape of the latents.
+        text: channels of the text encoder's states.
+        rewards: number of rewards.
+    """
     with torch.device("meta"):
         model = FlowTransformer(config, latent, text, rewards)
     return sum(param.numel() for param in model.parameters())
 
 
 def activation_bytes(
-    config: ModelConfig, latent: tuple[int, int, int], layout: BatchPlan, precision: Precision
+    config: ModelConfig, latent: tuple[int, int, int], plan: BatchPlan, precision: Precision
 ) -> float:
-    """What forward keeps for backward, of one micro-batch, with the fused kernels.
+    """Estimate the activations that a micro-batch saves for backward, with the fused kernels.
 
-    A block keeps 12 tensors as wide as the tokens (the residual stream, the normed, the branch, of
-    both halves; q, k and v, and q and k turned; what attention read) and three as wide as the MLP.
+    A block saves 12 tensors of the model's width (residual stream, its norm and the branch
+    of both sub-layers; q, k and v; q and k after RoPE; the attention output) and 3 of the MLP's
+    width.
     """
     _, height, width = latent
-    tokens = layout.micro_batch * (height // config.patch) * (width // config.patch)
+    tokens = plan.micro_batch * (height // config.patch) * (width // config.patch)
     size = 2 if precision == "bf16" else 4
     block = size * tokens * (12 * config.channels + 3 * config.hidden)
-    if layout.activation_checkpointing:
+    if plan.activation_checkpointing:
         return block + config.depth * size * tokens * 2 * config.channels
     return config.depth * block
 
 
 def estimate(
-    parameters: int, layout: BatchPlan, precision: Precision, *, activations: float = 0.0
+    parameters: int, plan: BatchPlan, precision: Precision, *, activations: float = 0.0
 ) -> Memory:
-    """The memory of one rank of a layout, on its device."""
-    stage, world = layout.stage, layout.world
+    """Estimate the device memory of one rank under a plan.
+
+    Args:
+        parameters: of the network.
+        plan: ZeRO stage, ranks and accumulation.
+        precision: of weights and activations.
+        activations: bytes by `activation_bytes`.
+    """
+    stage, world = plan.stage, plan.world
     low = 2 if precision == "bf16" else 4
-    # What each stage cuts: 1 the optimizer's state, 2 the gradients as well, 3 the weights too.
+    # Stage 1 shards the optimizer state, 2 also the gradients, 3 also the weights.
     state = parameters / world if stage >= 1 else parameters
     weights = parameters / world if stage >= 3 else parameters
-    on_host = layout.offload != "none"
+    offloaded = plan.offload != "none"
     own_masters = precision == "bf16" or stage in (1, 2)
     if stage == 0:
-        gradients = (4 if layout.accumulation > 1 else low) * parameters
+        gradients = (4 if plan.accumulation > 1 else low) * parameters
     elif stage == 1:
-        # Whole as they come; what remains at the step is less.
+        # Unsharded during backward, which is the peak.
         gradients = low * parameters
     else:
-        # This rank's part in the fp32 they add up in and, apart from that, as reduced.
+        # This rank's shard in fp32 for accumulation and, separately, as reduced.
         reduced = low if stage == 3 or precision == "bf16" else 0
-        gradients = (reduced + 4) * state if not on_host else 0.0
+        gradients = (reduced + 4) * state if not offloaded else 0.0
     bucket = low * min(BUCKET, parameters)
     if stage == 0:
-        # All-reduced as one flat copy, where there is anyone to reduce with.
+        # DeepSpeed all-reduces a flat copy of all gradients.
         buffers = gradients if world > 1 else 0.0
     elif stage < 3:
-        # The bucket that is filled and, where gradients are not kept whole, its flat copy.
+        # The bucket being filled and, at stage 2, its flat copy.
         buffers = stage * bucket
     else:
-        # Those two, and weights gathered ahead and not yet let go.
+        # Those two, and the all-gathered weights not yet released.
         buffers = 3 * bucket
     return Memory(
-        weights=0.0 if layout.offload == "parameters" else low * weights,
+        weights=0.0 if plan.offload == "parameters" else low * weights,
         gradients=gradients,
-        masters=4 * state if own_masters and not on_host else 0.0,
-        moments=0.0 if on_host else 8 * state,
-        average=0.0 if on_host else 4 * state,
+        masters=4 * state if own_masters and not offloaded else 0.0,
+        moments=0.0 if offloaded else 8 * state,
+        average=0.0 if offloaded else 4 * state,
         buffers=buffers,
         activations=activations,
     )
 
 
-def capacity(device: torch.device, on_this_machine: int) -> float:
-    """Bytes that one rank may use of its device, `on_this_machine` ranks sharing a host's."""
+def capacity(device: torch.device, local_world: int) -> float:
+    """Return the bytes of a rank's GPU, or of host memory divided by `local_world` ranks."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / on_this_machine
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local_world
 
 
 def choose_stage(
@@ -121,34 +138,47 @@ def choose_stage(
     latent: tuple[int, int, int],
     text: int,
     rewards: int,
-    ranks: DistEnv,
+    env: DistEnv,
     device: torch.device,
 ) -> Stage:
-    """The configured stage of ZeRO or, where it says auto, the lowest that fits; says which."""
-    sharding: ShardingConfig = config.sharding
+    """Return the configured ZeRO stage or, for auto, the lowest that fits; logs the estimates.
+
+    Args:
+        config: the run.
+        latent: (C, H, W), the largest shape of the dataset.
+        text: channels of the text encoder's states.
+        rewards: number of rewards.
+        env: the ranks.
+        device: of this rank.
+    """
+    sharding = config.sharding
     if sharding.stage != "auto":
         return int(sharding.stage)  # pyright: ignore[reportReturnType]
-    if config.optimizer.name == "muon" or (ranks.world == 1 and sharding.offload == "none"):
+    if config.optimizer.name == "muon" or (env.world == 1 and sharding.offload == "none"):
         return 0
     parameters = parameter_count(config.model, latent, text, rewards)
-    here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 1)
-    room = USABLE * capacity(device, here)
-    least: Stage = {"none": 0, "optimizer": 1, "parameters": 3}[sharding.offload]  # pyright: ignore
+    local_world = int(
+        os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 1
+    )
+    available = USABLE * capacity(device, local_world)
+    lowest: Stage = {"none": 0, "optimizer": 1, "parameters": 3}[sharding.offload]  # pyright: ignore
     stages: list[Stage] = [0, 1, 2, 3]
     lines = []
-    for stage in stages[least:]:
-        layout = plan_batch(sharding, batch=config.batch, world=ranks.world, stage=stage)
-        if stage == 1 and config.precision == "bf16" and layout.accumulation > 1:
-            continue  # The engine refuses it: it would add up in bf16.
-        kept = activation_bytes(config.model, latent, layout, config.precision)
-        memory = estimate(parameters, layout, config.precision, activations=kept)
+    for stage in stages[lowest:]:
+        plan = plan_batch(sharding, batch=config.batch, world=env.world, stage=stage)
+        if stage == 1 and config.precision == "bf16" and plan.accumulation > 1:
+            continue  # Stage 1 would accumulate in bf16, which the engine refuses.
+        activations = activation_bytes(config.model, latent, plan, config.precision)
+        memory = estimate(parameters, plan, config.precision, activations=activations)
         parts = ", ".join(f"{f.name} {getattr(memory, f.name) / 2**30:.2f}" for f in fields(memory))
         lines.append(f"stage {stage}: {memory.total / 2**30:.2f} GiB ({parts})")
-        if memory.total <= room or stage == 3:
-            lines.append(f"sharding.stage=auto takes {stage}; a rank has {room / 2**30:.1f} GiB")
-            if ranks.first:
+        if memory.total <= available or stage == 3:
+            lines.append(
+                f"sharding.stage=auto takes {stage}; a rank has {available / 2**30:.1f} GiB"
+            )
+            if env.first:
                 log.info("\n".join(lines))
-            if memory.total > room:
+            if memory.total > available:
                 log.warning("by this estimate even stage 3 does not fit: try a smaller micro_batch")
             return stage
     raise AssertionError("stage 3 is always returned")

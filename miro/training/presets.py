@@ -1,4 +1,4 @@
-"""A training run's configuration, and the presets, each a function."""
+"""Presets: named training configurations, each a function."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from miro.utils.serialize import unknown_name
 
 
 def demo() -> TrainConfig:
-    """Images of 32 x 32 pixels on two CPU cores, in minutes: shows the effect of MIRO."""
+    """Return the demo: 32 x 32 pixels on two CPU cores, in minutes; shows the effect of MIRO."""
     return TrainConfig(
         model=ModelConfig(channels=192, depth=6, heads=3, hidden=512, patch=8),
         images=131_200,
@@ -29,7 +29,7 @@ def demo() -> TrainConfig:
             beta2=0.95,
             warmup_images=6_400,
             decay_from=0.8,
-            ema_images=4_500,
+            ema_halflife_images=4_500,
         ),
         precision="bf16",
         compile=True,
@@ -40,13 +40,16 @@ def demo() -> TrainConfig:
 
 
 def small() -> TrainConfig:
-    """0.36 B parameters on 32 x 32 x 4 latents, the size of the paper's model, in 256 tokens."""
+    """Return the size of the paper's model: 0.36 B parameters, 32 x 32 x 4 latents, 256 tokens."""
     return TrainConfig(
         model=ModelConfig(channels=1024, depth=21, heads=16, hidden=3072, patch=2),
         images=512_000_000,
         batch=1024,
         optimizer=OptimizerConfig(
-            learning_rate=3e-4, warmup_images=5_120_000, weight_decay=0.01, ema_images=2_000_000
+            learning_rate=3e-4,
+            warmup_images=5_120_000,
+            weight_decay=0.01,
+            ema_halflife_images=2_000_000,
         ),
         precision="bf16",
         compile=True,
@@ -57,13 +60,16 @@ def small() -> TrainConfig:
 
 
 def large() -> TrainConfig:
-    """About 2 B parameters on 32 x 32 x 4 latents, for sharded training."""
+    """Return about 2 B parameters on 32 x 32 x 4 latents, for sharded training."""
     return TrainConfig(
         model=ModelConfig(channels=2048, depth=34, heads=16, hidden=5632, patch=2),
         images=512_000_000,
         batch=2048,
         optimizer=OptimizerConfig(
-            learning_rate=2e-4, warmup_images=10_240_000, weight_decay=0.01, ema_images=4_000_000
+            learning_rate=2e-4,
+            warmup_images=10_240_000,
+            weight_decay=0.01,
+            ema_halflife_images=4_000_000,
         ),
         precision="bf16",
         compile=True,
@@ -77,7 +83,11 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {"demo": demo, "small": small, "
 
 
 def preset(name: str) -> TrainConfig:
-    """The configuration of a preset; ValueError offers the nearest name."""
+    """Return a preset by name.
+
+    Raises:
+        ValueError: there is none of that name; the message suggests the nearest.
+    """
     if name not in PRESETS:
         raise unknown_name("preset", name, PRESETS)
     return PRESETS[name]()

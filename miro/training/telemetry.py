@@ -1,4 +1,4 @@
-"""What the machine says of itself at a report: memory and, of an NVIDIA GPU, power and heat."""
+"""Memory use of a process or GPU; power, clock and temperature of an NVIDIA GPU."""
 
 from __future__ import annotations
 
@@ -13,43 +13,46 @@ import torch
 log = logging.getLogger(__name__)
 
 
-def memory(device: torch.device) -> dict[str, float]:
-    """GiB by name: of a GPU the most since the last call, of this process on a CPU what is now."""
+def memory_stats(device: torch.device) -> dict[str, float]:
+    """Return GiB by metric name: a GPU's peak since the last call, or this process's RSS now."""
     if device.type == "cuda":
-        found = {
+        stats = {
             "memory/allocated_gib": torch.cuda.max_memory_allocated(device),
             "memory/reserved_gib": torch.cuda.max_memory_reserved(device),
         }
         torch.cuda.reset_peak_memory_stats(device)
     else:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        found = {"memory/resident_gib": pages * os.sysconf("SC_PAGE_SIZE")}
-    return {name: size / 2**30 for name, size in found.items()}
+        stats = {"memory/resident_gib": pages * os.sysconf("SC_PAGE_SIZE")}
+    return {name: size / 2**30 for name, size in stats.items()}
 
 
 class Nvml:
-    """Power, clock, temperature and use of one GPU, as the driver gives them: nothing waits for it.
+    """Power, clock, temperature and utilisation of a GPU, by NVML and without a CUDA sync.
 
-    What it does not give is said once, with its reason, and left out from then on.
+    A value that the driver does not support is logged once with NVML's error and omitted from
+    then on.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._readings: dict[str, Callable[[], float]] = {}
+        self._queries: dict[str, Callable[[], float]] = {}
         if device.type != "cuda":
             return
         import pynvml
 
-        nvml: Any = pynvml  # It has no types, and what a checker infers of it is wrong.
+        nvml: Any = pynvml  # It has no type hints, and pyright infers wrong ones.
         self._error = pynvml.NVMLError
-        # NVML counts all GPUs of the machine in the order of their slots; CUDA those it may see.
+        # NVML numbers all GPUs by PCI slot, CUDA only those in CUDA_VISIBLE_DEVICES.
         uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
         try:
             nvml.nvmlInit()
             gpu = nvml.nvmlDeviceGetHandleByUUID(uuid)
         except self._error as error:
-            log.warning("power, clock and heat of the GPU are not told: NVML says %r", str(error))
+            log.warning(
+                "power, clock and temperature of the GPU are not reported: NVML says %r", str(error)
+            )
             return
-        self._readings = {
+        self._queries = {
             "gpu/power_watts": lambda: nvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
             "gpu/sm_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM),
             "gpu/temperature_celsius": lambda: nvml.nvmlDeviceGetTemperatureV(
@@ -59,12 +62,12 @@ class Nvml:
         }
 
     def read(self) -> dict[str, float]:
-        """The readings by name. Utilisation is the share of time in which any kernel ran."""
-        found = {}
-        for name, reading in list(self._readings.items()):
+        """Return the values by metric name; utilisation is the fraction of time a kernel ran."""
+        values = {}
+        for name, query in list(self._queries.items()):
             try:
-                found[name] = reading()
+                values[name] = query()
             except self._error as error:
                 log.warning("%s is not reported any more: NVML says %r", name, str(error))
-                del self._readings[name]
-        return found
+                del self._queries[name]
+        return values

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic file writes: a file is complete or absent, and synced before it counts."""
 
 from __future__ import annotations
 
@@ -10,28 +10,32 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def no_space(path: Path, needed: int, error: OSError) -> OSError:
-    """The error to raise for `error`: if the disk is full, one that says what a user can do."""
-    if error.errno not in FULL:
+    """Return the error to raise for `error`: on a full disk, one with sizes and a remedy."""
+    if error.errno not in DISK_FULL:
         return error
     free = shutil.disk_usage(path.parent).free
     return OSError(
         error.errno,
         f"no space left on the device: at least {needed:,} bytes are needed, {free:,} are free."
-        " Make room and run the same command again, all that was complete is kept. The file is",
+        " Make room and run the same command again, complete files are reused. The file is",
         str(path),
     )
 
 
 @contextmanager
 def atomic_file(path: Path, size: int | None = None) -> Iterator[IO[bytes]]:
-    """A file that appears at `path` when the block ends well, and not at all when it does not.
+    """Open a temporary file that replaces `path` when the block succeeds and is removed otherwise.
 
-    `size` is the room needed in bytes, where it is known beforehand; it is only for the message.
-    OSError (ENOSPC, EDQUOT) names the file, the room needed and the room left.
+    Args:
+        path: the file to write.
+        size: bytes that the file will take, where known; used in the error message only.
+
+    Raises:
+        OSError: on a full disk (ENOSPC, EDQUOT), with the file, the room needed and the room left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
@@ -44,7 +48,7 @@ def atomic_file(path: Path, size: int | None = None) -> Iterator[IO[bytes]]:
     except BaseException as error:
         written = temporary.stat().st_size if temporary.exists() else 0
         temporary.unlink(missing_ok=True)
-        # An error with another file's name comes from inside the block and says enough.
+        # An error with another file name was raised by the block itself.
         if isinstance(error, OSError) and error.filename in (None, str(temporary)):
             raise no_space(path, written if size is None else size, error) from error
         raise
@@ -52,13 +56,13 @@ def atomic_file(path: Path, size: int | None = None) -> Iterator[IO[bytes]]:
 
 
 def sync_file(path: Path) -> None:
-    """fsync a file that was written by other means."""
+    """Fsync a file that a library wrote and closed."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """fsync a folder, so that a rename inside it survives a power cut."""
+    """Fsync a folder, so that a rename in it survives a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -67,12 +71,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small UTF-8 file atomically: a reader sees the old text or the new, never a part."""
+    """Replace a small UTF-8 file atomically."""
     atomic_write(path, text.encode())
 
 
 def atomic_write(path: Path, data: bytes | Callable[[Path], object]) -> None:
-    """Put `data` at `path`, whole or not at all; a callable writes the path it is given."""
+    """Write `data` to `path` atomically; a callable is given the temporary path to write."""
     if isinstance(data, bytes):
         with atomic_file(Path(path), len(data)) as file:
             file.write(data)
@@ -82,7 +86,7 @@ def atomic_write(path: Path, data: bytes | Callable[[Path], object]) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source`, or a copy where that cannot be; whole or absent."""
+    """Hard-link `source` at `target` atomically, or copy where the file system cannot link."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.partial")
     temporary.unlink(missing_ok=True)
@@ -94,4 +98,4 @@ def link_or_copy(source: Path, target: Path) -> None:
         atomic_write(target, lambda path: shutil.copyfile(source, path))
         return
     os.replace(temporary, target)
-    temporary.unlink(missing_ok=True)  # where both were one file already, `replace` does nothing
+    temporary.unlink(missing_ok=True)  # rename(2) does nothing if both names are one inode

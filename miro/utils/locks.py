@@ -1,4 +1,9 @@
-"""One process at a time in a folder that is being written."""
+"""File locks: one process at a time writes a folder.
+
+`flock` itself and not the package filelock, which cannot lock an open data file
+(rejected.jsonl), polls while it waits, and on file systems without locks leaves a marker that
+outlives its process.
+"""
 
 from __future__ import annotations
 
@@ -15,27 +20,39 @@ from typing import IO
 
 log = logging.getLogger(__name__)
 
-
-_ABSENT = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
-"""What a file system answers that has no locks."""
-
-
-def lock(file: IO[bytes], folder: Path) -> None:
-    """Hold `file` until it is closed; ValueError names the folder if another process holds it.
-
-    The lock goes with the process, however it ends. A file system without locks is said once.
-    """
-    try:
-        _flock(file, folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(
-            f"{folder}: another process is writing this folder; wait until it ends"
-        ) from None
+# The errors of a file system that does not implement flock.
+_UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 @contextmanager
-def held(file: IO[bytes], folder: Path) -> Iterator[None]:
-    """Wait for `file`, and hold it for the block."""
+def exclusive_lock(folder: Path, rank: int = 0) -> Iterator[None]:
+    """Create `folder` if absent and lock it for one process per rank; ends with the process.
+
+    Raises:
+        ValueError: another process holds the lock.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / (f".lock-{rank}" if rank else ".lock"), "ab") as file:
+        try:
+            _flock(file, folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{folder}: another process is writing this folder; wait until it ends"
+            ) from None
+        yield
+
+
+@contextmanager
+def blocking_lock(folder: Path) -> Iterator[None]:
+    """Wait for the lock that the processes writing to `folder` share, and hold it for the block."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".turn", "ab") as file, locked_file(file, folder):
+        yield
+
+
+@contextmanager
+def locked_file(file: IO[bytes], folder: Path) -> Iterator[None]:
+    """Wait for the lock of an open file of `folder`, and hold it for the block."""
     _flock(file, folder, fcntl.LOCK_EX)
     try:
         yield
@@ -43,8 +60,16 @@ def held(file: IO[bytes], folder: Path) -> Iterator[None]:
         _flock(file, folder, fcntl.LOCK_UN)
 
 
+@contextmanager
+def machine_lock(name: str) -> Iterator[None]:
+    """Wait until no other process of this user on this machine is in a block of the same name."""
+    folder = Path(tempfile.gettempdir())
+    with open(folder / f"{name}.{os.getuid()}.lock", "ab") as file, locked_file(file, folder):
+        yield
+
+
 @lru_cache
-def _say_no_locks(folder: Path) -> None:
+def _warn_unsupported(folder: Path) -> None:
     log.warning("%s: this file system has no locks; run one process only", folder)
 
 
@@ -52,32 +77,6 @@ def _flock(file: IO[bytes], folder: Path, operation: int) -> None:
     try:
         fcntl.flock(file, operation)
     except OSError as error:
-        if error.errno not in _ABSENT:
+        if error.errno not in _UNSUPPORTED:
             raise
-        _say_no_locks(folder)
-
-
-@contextmanager
-def exclusive_lock(folder: Path, rank: int = 0) -> Iterator[None]:
-    """Make the folder if it is absent, and be the only process of this rank that writes it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / (f".lock-{rank}" if rank else ".lock"), "ab") as file:
-        lock(file, folder)
-        yield
-
-
-@contextmanager
-def blocking_lock(folder: Path) -> Iterator[None]:
-    """Wait for the processes that share the folder, for the moment it takes to write for all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".turn", "ab") as file, held(file, folder):
-        yield
-
-
-@contextmanager
-def machine_lock(name: str) -> Iterator[None]:
-    """Wait until no other process of this user and machine is inside a block of this name."""
-    path = Path(tempfile.gettempdir()) / f"{name}.{os.getuid()}.lock"
-    with open(path, "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        _warn_unsupported(folder)

@@ -1,4 +1,4 @@
-"""Progress on the screen, by rich; where there is no screen, a line now and then."""
+"""Progress bars by rich; where stderr is no terminal, a line every few seconds."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-SILENCE = 10.0
-"""Seconds between two lines where the output is a file."""
+LINE_INTERVAL = 10.0  # seconds between two lines where the output is a file
 
 console = Console(stderr=True)
 
 
-def _columns() -> Progress:
+def _progress() -> Progress:
     return Progress(
         TextColumn("[bold]{task.description}"),
         BarColumn(),
@@ -37,44 +36,38 @@ def _columns() -> Progress:
 
 @contextmanager
 def bar(name: str, total: int | None = None) -> Iterator[Callable[[int, int | None, str], None]]:
-    """A progress display: call it with (done, total, detail)."""
-    if not console.is_terminal:
-        yield _lines(name)
-        return
-    with _columns() as progress:
-        task: TaskID = progress.add_task(name, total=total, detail="")
-
-        def show(done: int, total: int | None, detail: str) -> None:
-            progress.update(task, completed=done, total=total, detail=detail)
-
-        yield show
+    """Show one progress bar; yields a function of (done, total, detail)."""
+    with many() as show:
+        if console.is_terminal:
+            show(name, 0, total, "")
+        yield lambda done, total, detail: show(name, done, total, detail)
 
 
 @contextmanager
 def many() -> Iterator[Callable[[str, int, int | None, str], None]]:
-    """A display of several things at once: call it with (name, done, total, detail)."""
+    """Show several progress bars at once; yields a function of (name, done, total, detail)."""
     if not console.is_terminal:
-        shows: dict[str, Callable[[int, int | None, str], None]] = {}
+        writers: dict[str, Callable[[int, int | None, str], None]] = {}
 
-        def line(name: str, done: int, total: int | None, detail: str) -> None:
-            shows.setdefault(name, _lines(name))(done, total, detail)
+        def write_line(name: str, done: int, total: int | None, detail: str) -> None:
+            writers.setdefault(name, _line_writer(name))(done, total, detail)
 
-        yield line
+        yield write_line
         return
-    with _columns() as progress:
+    with _progress() as progress:
         tasks: dict[str, TaskID] = {}
 
-        def show(name: str, done: int, total: int | None, detail: str) -> None:
+        def update_bar(name: str, done: int, total: int | None, detail: str) -> None:
             if name not in tasks:
                 tasks[name] = progress.add_task(name, total=None, detail="")
             progress.update(tasks[name], completed=done, total=total, detail=detail)
 
-        yield show
+        yield update_bar
 
 
 @contextmanager
 def counting(name: str) -> Iterator[Callable[[int, int | None], None]]:
-    """A display for stages that count samples: call it with (done, total or None)."""
+    """Show progress over images with its rate; yields a function of (done, total or None)."""
     started = time.perf_counter()
     with bar(name) as show:
 
@@ -85,19 +78,19 @@ def counting(name: str) -> Iterator[Callable[[int, int | None], None]]:
         yield count
 
 
-def _lines(name: str) -> Callable[[int, int | None, str], None]:
-    last, finished, said = -SILENCE, False, ""
+def _line_writer(name: str) -> Callable[[int, int | None, str], None]:
+    last, finished, previous = -LINE_INTERVAL, False, ""
 
-    def show(done: int, total: int | None, detail: str) -> None:
-        nonlocal last, finished, said
+    def write_line(done: int, total: int | None, detail: str) -> None:
+        nonlocal last, finished, previous
         now = time.monotonic()
-        if finished or (now - last < SILENCE and done != total):
+        if finished or (now - last < LINE_INTERVAL and done != total):
             return
         last, finished = now, done == total
         of = f"/{total:,}" if total is not None else ""
         line = f"{name}: {done:,}{of} {detail}".rstrip()
-        if line != said:
+        if line != previous:
             print(line, file=sys.stderr, flush=True)
-        said = line
+        previous = line
 
-    return show
+    return write_line

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from miro.utils.serialize import unknown_name
 
-# The published seven first, in the paper's order, then those that need no published weights.
-# A checkpoint's reward tables follow this order: append to it, never reorder it.
+# The seven of the paper in its order, then those that need no published weights.
+# The rows of a checkpoint's reward tables follow this order: append to it, never reorder it.
 REWARD_ORDER: tuple[str, ...] = (
     "clip",
     "aesthetic",
@@ -22,12 +22,16 @@ REWARD_ORDER: tuple[str, ...] = (
 
 
 def reward_position(name: str) -> tuple[int, str]:
-    """Sorts the names of REWARD_ORDER in that order, and a user's own after them by name."""
+    """Return a sort key: names of REWARD_ORDER in that order, then custom rewards by name."""
     return (REWARD_ORDER.index(name) if name in REWARD_ORDER else len(REWARD_ORDER), name)
 
 
 def order_rewards(names: Iterable[str]) -> tuple[str, ...]:
-    """The names in REWARD_ORDER; ValueError for a name that is not in it or comes twice."""
+    """Sort names by REWARD_ORDER.
+
+    Raises:
+        ValueError: a name is not in REWARD_ORDER or is repeated.
+    """
     listed = list(names)
     for position, name in enumerate(listed):
         if name not in REWARD_ORDER:

@@ -1,9 +1,8 @@
-"""The one owner of randomness: every stream of the trainer is seeded by a hash of its purpose.
+"""Random number generators seeded by a hash of their purpose.
 
-A stream is named by numbers and words, e.g. ``seed_from(seed, rank, images)`` for the noise of a
-step or ``seed_from(seed, "epoch", 3)`` for the order of an epoch. Nothing depends on a stream's
-history, so a run that is stopped and resumed repeats the uninterrupted one without any saved
-generator state.
+A stream is named by numbers and words, e.g. ``seed_from(seed, "epoch", 3)`` for the order of an
+epoch. No stream depends on earlier draws, so a resumed run repeats the uninterrupted one bit for
+bit without any saved generator state.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 
 
 def seed_from(*parts: SupportsIndex | str) -> int:
-    """A stable seed in [0, 2**63) for integers and words, in their order.
+    """Hash integers and strings, in order, to a seed in [0, 2**63).
 
     The same on every machine, Python version and process: BLAKE2b over the parts as text, each with
     its type and length, so that (1, 23), (12, 3) and ("1", 23) are three different streams.
@@ -32,5 +31,5 @@ def seed_from(*parts: SupportsIndex | str) -> int:
 def generator_from(
     *parts: SupportsIndex | str, device: str | torch.device = "cpu"
 ) -> torch.Generator:
-    """A fresh generator seeded with `seed_from(*parts)`; the global ones stay as they are."""
+    """Return a new generator seeded with `seed_from(*parts)`; global generators are untouched."""
     return torch.Generator(device).manual_seed(seed_from(*parts))

@@ -1,4 +1,4 @@
-"""The configuration of a training run, how it is read and written, and errors for wrong names."""
+"""Configurations (frozen dataclasses) to and from JSON, their differences, and unknown names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def unknown_name(kind: str, name: str, options: Iterable[str]) -> ValueError:
-    """The error for a name that does not exist: it offers the nearest one and lists the rest."""
+    """Return the error for a name that does not exist: it suggests the nearest and lists all."""
     known = sorted(options)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
@@ -23,16 +23,21 @@ def unknown_name(kind: str, name: str, options: Iterable[str]) -> ValueError:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as plain JSON types, paths as strings."""
+    """Convert a dataclass to plain JSON types, paths to strings."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
 def from_dict(kind: type[T], record: dict[str, Any], where: str = "") -> T:
-    """The frozen dataclass `kind` from what to_dict wrote; unknown keys are refused.
+    """Build the dataclass `kind` from what `to_dict` returned.
+
+    Args:
+        kind: a frozen dataclass.
+        record: its fields; those with defaults may be absent.
+        where: prefix of the keys in error messages, as in "model.".
 
     Raises:
-        ValueError: a key that `kind` does not have (the nearest is offered) or cannot do without,
-            or a bad value.
+        ValueError: a key is unknown (the message suggests the nearest), a required key is missing,
+            or a value is invalid.
     """
     hints = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
@@ -42,8 +47,8 @@ def from_dict(kind: type[T], record: dict[str, Any], where: str = "") -> T:
             raise unknown_name("configuration key", f"{where}{key}", [where + f for f in fields])
         values[key] = _value(hints[key], value, f"{where}{key}.")
     for name, field in fields.items():
-        absent = (field.default, field.default_factory) == (dataclasses.MISSING,) * 2
-        if absent and name not in values:
+        required = (field.default, field.default_factory) == (dataclasses.MISSING,) * 2
+        if required and name not in values:
             raise ValueError(f"the configuration lacks {where}{name}")
     return kind(**values)
 
@@ -65,7 +70,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any], where: str = "") -> list[str]:
-    """The keys in which two nested records differ, each with both values, for error messages."""
+    """List the keys in which two nested records differ, each with both values, for messages."""
     found = []
     for key in sorted(ours.keys() | theirs.keys()):
         a, b = ours.get(key), theirs.get(key)

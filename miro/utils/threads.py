@@ -1,4 +1,4 @@
-"""One function over many items, on all cores of this process."""
+"""Parallel map over a thread pool."""
 
 from __future__ import annotations
 
@@ -6,45 +6,41 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import chain, zip_longest
-from typing import Any, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-MOST = 16
-"""Threads, on machines with more cores: a process has others to do for, and other processes."""
-_NOTHING: Any = object()
+MAX_WORKERS = 16  # leaves cores of a large machine to the rest of the process and to other ranks
 
 
-def threads() -> int:
-    """How many threads are worth their while here."""
-    return min(len(os.sched_getaffinity(0)), MOST)
+def default_num_workers() -> int:
+    """Return the number of CPU cores this process may use, at most MAX_WORKERS."""
+    return min(len(os.sched_getaffinity(0)), MAX_WORKERS)
 
 
 def parallel_map(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """What `function` gives for each item, in their order; an error of one of them is raised.
+    """Apply `function` to each item in threads and return the results in order.
 
-    It should let go of Python's lock while it works, as torch's operations do.
+    `function` should release the GIL, as torch's operations do. An exception of any item is raised.
     """
-    workers = min(threads(), len(items))
+    workers = min(default_num_workers(), len(items))
     if workers < 2:
         return [function(item) for item in items]
 
-    def every(first: int) -> list[R]:
-        # A task for each thread, and not for each item, which may be small.
+    def run_stride(first: int) -> list[R]:
+        # One task per thread: an item alone may be cheaper than its submission.
         return [function(item) for item in items[first::workers]]
 
-    parts = list(_pool().map(every, range(workers)))
-    turns = chain.from_iterable(zip_longest(*parts, fillvalue=_NOTHING))
-    return [found for found in turns if found is not _NOTHING]
+    strides = list(_pool().map(run_stride, range(workers)))
+    return [strides[index % workers][index // workers] for index in range(len(items))]
 
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    """Kept: what torch sets up in a new thread takes as long as resizing a small image."""
-    return ThreadPoolExecutor(threads(), thread_name_prefix="miro-threads")
+    """One pool per process: torch's start-up in a new thread takes as long as a small resize."""
+    return ThreadPoolExecutor(default_num_workers(), thread_name_prefix="miro-threads")
 
 
-# A fork has none of the threads.
+# A forked child inherits the pool object but none of its threads.
 os.register_at_fork(after_in_child=_pool.cache_clear)

@@ -15,27 +15,24 @@ SHAPE, TEXT, REWARDS = (2, 4, 4), 6, 2
 CONFIG = OptimizerConfig(learning_rate=0.01, weight_decay=0.1)
 
 
-def build(width: int = 16, rewards: int = REWARDS, **options: Any) -> FlowTransformer:
+def build(width: int = 16, rewards: int = REWARDS) -> FlowTransformer:
     """A network with random weights everywhere, so that everything has a gradient."""
     torch.manual_seed(0)
-    model = FlowTransformer(ModelConfig(width, 1, 2, 24, 2), SHAPE, TEXT, rewards, **options)
+    model = FlowTransformer(ModelConfig(width, 1, 2, 24, 2), SHAPE, TEXT, rewards)
     with torch.no_grad():
         for param in model.parameters():
             param += 0.1 * torch.randn(param.shape)
     return model
 
 
-LAYOUT = BatchPlan(stage=0, world=1, micro_batch=4, accumulation=1)
+PLAN = BatchPlan(stage=0, world=1, micro_batch=4, accumulation=1)
 
 
 def engine(
     config: OptimizerConfig = CONFIG, model: FlowTransformer | None = None, **options: Any
 ) -> Engine:
-    options = {"layout": LAYOUT, "total_images": 400, **options}
-    if model is None:
-        checkpointing = options["layout"].activation_checkpointing
-        model = build(activation_checkpointing=checkpointing)
-    return Engine(model, config, **options)
+    options = {"plan": PLAN, "total_images": 400, **options}
+    return Engine(model or build(), config, **options)
 
 
 def learn(engine: Engine, loss: Tensor, images: int) -> Tensor:

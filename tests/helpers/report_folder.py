@@ -65,8 +65,8 @@ def write_log(path: Path, rng: np.random.Generator, total: int = TOTAL, every: i
             "gradient_norm": 1.4 * (images / every) ** -0.2 + 0.05 * abs(rng.standard_normal()),
             "images_per_second": 229 + 6 * rng.standard_normal(),
             "mfu": 0.31,
-            **{f"loss_at/0.{k}5": 0.1 * (10 - k) for k in range(10) if k != 3},
-            **{f"loss_by/only_art/{third}": 0.4 for third in ("low", "middle", "high")},
+            **{f"loss_by_t/0.{k}5": 0.1 * (10 - k) for k in range(10) if k != 3},
+            **{f"loss_by_reward/only_art/{third}": 0.4 for third in ("low", "middle", "high")},
         }
         for images in range(every, total + 1, every)
     ]

@@ -134,7 +134,7 @@ def test_the_last_few_are_kept_and_those_at_marks(
     (tmp_path / "notes.txt").touch()
 
     # The run stands at 1000: one beyond it was damaged, and does not count.
-    checkpoint.keep(tmp_path, images=1000, last=2, every=every)
+    checkpoint.delete_old(tmp_path, images=1000, keep_last=2, keep_every=every)
 
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [*for_good, "000000000100", "000000001000", "000000003000", "notes.txt"]

@@ -15,7 +15,7 @@ from miro.training import metrics as meter
 from miro.training.checkpoint import RunFolder
 from miro.training.config import TrainConfig
 from miro.training.loop import train
-from miro.training.metrics import DataWait, Progress
+from miro.training.metrics import DataWait, TrainingProgress
 from miro.training.metrics_log import read_metrics
 
 
@@ -38,7 +38,7 @@ def test_a_loader_much_slower_than_the_step_is_told(
 
     monkeypatch.setattr(EncodedDataset, "latent", slow)
 
-    train(replace(training, images=24, report_every=8, weights_at=()), tmp_path)
+    train(replace(training, images=24, report_every=8, ema_weights_at=()), tmp_path)
 
     # The first is left out: its first batch could not be made ahead.
     waits = [line["data_wait"] for line in read_metrics(RunFolder(tmp_path).metrics)][1:]
@@ -67,7 +67,7 @@ def test_only_the_wait_for_a_visit_counts(monkeypatch: pytest.MonkeyPatch) -> No
     ("share", "said"), [(0.0, ""), (0.02, ""), (0.021, "2% waiting"), (0.5, "50% waiting")]
 )
 def test_the_screen_shows_a_wait_that_matters(share: float, said: str) -> None:
-    progress = Progress(
+    progress = TrainingProgress(
         images=1,
         total=2,
         loss=0.5,

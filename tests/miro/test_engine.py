@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.engines import CONFIG, LAYOUT, SHAPE, TEXT, build, engine, inputs, learn
+from helpers.engines import CONFIG, PLAN, SHAPE, TEXT, build, engine, inputs, learn
 from torch import Tensor
 
 from miro.model.packed_text import empty_text
@@ -36,7 +36,7 @@ Read = Callable[[str, ShardSlice], Tensor]
 
 def saved(engine: Engine) -> tuple[Read, dict[str, Any]]:
     """A copy of its state, as a checkpoint gives it back."""
-    pieces, numbers = engine.state()
+    pieces, numbers = engine.checkpoint_state()
     held = {
         (key, piece.name): tensor.clone()
         for piece in pieces
@@ -94,7 +94,7 @@ def test_matrices_decay_and_gains_offsets_and_biases_do_not(precision: Any, matr
 
 
 def test_gradients_are_clipped_together_and_their_norm_is_told() -> None:
-    made = engine(OptimizerConfig(clip=1e-3))
+    made = engine(OptimizerConfig(max_grad_norm=1e-3))
     grads = gradients(made, 1)
     expected = torch.stack([grad.norm() for grad in grads]).norm()
 
@@ -111,7 +111,7 @@ def test_gradients_are_clipped_together_and_their_norm_is_told() -> None:
 
 
 def test_gradients_below_the_limit_are_left_as_they_are() -> None:
-    made = engine(OptimizerConfig(clip=1e6))
+    made = engine(OptimizerConfig(max_grad_norm=1e6))
     expected = gradients(made, 1)
 
     learn(made, loss(made, 1), images=0)
@@ -198,7 +198,7 @@ def test_the_rate_reaches_the_optimizer() -> None:
 
 @pytest.mark.parametrize("batch", [1, 64, 500])
 def test_a_weights_share_in_the_average_halves_over_the_half_life(batch: int) -> None:
-    config = OptimizerConfig(ema_images=10_000, ema_ramp=0.05)
+    config = OptimizerConfig(ema_halflife_images=10_000, ema_rampup_ratio=0.05)
 
     steps = 10_000 // batch
     late = [ema_decay(config, 1_000_000 + n * batch, batch) for n in range(steps)]
@@ -207,7 +207,7 @@ def test_a_weights_share_in_the_average_halves_over_the_half_life(batch: int) ->
 
 
 def test_a_young_average_is_young() -> None:
-    config = OptimizerConfig(ema_images=10_000, ema_ramp=0.05)
+    config = OptimizerConfig(ema_halflife_images=10_000, ema_rampup_ratio=0.05)
 
     # After 2,000 images the half-life is 5 % of them.
     assert abs(ema_decay(config, 2_000 - 64, 64) - 0.5 ** (64 / 100)) < 1e-9
@@ -216,8 +216,8 @@ def test_a_young_average_is_young() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("learning_rate", 0.0), ("learning_rate", float("nan")), ("clip", 0.0), ("ema_images", -1.0),
-     ("ema_ramp", 0.0), ("decay_from", 1.5), ("decay_from", -0.1), ("warmup_images", -5),
+    [("learning_rate", 0.0), ("learning_rate", float("nan")), ("max_grad_norm", 0.0), ("ema_halflife_images", -1.0),
+     ("ema_rampup_ratio", 0.0), ("decay_from", 1.5), ("decay_from", -0.1), ("warmup_images", -5),
      ("weight_decay", -0.1), ("beta1", 1.0), ("beta2", 1.5), ("eps", 0.0)],
 )  # fmt: skip
 def test_impossible_values_are_named(name: str, value: Any) -> None:
@@ -228,26 +228,26 @@ def test_impossible_values_are_named(name: str, value: Any) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_step_without_a_number_is_skipped_and_counted(stage: Any, precision: Any) -> None:
-    made = engine(layout=replace(LAYOUT, stage=stage), precision=precision)
+    made = engine(plan=replace(PLAN, stage=stage), precision=precision)
     learn(made, loss(made, 1), images=0)
     before = {name: tensor.clone() for name, tensor in saved_tensors(made).items()}
 
     learn(made, loss(made, 1) * torch.nan, images=4)
 
-    assert made.guard.read() | {"mean": 0} == {"mean": 0, "in_row": 1, "longest": 1, "total": 1}
+    assert made.gradient_clipper.state_dict() | {"mean": 0} == {"mean": 0, "in_row": 1, "longest": 1, "total": 1}
     for name, tensor in saved_tensors(made).items():
         assert torch.equal(tensor, before[name]), name
     learn(made, loss(made, 1), images=8)
-    assert made.guard.read()["in_row"] == 0 and made.guard.read()["total"] == 1
+    assert made.gradient_clipper.state_dict()["in_row"] == 0 and made.gradient_clipper.state_dict()["total"] == 1
     assert not torch.equal(saved_tensors(made)["master/out.bias"], before["master/out.bias"])
 
 
 def test_an_exploding_step_is_skipped_and_a_large_one_is_not() -> None:
-    made = engine(replace(CONFIG, skip_above=10.0))
+    made = engine(replace(CONFIG, skip_threshold=10.0))
     skipped = []
     for factor in (1.0, 5.0, 100.0, 1.0):
         learn(made, factor * loss(made, 1), images=0)
-        skipped.append(made.guard.read()["total"])
+        skipped.append(made.gradient_clipper.state_dict()["total"])
 
     assert skipped == [0, 0, 1, 1]
 
@@ -255,6 +255,6 @@ def test_an_exploding_step_is_skipped_and_a_large_one_is_not() -> None:
 def saved_tensors(engine: Engine) -> dict[str, Tensor]:
     return {
         f"{key}/{piece.name}": tensor
-        for piece in engine.state()[0]
+        for piece in engine.checkpoint_state()[0]
         for key, tensor in piece.tensors.items()
     }

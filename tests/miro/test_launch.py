@@ -26,7 +26,7 @@ WORDS = (
     "demo images=96 batch=8 threads=1 precision=fp32 compile=False report_every=8 "
     "checkpoint_every=96 model.channels=32 model.depth=1 model.heads=2 model.hidden=32 "
     "optimizer.name=adamw flow.timestep_mean=0 optimizer.learning_rate=3e-3 "
-    "optimizer.warmup_images=16 optimizer.beta2=0.99 optimizer.ema_images=10000"
+    "optimizer.warmup_images=16 optimizer.beta2=0.99 optimizer.ema_halflife_images=10000"
 )
 
 
@@ -50,7 +50,7 @@ def shell(command: Sequence[str | Path], **environment: str) -> subprocess.Compl
 def alone(training: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
     """The losses of the run on one process."""
     folder = tmp_path_factory.mktemp("alone")
-    train(replace(training, checkpoint_every=96, weights_at=()), folder)
+    train(replace(training, checkpoint_every=96, ema_weights_at=()), folder)
     return losses(folder)
 
 

@@ -23,7 +23,7 @@ from miro.training.engine import Engine
 from miro.training.memory import activation_bytes, choose_stage, estimate, parameter_count
 from miro.training.optimizer import OptimizerConfig
 from miro.training.presets import preset
-from miro.utils.distributed import DistEnv, join
+from miro.utils.distributed import DistEnv, init_distributed
 
 # 21 million parameters, few tokens: what is measured is the state.
 MODEL, LATENT, TEXT, REWARDS = ModelConfig(512, 5, 4, 1024, 4), (1, 8, 8), 16, 2
@@ -51,7 +51,7 @@ def measure(config: ModelConfig, layout: BatchPlan, precision: Any, bucket: int,
     M_MMAP_THRESHOLD = -3
     assert ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 2**17)
     torch.set_num_threads(1)
-    ranks = join("cpu")
+    ranks = init_distributed("cpu")
     bins = torch.zeros(layout.micro_batch, REWARDS, dtype=torch.int64)
     rewards = RewardCond(torch.linspace(0, 1, 4), bins, bins.bool())
     x, t = torch.zeros(layout.micro_batch, *LATENT), torch.zeros(layout.micro_batch)
@@ -65,7 +65,7 @@ def measure(config: ModelConfig, layout: BatchPlan, precision: Any, bucket: int,
             torch.manual_seed(0)
             model = FlowTransformer(config, LATENT, TEXT, REWARDS)
         engine = Engine(
-            model, OptimizerConfig(), layout, total_images=100, precision=precision, ranks=ranks
+            model, OptimizerConfig(), layout, total_images=100, precision=precision, env=ranks
         )
         for step in range(2):
             reset_peak()

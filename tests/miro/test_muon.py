@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from miro.training.muon import MuonEMA, orthogonal
+from miro.training.muon import MuonEMA, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 40, 16), (2, 16, 40), (1, 5, 1)])
 def test_singular_values_are_moved_near_one(shape: tuple[int, int, int]):
     torch.manual_seed(0)
-    values = torch.linalg.svdvals(orthogonal(torch.randn(shape) * 7))
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(shape) * 7))
     # Five steps leave the smallest values of a square matrix behind; those of others arrive.
     assert values.max() < 1.3
     assert shape[1] == shape[2] or values.min() > 0.5
@@ -20,15 +20,15 @@ def test_singular_values_are_moved_near_one(shape: tuple[int, int, int]):
 def test_a_matrix_does_not_depend_on_its_batch():
     torch.manual_seed(0)
     matrices = torch.randn(3, 24, 12)
-    alone = torch.cat([orthogonal(matrix[None]) for matrix in matrices])
-    torch.testing.assert_close(orthogonal(matrices), alone, rtol=0, atol=0.02)
+    alone = torch.cat([orthogonalize(matrix[None]) for matrix in matrices])
+    torch.testing.assert_close(orthogonalize(matrices), alone, rtol=0, atol=0.02)
 
 
 def test_the_updates_are_those_of_torch_muon():
     torch.manual_seed(0)
     start = torch.randn(24, 12)
     ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
-    mine = MuonEMA([{"params": [ours], "orthogonal": True}], lr=0.01, weight_decay=0.1)
+    mine = MuonEMA([{"params": [ours], "use_muon": True}], lr=0.01, weight_decay=0.1)
     reference = torch.optim.Muon(
         [theirs], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
     )
@@ -45,7 +45,7 @@ def test_the_updates_are_those_of_torch_muon():
 def test_average_and_master_are_kept_in_fp32(dtype: torch.dtype):
     torch.manual_seed(0)
     param = torch.nn.Parameter(torch.randn(8, 4).to(dtype))
-    optimizer = MuonEMA([{"params": [param], "orthogonal": True}], lr=0.01, ema_decay=0.5)
+    optimizer = MuonEMA([{"params": [param], "use_muon": True}], lr=0.01, ema_decay=0.5)
     average = param.detach().float().clone()
     for _ in range(3):
         param.grad = torch.randn(8, 4).to(dtype)
@@ -71,4 +71,4 @@ def test_other_groups_are_adamw():
 
 def test_a_vector_cannot_be_orthogonal():
     with pytest.raises(ValueError, match=r"Muon takes matrices, got a parameter \(3,\)"):
-        MuonEMA([{"params": [torch.nn.Parameter(torch.zeros(3))], "orthogonal": True}])
+        MuonEMA([{"params": [torch.nn.Parameter(torch.zeros(3))], "use_muon": True}])

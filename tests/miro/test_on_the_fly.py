@@ -111,7 +111,7 @@ def test_an_autoencoder_and_every_caption_give_what_would_be_stored(
 
 def test_half_of_the_visits_are_mirrored_by_their_position(scored: Path) -> None:
     live = OnTheFlyDataset(scored, None, OnTheFlyEncoders(SQUARE, "cpu"))
-    plain, mirror = Loader(live, 0), Loader(live, 0, mirror=True)
+    plain, mirror = Loader(live, 0), Loader(live, 0, horizontal_flip=True)
 
     straight, turned = plain.batch_at(0, 200).latents, mirror.batch_at(0, 200).latents
     again = mirror.batch_at(120, 30).latents
@@ -123,7 +123,7 @@ def test_half_of_the_visits_are_mirrored_by_their_position(scored: Path) -> None
 
 
 def test_a_killed_run_on_mirrored_images_goes_on_bit_for_bit(scored: Path, tmp_path: Path) -> None:
-    config = replace(config_of(scored), mirror=True)
+    config = replace(config_of(scored), horizontal_flip=True)
     train(config, tmp_path / "whole")
 
     killed = tmp_path / "killed"
@@ -146,7 +146,7 @@ def test_a_killed_run_goes_on_bit_for_bit_with_all_of_it_at_once(tmp_path: Path)
     encoding = replace(SQUARE, buckets=("1:1", "2:1", "1:2"), multiple=8)
     config = replace(
         config_of(tmp_path / "mixture.json", encoding),
-        mirror=True, precision="bf16", compile=True,
+        horizontal_flip=True, precision="bf16", compile=True,
     )  # fmt: skip
     assert len(open_data(config.data, None, OnTheFlyEncoders(encoding, "cpu")).shapes) == 3
     train(config, tmp_path / "whole")
@@ -197,5 +197,5 @@ def test_what_does_not_go_together_is_refused(scored: Path, tmp_path: Path) -> N
     with pytest.raises(ValueError, match="set encode.size"):
         as_they_are = replace(config_of(scored, EncodingConfig()), model=replace(SMALL, patch=2))
         train(as_they_are, tmp_path / "run")
-    with pytest.raises(ValueError, match="mirror=True needs on_the_fly=True"):
-        replace(config_of(stored, on_the_fly=False), mirror=True)
+    with pytest.raises(ValueError, match="horizontal_flip=True needs on_the_fly=True"):
+        replace(config_of(stored, on_the_fly=False), horizontal_flip=True)

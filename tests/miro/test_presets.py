@@ -53,9 +53,9 @@ def test_an_unknown_preset_offers_the_nearest() -> None:
         ({"images": 100}, "images=100 must be a multiple of batch=64"),
         ({"report_every": 65}, "report_every=65 must be a multiple of batch=64"),
         ({"checkpoint_every": 32}, "checkpoint_every=32 must be a multiple of batch=64"),
-        ({"weights_at": (64, 100)}, "weights_at: 100 must be a multiple of batch=64"),
-        ({"weights_at": (0,)}, "weights_at: 0 must"),
-        ({"images": 640, "weights_at": (1280,)}, "weights_at: 1280.*images=640"),
+        ({"ema_weights_at": (64, 100)}, "ema_weights_at: 100 must be a multiple of batch=64"),
+        ({"ema_weights_at": (0,)}, "ema_weights_at: 0 must"),
+        ({"images": 640, "ema_weights_at": (1280,)}, "ema_weights_at: 1280.*images=640"),
     ],
 )
 def test_impossible_values_are_named(bad: dict[str, Any], words: str) -> None:

@@ -16,7 +16,7 @@ from miro.training import checkpoint
 from miro.training.checkpoint import RunFolder
 from miro.training.config import TrainConfig
 from miro.training.loop import train
-from miro.training.metrics import Progress
+from miro.training.metrics import TrainingProgress
 from miro.training.metrics_log import read_metrics
 
 
@@ -38,8 +38,8 @@ def assert_same_run(folder: Path, undisturbed: RunFolder) -> None:
     assert losses(run) == losses(undisturbed)
 
 
-def stop_at(images: int) -> Callable[[Progress], None]:
-    def report(progress: Progress) -> None:
+def stop_at(images: int) -> Callable[[TrainingProgress], None]:
+    def report(progress: TrainingProgress) -> None:
         if progress.images == images:
             raise KeyboardInterrupt
 
@@ -119,7 +119,7 @@ def test_a_finished_run_is_not_run_again(
     training: TrainConfig, undisturbed: RunFolder, tmp_path: Path
 ) -> None:
     shutil.copytree(undisturbed.root, tmp_path / "run")
-    reports: list[Progress] = []
+    reports: list[TrainingProgress] = []
 
     final = train(training, tmp_path / "run", report=reports.append)
 
@@ -132,8 +132,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
 ) -> None:
     run = RunFolder(tmp_path / "run")
     shutil.copytree(undisturbed.root, run.root)
-    flip_a_byte(run.checkpoint(96) / checkpoint.PART.format(0))
-    reports: list[Progress] = []
+    flip_a_byte(run.checkpoint(96) / checkpoint.RANK_FILE.format(0))
+    reports: list[TrainingProgress] = []
 
     train(training, run.root, report=reports.append)
 
@@ -147,7 +147,7 @@ def test_a_damaged_newer_checkpoint_never_costs_a_whole_one(
 ) -> None:
     run = RunFolder(tmp_path / "run")
     shutil.copytree(undisturbed.root, run.root)
-    flip_a_byte(run.checkpoint(96) / checkpoint.PART.format(0))
+    flip_a_byte(run.checkpoint(96) / checkpoint.RANK_FILE.format(0))
     changed = replace(training, checkpoint_every=8, keep_checkpoints=1)
 
     with pytest.raises(KeyboardInterrupt):
@@ -170,7 +170,7 @@ def test_another_configuration_in_the_same_folder_is_refused(
     training: TrainConfig, undisturbed: RunFolder, change: dict[str, Any], key: str
 ) -> None:
     with pytest.raises(ValueError) as error:
-        train(replace(training, **{"weights_at": (), **change}), undisturbed.root)
+        train(replace(training, **{"ema_weights_at": (), **change}), undisturbed.root)
 
     assert key in str(error.value) and str(undisturbed.root) in str(error.value)
 
@@ -204,7 +204,7 @@ def test_a_full_disk_stops_the_run_and_it_resumes_once_there_is_room(
 ) -> None:
     run, filler = RunFolder(small_disk / "run"), small_disk / "filler"
 
-    def fill(progress: Progress) -> None:
+    def fill(progress: TrainingProgress) -> None:
         if progress.images == 32:
             filler.write_bytes(bytes(max(0, shutil.disk_usage(small_disk).free - left)))
 
@@ -221,7 +221,7 @@ def test_a_full_disk_stops_the_run_and_it_resumes_once_there_is_room(
 def test_a_foreign_checkpoint_is_named_and_the_one_before_is_taken(
     training: TrainConfig, undisturbed: RunFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    wider = replace(training, model=replace(training.model, hidden=48), images=16, weights_at=())
+    wider = replace(training, model=replace(training.model, hidden=48), images=16, ema_weights_at=())
     train(wider, tmp_path / "other")
     run = RunFolder(tmp_path / "run")
     shutil.copytree(undisturbed.root, run.root)
@@ -242,16 +242,16 @@ def test_a_run_may_go_on_without_a_checkpoint_that_found_no_room(
 ) -> None:
     run, filler = RunFolder(small_disk / "run"), small_disk / "filler"
 
-    def fill(progress: Progress) -> None:
+    def fill(progress: TrainingProgress) -> None:
         if progress.images == 32:
             filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 200_000))
         if progress.images == 72:
             filler.unlink()
 
-    config = replace(training, on_failed_save="continue", weights_at=())
+    config = replace(training, on_failed_save="continue", ema_weights_at=())
     train(config, run.root, report=fill)
 
     assert "could not write" in caplog.text and "the run goes on" in caplog.text
-    assert [images for images, _ in checkpoint.saved_in(run.checkpoints)] == [80, 96]
+    assert [images for images, _ in checkpoint.list_checkpoints(run.checkpoints)] == [80, 96]
     ours, theirs = (checkpoint.load(r.checkpoint(96))[0] for r in (run, undisturbed))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

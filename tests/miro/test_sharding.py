@@ -56,7 +56,7 @@ def state_at(folder: Path, images: int) -> dict[str, Tensor]:
 def long(training: TrainConfig) -> TrainConfig:
     """50 steps of 16 images, each reported; two checkpoints are kept."""
     return replace(
-        training, images=800, batch=16, report_every=16, checkpoint_every=400, weights_at=()
+        training, images=800, batch=16, report_every=16, checkpoint_every=400, ema_weights_at=()
     )
 
 
@@ -204,7 +204,7 @@ def test_a_run_told_to_stop_saves_exits_with_its_code_and_goes_on(
     together.terminate()
 
     assert together.wait() == [EXIT_STOPPED] * 2, together.said()
-    saved = [images for images, _ in checkpoint.saved_in(run.checkpoints)]
+    saved = [images for images, _ in checkpoint.list_checkpoints(run.checkpoints)]
     assert len(saved) == 1 and 16 <= saved[0] < 96
     assert run.latest.read_text() == f"{saved[0]:012d}\n"
 
@@ -218,7 +218,7 @@ def test_one_damaged_part_costs_the_checkpoint_on_all_ranks(
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(pair, folder)
-    part = RunFolder(folder).checkpoint(96) / checkpoint.PART.format(1)
+    part = RunFolder(folder).checkpoint(96) / checkpoint.RANK_FILE.format(1)
     flip_a_byte(part)
 
     together = Together(2, tmp_path / "logs", cut(training, 2, 2), folder)

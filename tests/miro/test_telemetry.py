@@ -8,8 +8,8 @@ import pynvml
 import pytest
 import torch
 
-from miro.training.peaks import peak_flops
-from miro.training.telemetry import Nvml, memory
+from miro.training.flops import peak_flops
+from miro.training.telemetry import Nvml, memory_stats
 
 CUDA = torch.device("cuda", 1)
 UUID = "c0ffee00-1234-5678-9abc-def012345678"
@@ -126,10 +126,10 @@ def test_a_cpu_is_asked_for_nothing(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_the_memory_of_a_process_is_what_it_holds() -> None:
-    before = memory(torch.device("cpu"))["memory/resident_gib"]
+    before = memory_stats(torch.device("cpu"))["memory/resident_gib"]
     held = torch.ones(2**26)
 
-    after = memory(torch.device("cpu"))["memory/resident_gib"]
+    after = memory_stats(torch.device("cpu"))["memory/resident_gib"]
 
     assert after - before == pytest.approx(held.nbytes / 2**30, abs=0.02)
 
@@ -140,7 +140,7 @@ def test_the_peaks_of_a_gpu_begin_anew_at_each_report(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: held["reserved"])
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: held.clear())
 
-    assert memory(CUDA) == {"memory/allocated_gib": 5.0, "memory/reserved_gib": 7.0}
+    assert memory_stats(CUDA) == {"memory/allocated_gib": 5.0, "memory/reserved_gib": 7.0}
     assert held == {}
 
 

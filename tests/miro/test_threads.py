@@ -12,7 +12,7 @@ from miro.utils.threads import parallel_map
 
 @pytest.fixture
 def four_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(threads, "threads", lambda: 4)
+    monkeypatch.setattr(threads, "default_num_workers", lambda: 4)
     threads._pool.cache_clear()
     yield
     threads._pool.cache_clear()

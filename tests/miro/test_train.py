@@ -20,7 +20,7 @@ from miro.training import checkpoint
 from miro.training.checkpoint import RunFolder
 from miro.training.config import TrainConfig
 from miro.training.loop import train
-from miro.training.metrics import Progress
+from miro.training.metrics import TrainingProgress
 from miro.training.metrics_log import read_metrics
 from miro.training.optimizer import OptimizerConfig
 
@@ -47,9 +47,9 @@ def test_weights_hold_all_that_sampling_needs(undisturbed: RunFolder, encoded: P
 
 
 def test_training_reduces_the_loss(training: TrainConfig, tmp_path: Path) -> None:
-    reports: list[Progress] = []
+    reports: list[TrainingProgress] = []
 
-    longer = replace(training, images=960, report_every=240, checkpoint_every=960, weights_at=())
+    longer = replace(training, images=960, report_every=240, checkpoint_every=960, ema_weights_at=())
     final = train(longer, tmp_path, report=reports.append)
 
     assert [report.images for report in reports] == [240, 480, 720, 960]
@@ -83,7 +83,7 @@ def test_a_run_is_not_resumed_on_other_scores(
 
 def initial_and_final(training: TrainConfig, folder: Path) -> tuple[Weights, Weights]:
     train(
-        replace(training, images=32, checkpoint_every=8, keep_checkpoints=9, weights_at=()), folder
+        replace(training, images=32, checkpoint_every=8, keep_checkpoints=9, ema_weights_at=()), folder
     )
     run = RunFolder(folder)
     return checkpoint.load(run.checkpoint(8))[0], checkpoint.load(run.weights_at(32))[0]
@@ -146,7 +146,7 @@ def test_a_baseline_starts_before_a_reward_is_scored_and_resumes_after_it_was(
     """It has a place for the reward, as the runs that are told it; it learns nothing of it."""
     early = rescored(encoded, tmp_path / "early", lambda c: {"sharpness": c["sharpness"]})
     places = ConditioningConfig(rewards=(), reward_slots=("colourfulness", "sharpness"))
-    training = replace(training, conditioning=places, images=32, weights_at=())
+    training = replace(training, conditioning=places, images=32, ema_weights_at=())
 
     whole = train(replace(training, data=encoded), tmp_path / "whole")
     train(replace(training, data=early), tmp_path / "halves")
@@ -180,7 +180,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_checkpoints(
 ) -> None:
     training = replace(
         training, optimizer=OptimizerConfig(learning_rate=1e18), report_every=report_every,
-        checkpoint_every=8, weights_at=(),
+        checkpoint_every=8, ema_weights_at=(),
     )  # fmt: skip
 
     with pytest.raises(FloatingPointError, match="learning_rate"):
@@ -214,11 +214,11 @@ def test_a_sample_that_is_not_a_number_costs_its_steps_and_no_more(
 ) -> None:
     spoiled(encoded, tmp_path / "data", 5)
 
-    final = train(replace(training, data=tmp_path / "data", weights_at=()), tmp_path / "run")
+    final = train(replace(training, data=tmp_path / "data", ema_weights_at=()), tmp_path / "run")
 
     lines = read_metrics(RunFolder(tmp_path / "run").metrics)
     # 64 samples in 96 visits: the one is seen once or twice.
-    assert lines[-1]["steps_skipped"] in (1, 2)
+    assert lines[-1]["skipped_steps"] in (1, 2)
     assert all(tensor.isfinite().all() for tensor in checkpoint.load(final)[0].values())
 
 
@@ -226,11 +226,11 @@ def test_too_many_skipped_steps_stop_the_run_and_name_the_samples(
     training: TrainConfig, encoded: Path, tmp_path: Path
 ) -> None:
     key = spoiled(encoded, tmp_path / "data", 5)
-    optimizer = replace(training.optimizer, skips=1)
-    config = replace(training, data=tmp_path / "data", weights_at=(), optimizer=optimizer)
+    optimizer = replace(training.optimizer, max_skipped_steps=1)
+    config = replace(training, data=tmp_path / "data", ema_weights_at=(), optimizer=optimizer)
 
     with pytest.raises(FloatingPointError, match=rf"Their samples: {key} \(loss nan\)"):
         train(config, tmp_path / "run")
 
     found = checkpoint.open_newest(RunFolder(tmp_path / "run").checkpoints)
-    assert found is None or found.state["guard"]["total"] == 0
+    assert found is None or found.state["gradient_clipper"]["total"] == 0

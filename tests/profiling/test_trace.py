@@ -89,7 +89,7 @@ def test_the_parts_of_our_step_have_their_names(tmp_path: Path) -> None:
     assert counted["meter"] == 0 and 0 < counted["report"] < counted["step"]
     assert 0 < record["reporting"] < 0.01
     (line,) = read_metrics(tmp_path / "metrics.jsonl")
-    assert line["images"] == 2 * (2 + 2) and "loss_by/reward 6/high" in line
+    assert line["images"] == 2 * (2 + 2) and "loss_by_reward/reward 6/high" in line
     assert len(record["costliest"]) == 10 and record["device_idle"] is None
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     names = [event.get("name") for event in events if event.get("cat") == "user_annotation"]

@@ -32,7 +32,7 @@ def steps(
     params = [nn.Parameter(draw(*shape).to(device, dtype)) for shape in SHAPES]
     matrices = [param for param in params if param.ndim == 2 and param.numel()]
     groups = [
-        {"params": matrices, "weight_decay": 0.3, "orthogonal": optimizer is MuonEMA},
+        {"params": matrices, "weight_decay": 0.3, "use_muon": optimizer is MuonEMA},
         {"params": [param for param in params if not any(param is m for m in matrices)]},
     ]
     instance = optimizer(groups, **RATES)

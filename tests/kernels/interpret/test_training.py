@@ -26,7 +26,7 @@ def losses(run: Path) -> list[float]:
 def test_a_few_steps_have_the_losses_of_the_torch_backend(
     training: TrainConfig, tmp_path: Path, device: str, optimizer: str
 ) -> None:
-    few = replace(training, images=24, checkpoint_every=24, weights_at=(), device=device)
+    few = replace(training, images=24, checkpoint_every=24, ema_weights_at=(), device=device)
     few = replace(few, model=replace(few.model, heads=1))
     few = replace(few, optimizer=replace(few.optimizer, name=optimizer))
 
@@ -45,7 +45,7 @@ def test_a_few_steps_have_the_losses_of_the_torch_backend(
 def test_zero_stages_have_the_losses_of_stage_0(
     training: TrainConfig, tmp_path: Path, device: str, stage: Literal["1", "2", "3"]
 ) -> None:
-    few = replace(training, images=24, checkpoint_every=24, weights_at=(), device=device)
+    few = replace(training, images=24, checkpoint_every=24, ema_weights_at=(), device=device)
     few = replace(few, model=replace(few.model, heads=1))
 
     train(replace(few, kernels="torch"), tmp_path / "torch")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.engines import CONFIG, LAYOUT, engine, inputs, learn
+from helpers.engines import CONFIG, PLAN, engine, inputs, learn
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -67,11 +67,11 @@ def test_a_batch_that_does_not_divide_is_refused(
     ("change", "message"),
     [
         (
-            {"layout": BatchPlan(1, 1, 4, 1), "name": "muon"},
+            {"plan": BatchPlan(1, 1, 4, 1), "name": "muon"},
             "choose adamw, or sharding.stage=0",
         ),
-        ({"layout": BatchPlan(3, 1, 4, 1), "compiled": True}, "compile=True does not go with"),
-        ({"layout": BatchPlan(1, 1, 2, 2), "precision": "bf16"}, "choose sharding.stage=2"),
+        ({"plan": BatchPlan(3, 1, 4, 1), "compiled": True}, "compile=True does not go with"),
+        ({"plan": BatchPlan(1, 1, 2, 2), "precision": "bf16"}, "choose sharding.stage=2"),
     ],
 )
 def test_what_does_not_go_together_is_refused_with_what_does(
@@ -134,7 +134,7 @@ def test_a_step_waits_for_nothing(
 
     Stage 3 waits once a step, for DeepSpeed's own norm.
     """
-    made = engine(layout=BatchPlan(stage, 1, 4, 1), precision=precision)
+    made = engine(plan=BatchPlan(stage, 1, 4, 1), precision=precision)
     whole = inputs(1)
     learn(made, part_of_loss(made, whole, slice(0, 4)), images=0)
     monkeypatch.setattr(made.optimizer, "step", lambda closure=None: None)
@@ -149,9 +149,9 @@ def test_a_step_waits_for_nothing(
     assert reads.count == 0
 
 
-@pytest.mark.parametrize(("layout", "precision"), ALONE)
+@pytest.mark.parametrize(("plan", "precision"), ALONE)
 def test_every_layout_learns_what_the_plain_one_does(layout: BatchPlan, precision: Any) -> None:
-    plain, cut = (engine(layout=which, precision=precision) for which in (LAYOUT, layout))
+    plain, cut = (engine(plan=which, precision=precision) for which in (PLAN, layout))
     for images in range(0, 20, 4):
         whole = inputs(images)
         learn(plain, part_of_loss(plain, whole, slice(0, 4)), images)

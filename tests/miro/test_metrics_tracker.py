@@ -51,11 +51,11 @@ def test_losses_are_summed_by_noise_and_by_what_each_reward_was_told() -> None:
             continue
         loss = float(losses[n])
         expected["loss"].append(loss)
-        expected[f"loss_at/{min(int(10 * t[n]), 9) / 10 + 0.05:.2f}"].append(loss)
+        expected[f"loss_by_t/{min(int(10 * t[n]), 9) / 10 + 0.05:.2f}"].append(loss)
         for r, name in enumerate(("red", "big")):
             if keep[n, r]:
                 third = "low" if bins[n, r] < 21 else "middle" if bins[n, r] < 42 else "high"
-                expected[f"loss_by/{name}/{third}"].append(loss)
+                expected[f"loss_by_reward/{name}/{third}"].append(loss)
     assert counts == [len(found) for found in expected.values()] and min(counts) > 0
     assert sums == pytest.approx([sum(found) for found in expected.values()], rel=1e-12)
 
@@ -72,8 +72,8 @@ def test_the_lowest_and_the_highest_of_few_bins_are_told_apart(
         sums = loss_sums(seen(torch.ones(40), torch.rand(40), bins, bins >= 0, levels))
 
         counts = dict(zip(loss_groups(["red"]), sums[1].tolist(), strict=True))
-        assert counts[f"loss_by/red/{third}"] == 40
-        assert sum(counts[f"loss_by/red/{name}"] for name in ("low", "middle", "high")) == 40
+        assert counts[f"loss_by_reward/red/{third}"] == 40
+        assert sum(counts[f"loss_by_reward/red/{name}"] for name in ("low", "middle", "high")) == 40
 
 
 def test_without_rewards_only_the_noise_tells_losses_apart() -> None:
@@ -90,13 +90,13 @@ def test_a_run_reports_where_its_loss_is(undisturbed: RunFolder) -> None:
     names = {name for line in lines for name in line}
     told = {name for name in names if name.startswith("loss")}
     # 96 times of this law are seldom near an end.
-    rare = {"loss_at/0.05", "loss_at/0.95"}
+    rare = {"loss_by_t/0.05", "loss_by_t/0.95"}
     assert told | rare == set(loss_groups(("colourfulness", "sharpness")))
     for line in lines:
         assert all(math.isfinite(value) for value in line.values())
-        at = [value for name, value in line.items() if name.startswith("loss_at/")]
+        at = [value for name, value in line.items() if name.startswith("loss_by_t/")]
         assert min(at) <= line["loss"] <= max(at)
-        assert line["memory/resident_gib"] > 0.05 and 0 <= line["reporting"] < 1
+        assert line["memory/resident_gib"] > 0.05 and 0 <= line["logging_fraction"] < 1
     # What a CPU reaches at most is not known, and it has no driver to ask.
     assert not names & {"mfu", "gpu/power_watts"}
     board = EventAccumulator(str(undisturbed.tensorboard))
@@ -106,11 +106,11 @@ def test_a_run_reports_where_its_loss_is(undisturbed: RunFolder) -> None:
 
 def test_what_a_run_is_not_told_it_does_not_report(training: TrainConfig, tmp_path: Path) -> None:
     conditioning = ConditioningConfig(rewards=("sharpness",))
-    train(replace(training, images=16, conditioning=conditioning, weights_at=()), tmp_path)
+    train(replace(training, images=16, conditioning=conditioning, ema_weights_at=()), tmp_path)
 
     names = {name for line in read_metrics(RunFolder(tmp_path).metrics) for name in line}
-    assert "loss_by/sharpness/low" in names
-    assert not [name for name in names if name.startswith("loss_by/colourfulness")]
+    assert "loss_by_reward/sharpness/low" in names
+    assert not [name for name in names if name.startswith("loss_by_reward/colourfulness")]
 
 
 @pytest.mark.parametrize("micro_batch", [8, 2])
@@ -119,7 +119,7 @@ def test_mfu_is_useful_flops_over_the_peak(
 ) -> None:
     """Without texts every step takes the same."""
     config = replace(
-        training, images=16, peak_flops=1e12, weights_at=(),
+        training, images=16, peak_flops=1e12, ema_weights_at=(),
         conditioning=ConditioningConfig(drop_text=1.0),
         sharding=replace(training.sharding, micro_batch=micro_batch),
     )  # fmt: skip
@@ -147,13 +147,13 @@ def test_the_time_of_a_report_is_told_and_counts_in_the_rate(
         write(*given)
 
     monkeypatch.setattr(MetricsWriter, "write", slow)
-    train(replace(training, images=24, weights_at=(), checkpoint_every=24), tmp_path)
+    train(replace(training, images=24, ema_weights_at=(), checkpoint_every=24), tmp_path)
 
     first, *others = read_metrics(RunFolder(tmp_path).metrics)
-    assert first["reporting"] == 0
+    assert first["logging_fraction"] == 0
     for line in others:
         seconds = 8 / line["images_per_second"]
-        assert 0.2 <= line["reporting"] * seconds <= seconds
+        assert 0.2 <= line["logging_fraction"] * seconds <= seconds
 
 
 class Operations(TorchDispatchMode):
@@ -182,7 +182,7 @@ def test_reports_are_under_a_hundredth_of_what_is_computed_and_steps_compute_not
 ) -> None:
     """Counted at the demo's network and interval; what a batch holds changes no count."""
     with Operations() as operations, HostReads() as reads:
-        counted: dict[str, list[tuple[int, int, int]]] = {"add": [], "tell": []}
+        counted: dict[str, list[tuple[int, int, int]]] = {"add": [], "log": []}
 
         def count(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
             def counting(*given: Any) -> None:
@@ -206,7 +206,7 @@ def test_reports_are_under_a_hundredth_of_what_is_computed_and_steps_compute_not
 
     starts, computed, read = zip(*counted["add"], strict=True)
     a_step = min(after - before for before, after in itertools.pairwise(starts))
-    ((_, a_report, its_reads),) = counted["tell"]
+    ((_, a_report, its_reads),) = counted["log"]
     assert sum(computed) == 0 and sum(read) == 0
     assert 0 < its_reads <= 4
     steps = demo().report_every // demo().batch

@@ -19,7 +19,7 @@ def test_a_preset_survives_json(name: str) -> None:
         preset(name),
         data=Path("some/data"),
         conditioning=ConditioningConfig(rewards=("clip", "vqa")),
-        weights_at=(preset(name).batch,),
+        ema_weights_at=(preset(name).batch,),
     )
 
     again = from_dict(TrainConfig, json.loads(json.dumps(to_dict(config))))
