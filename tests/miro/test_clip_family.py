@@ -30,7 +30,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 
 from miro.images.transforms import CLIP_MEAN, CLIP_STD, ImageTransform
 from miro.rewards import clip_family
-from miro.rewards.base import RewardOptions
+from miro.rewards.base import Reward, RewardOptions
 from miro.rewards.network import DualEncoderReward
 from miro.rewards.registry import build_reward
 
@@ -70,6 +70,12 @@ def cosines(image: Tensor, text: Tensor) -> Tensor:
     return F.cosine_similarity(image, text, dim=-1)
 
 
+def all_scores(reward: Reward, record: dict[str, Any]) -> Tensor:
+    """float32 (images, prompts) of a fixture."""
+    prompts, images = record["prompts"], random_images(*record["sizes"])
+    return torch.stack([reward.score([image] * len(prompts), prompts) for image in images])
+
+
 def expanded(shapes: dict[str, list[int]], layers: dict[str, int]) -> dict[str, list[int]]:
     """Every name of a published file; a * stands for the layer numbers of an encoder."""
     full: dict[str, list[int]] = {}
@@ -83,12 +89,7 @@ def test_hpsv2_agrees_with_its_package(hpsv2: DualEncoderReward) -> None:
     record = fixture("hpsv2_scores.json")
     expected = torch.tensor(record["scores"])
 
-    found = torch.stack(
-        [
-            hpsv2.score([image] * len(record["prompts"]), record["prompts"])
-            for image in random_images(*record["sizes"])
-        ]
-    )
+    found = all_scores(hpsv2, record)
 
     torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-6)
     assert (found - expected).abs().max() < RESIZE_TOLERANCE
@@ -100,12 +101,7 @@ def test_pick_score_agrees_with_the_transformers_it_was_published_for(folder: Pa
     expected = torch.tensor(record["scores"])
     reward = build_reward(f"pick_score={folder / 'pick'}")
 
-    found = torch.stack(
-        [
-            reward.score([image] * len(record["prompts"]), record["prompts"])
-            for image in random_images(*record["sizes"])
-        ]
-    )
+    found = all_scores(reward, record)
 
     torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-8)
     scale = float(oracle.weight("logit_scale", ()).exp()) / 100

@@ -81,7 +81,7 @@ def main(fixture: Path) -> None:
     img_score = import_hpsv2()
     from hpsv2.src.open_clip import add_model_config, create_model_and_transforms
 
-    # As the package itself asks for its network, which decides the preprocessing.
+    # The package's own options, which decide the preprocessing.
     options = {"precision": "fp32", "light_augmentation": True, "output_dict": True}
     with torch.device("meta"):
         published, *_ = create_model_and_transforms("ViT-H-14", None, device="meta", **options)
