@@ -19,8 +19,7 @@ from miro.images.pillow import IMAGE_EXTENSIONS
 from miro.sources.folder import FolderSource, list_images
 from miro.sources.sample import (
     MAX_JSON_BYTES,
-    RawSample,
-    RejectedSample,
+    Samples,
     read_file,
     read_json,
 )
@@ -45,9 +44,7 @@ class Source(Protocol):
     total: int | None
     fingerprint: str
 
-    def partitions(
-        self, group: int, skip: int = 0
-    ) -> Iterator[Iterator[RawSample | RejectedSample]]:
+    def partitions(self, group: int, skip: int = 0) -> Iterator[Samples]:
         """Yield the partitions of a group in a fixed order, without the first `skip` of them."""
         ...
 

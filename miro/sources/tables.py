@@ -25,6 +25,7 @@ from miro.sources.sample import (
     MAX_IMAGE_BYTES,
     RawSample,
     RejectedSample,
+    Samples,
     caption_type,
     captions_of,
     check_captions,
@@ -100,15 +101,13 @@ class TableSource:
         self.fingerprint = fingerprint(parts)
         log.info("%s: %s rows, %s", paths[0], f"{rows:,}", self._layout)
 
-    def partitions(
-        self, group: int, skip: int = 0
-    ) -> Iterator[Iterator[RawSample | RejectedSample]]:
+    def partitions(self, group: int, skip: int = 0) -> Iterator[Samples]:
         """Yield the only partition of a group, a slice of the rows."""
         if skip == 0:
             first = group * self._size
             yield self._read(first, min(first + self._size, self._starts[-1]))
 
-    def _read(self, first: int, stop: int) -> Iterator[RawSample | RejectedSample]:
+    def _read(self, first: int, stop: int) -> Samples:
         for index in range(bisect_right(self._starts, first) - 1, len(self._files)):
             file, before = self._files[index], self._starts[index]
             if before >= stop:
@@ -162,9 +161,7 @@ class _Layout:
                 )
         return cls(image, _caption_types(captions))
 
-    def read_row(
-        self, table: Path, key: str, row: TableRow
-    ) -> Iterator[RawSample | RejectedSample]:
+    def read_row(self, table: Path, key: str, row: TableRow) -> Samples:
         """Yield the sample of a row, and what is rejected of it."""
         origin = f"{table.name}:{key}"
         if isinstance(row, str):

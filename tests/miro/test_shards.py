@@ -27,7 +27,7 @@ from miro.data.shards import (
     write_scores,
     write_shard,
 )
-from miro.sources.tar import ShardError, TruncatedShardError, header, iterate_shard
+from miro.sources.tar import ShardError, header, iterate_shard
 from miro.utils.atomic_io import atomic_write, link_or_copy
 
 Samples = list[tuple[str, dict[str, bytes]]]
@@ -163,13 +163,12 @@ def test_a_tar_cut_anywhere_gives_its_whole_samples_and_names_the_last(tmp_path:
     for length in range(1, len(whole) - 1024, 200):
         (tmp_path / "cut.tar").write_bytes(whole[:length])
         found = []
-        with pytest.raises(TruncatedShardError, match=r"cut.tar") as error:
+        with pytest.raises(ShardError, match=r"cut.tar") as error:
             for sample in iterate_shard(tmp_path / "cut.tar"):
                 found.append(sample)
         assert found == samples[: len(found)]
-        assert error.value.last_key == (found[-1][0] if found else None)
-        if found:
-            assert found[-1][0] in str(error.value)
+        last = f"the last complete sample is '{found[-1][0]}'" if found else "no sample is complete"
+        assert last in str(error.value)
     assert len(found) == 4  # a sample is whole when the next begins; of the last we cannot know
 
 
@@ -181,7 +180,7 @@ def test_a_damaged_header_ends_the_reading_there(tmp_path: Path, offset: int) ->
     data[data.index(b"000002.png") + offset] ^= 0x15
     (tmp_path / "0.tar").write_bytes(data)
     found = []
-    with pytest.raises(TruncatedShardError, match=r"damaged.*'000000'"):
+    with pytest.raises(ShardError, match=r"damaged.*'000000'"):
         for sample in iterate_shard(tmp_path / "0.tar"):
             found.append(sample)
     assert found == samples[:1]
