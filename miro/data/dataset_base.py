@@ -164,7 +164,7 @@ class FolderDataset:
             captions = [caption_index[name] for name in table.captions]
         except KeyError as error:
             raise ValueError(
-                f"{self.folder}: the scores name {error}, which no shard holds; run `miro encode` "
+                f"{self.folder}: the scores name {error}, which is in no shard; run `miro encode` "
                 "again to copy the scores anew"
             ) from None
         for column, name in enumerate(self.rewards):

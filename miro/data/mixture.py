@@ -95,7 +95,7 @@ class Mixture:
         self.caption_types = tuple(
             dict.fromkeys(name for source in self.sources for name in source.caption_types)
         )
-        # Of each source: caption type there -> caption type here.
+        # Per source: its caption types -> indices in `self.caption_types`.
         self._caption_maps = [
             np.array([self.caption_types.index(name) for name in source.caption_types])
             for source in self.sources

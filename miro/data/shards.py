@@ -140,7 +140,7 @@ class ShardWriter:
 
     @property
     def info(self) -> ShardInfo:
-        """Name, size and checksum of what was written."""
+        """Name, size and checksum of the bytes written."""
         return ShardInfo(self._path.name, len(self._keys), self._size, self._digest.hexdigest())
 
 

@@ -200,7 +200,7 @@ def test_bad_samples_of_a_tar_are_rejected_and_the_others_annotated(tmp_path: Pa
         ("d", "caption", "is not JSON"),
         ("e", "caption", "nested too deeply"),
         ("f", "captions.long", "empty"),
-        ("f", "captions.other", "not text but int"),
+        ("f", "captions.other", "must be text, got int"),
         ("f", "captions.half", "surrogate"),
         ("g", "caption", "empty"),
         ("i", "image", "HTML"),

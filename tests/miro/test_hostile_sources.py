@@ -114,13 +114,13 @@ def test_bad_lines_of_a_jsonl_are_rejected(tmp_path: Path) -> None:
     for row, message in {
         1: "the line is not JSON",
         2: "nested too deeply",
-        3: "no object but list",
+        3: "must be a JSON object, got list",
         4: "the caption has 10,000,000 bytes",
         5: "the line has 16,777,217 bytes, more than",
         6: "not UTF-8",
         7: "surrogate",
-        8: "not text but int",
-        9: "neither a path nor bytes but int",
+        8: "must be text, got int",
+        9: "must be a path or bytes, got int",
         10: "not the name of a file",
         11: "the cell is empty",
     }.items():
@@ -197,7 +197,7 @@ def test_damage_inside_a_table_rejects_the_affected_rows_only(tmp_path: Path) ->
         ({"_data_files": []}, "lists no files"),
         ({"_data_files": 5}, "lists no files"),
         ({"_data_files": [], "_indices_data_files": [1]}, "selection of rows"),
-        ([], "no object but list"),
+        ([], "must be a JSON object, got list"),
     ],
 )
 def test_an_invalid_state_json_raises(state: Any, message: str, tmp_path: Path) -> None:

@@ -277,7 +277,7 @@ def test_scores_of_unknown_samples_raise(tmp_path):
     scores_path(folder, manifest.shards[0]).write_bytes(
         scores_path(folder, manifest.shards[1]).read_bytes()
     )
-    with pytest.raises(ValueError, match="the scores name 'k20', which no shard holds"):
+    with pytest.raises(ValueError, match="the scores name 'k20', which is in no shard"):
         EncodedDataset(folder)
 
 

@@ -181,7 +181,7 @@ def test_an_image_damaged_during_a_run_raises_with_its_key_and_remedy(
     path.unlink()  # it is a hard link to the shard of the source
     path.write_bytes(data.replace(image, bytes(len(image))))
 
-    with pytest.raises(ValueError, match=f"sample '{key}': .*zero bytes; `miro annotate`"):
+    with pytest.raises(ValueError, match=f"sample '{key}': .*zero bytes; run `miro annotate`"):
         train(config_of(tmp_path / "copy"), tmp_path / "run")
 
 

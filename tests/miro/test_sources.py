@@ -207,7 +207,7 @@ def test_an_invalid_caption_file_is_rejected_with_its_reason(tmp_path: Path) -> 
     assert reasons.keys() == {
         f"{n}.png" for n in ("list", "deep", "none", "large", "loop", "digits")
     }
-    assert "no object but list" in reasons["list.png"]
+    assert "must be a JSON object, got list" in reasons["list.png"]
     assert "nested too deeply" in reasons["deep.png"]
     assert "no caption in a .json" in reasons["none.png"]
     assert "more than 1 MB" in reasons["large.png"]
