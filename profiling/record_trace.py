@@ -29,9 +29,9 @@ from our_worker import REWARDS, OurStep
 from torch.profiler import ProfilerActivity, profile, record_function
 from worker import Phases, Step
 
+from miro.training.flops import peak_flops
 from miro.training.metrics import MetricsTracker
 from miro.training.metrics_log import MetricsWriter
-from miro.training.flops import peak_flops
 from miro_kernels.lab.eager import FREE
 
 ROOT = Path(__file__).parent.parent

@@ -24,8 +24,8 @@ from miro.model.packed_text import PackedText
 from miro.model.transformer import FlowTransformer, ModelConfig, RewardCond
 from miro.training.batch_plan import BatchPlan, ShardingConfig, Stage, plan_batch
 from miro.training.config import TrainConfig
-from miro.training.memory import Memory, activation_bytes, estimate, parameter_count
 from miro.training.flops import DEVICE_SPECS
+from miro.training.memory import Memory, activation_bytes, estimate, parameter_count
 from miro.training.presets import preset
 from miro_kernels import use_backend
 

@@ -16,47 +16,29 @@ LatentShape = tuple[int, int, int]
 
 
 class Dataset(Protocol):
-    """Latents, text states and scores of n samples, addressed by sample index.
+    """Latents, text states and scores of n samples, addressed by sample index."""
 
-    Attributes:
-        folder: where the data was read from, for messages.
-        keys: the n sample keys.
-        shapes: all latent shapes that occur.
-        shape_index: integers (n,), the index in `shapes` of each sample.
-        latent_shape: (C, H, W) of the grid that the position embedding refers to.
-        has_std: whether latents are posteriors, mean and standard deviation.
-        text_dim: channels of the text states.
-        caption_types: names such as "original"; a sample may lack some of them.
-        rewards: columns of `scores`.
-        scores: float32 (n, caption types, rewards), raw, NaN where missing.
-        encoding: how the data was encoded, as in manifest.json, with the shapes that occur.
-        source_ranges: the sources one after another, with their sampling weights.
-    """
-
-    folder: Path
-    keys: list[str]
-    shapes: tuple[LatentShape, ...]
-    shape_index: np.ndarray
-    latent_shape: LatentShape
-    has_std: bool
-    text_dim: int
-    caption_types: tuple[str, ...]
-    rewards: tuple[str, ...]
-    scores: np.ndarray
-    encoding: dict[str, Any]
-    source_ranges: tuple[SourceRange, ...]
+    folder: Path  # where the data was read from, for messages
+    keys: list[str]  # n sample keys
+    shapes: tuple[LatentShape, ...]  # all latent shapes that occur
+    shape_index: np.ndarray  # integers (n,), index in `shapes` of each sample
+    latent_shape: LatentShape  # of the grid that the position embedding refers to
+    has_std: bool  # whether latents are posteriors: mean and standard deviation
+    text_dim: int  # channels of the text states
+    caption_types: tuple[str, ...]  # such as "original"; a sample may lack some of them
+    rewards: tuple[str, ...]  # columns of `scores`
+    scores: np.ndarray  # float32 (n, caption types, rewards), raw, NaN where missing
+    encoding: dict[str, Any]  # how the data was encoded, as in manifest.json
+    source_ranges: tuple[SourceRange, ...]  # consecutive, with their sampling weights
 
     def __len__(self) -> int: ...
 
     def latents(self, samples: np.ndarray, flip: np.ndarray | None = None) -> np.ndarray:
-        """Return the latents of samples of one shape.
+        """Return float32 (b, C, H, W), or (b, 2, C, H, W) mean and deviation if `has_std`.
 
         Args:
-            samples: int64 (b,) sample indices.
+            samples: int64 (b,) indices of samples of one latent shape.
             flip: bool (b,), which images are flipped horizontally before they are encoded.
-
-        Returns:
-            float32 (b, C, H, W), or (b, 2, C, H, W) mean and standard deviation if `has_std`.
         """
         ...
 
@@ -70,11 +52,10 @@ class Dataset(Protocol):
         ...
 
     def select_captions(self, samples: np.ndarray, draws: np.ndarray) -> np.ndarray:
-        """Choose a caption that each sample has: int64 (b,) indices in `caption_types`.
+        """Choose a caption that each sample has, by a random integer >= 0 for each.
 
-        Args:
-            samples: int64 (b,) sample indices.
-            draws: non-negative random integers (b,).
+        Returns:
+            int64 (b,) indices in `caption_types`.
         """
         ...
 
@@ -83,13 +64,11 @@ class FolderDataset:
     """Keys, latent shapes, captions and scores of one dataset folder; see `Dataset`.
 
     Args:
-        folder: the dataset folder.
-        manifest: its manifest.
-        index: random access to its shards.
+        folder: the dataset folder, with its manifest and an index of its shards.
         encoding: how latents and text states are encoded, as in manifest.json.
         rewards: columns of `scores`, all rewards of the manifest if None.
-        latent_shape_of: sample index -> (C, H, W); used only if `encoding` lists several shapes.
-        captions_of: sample index -> the caption types that the sample has, in lower case.
+        latent_shape_of: sample index -> (C, H, W); called only if `encoding` lists several shapes.
+        captions_of: sample index -> the caption types of the sample, in lower case.
 
     Raises:
         ValueError: a sample has no caption or an unlisted latent shape, or the scores do not match.
@@ -185,7 +164,7 @@ class FolderDataset:
             captions = [caption_index[name] for name in table.captions]
         except KeyError as error:
             raise ValueError(
-                f"{self.folder}: the scores name {error}, which no shard holds; run `miro encode` "
+                f"{self.folder}: the scores name {error}, which is in no shard; run `miro encode` "
                 "again to copy the scores anew"
             ) from None
         for column, name in enumerate(self.rewards):

@@ -1,6 +1,6 @@
 """Sample order of a run over several sources and latent shapes, by random access.
 
-A bucket holds the samples of one source and one latent shape. Each bucket has its own endless
+A bucket contains the samples of one source and one latent shape. Each bucket has its own endless
 stream of samples: one permutation after another, seeded by (seed, bucket, epoch of the bucket), so
 its samples are drawn equally often whatever the weight of its source is.
 

@@ -30,24 +30,17 @@ T = TypeVar("T")
 
 @dataclass
 class Batch:
-    """B samples on the CPU, all of one latent shape, with one caption each.
+    """B samples of one latent shape with one caption each, on the CPU.
 
-    Attributes:
-        keys: the B sample keys.
-        latents: float32 (B, C, H, W), the posterior mean if the dataset has posteriors.
-        std: float32 (B, C, H, W), the posterior standard deviation, or None.
-        text: text states of the captions, float16 as stored.
-        scores_index: int64 (B,) sample indices.
-        caption_index: int64 (B,) caption types; `dataset.scores[scores_index, caption_index]` are
-            the scores of exactly these pairs of image and caption.
+    `dataset.scores[scores_index, caption_index]` are the scores of these pairs.
     """
 
     keys: list[str]
-    latents: Tensor
-    std: Tensor | None
-    text: PackedText
-    scores_index: Tensor
-    caption_index: Tensor
+    latents: Tensor  # float32 (B, C, H, W), the posterior mean if the dataset has posteriors
+    std: Tensor | None  # float32 (B, C, H, W), the posterior standard deviation
+    text: PackedText  # text states, float16 as stored
+    scores_index: Tensor  # int64 (B,) sample indices
+    caption_index: Tensor  # int64 (B,) indices in `dataset.caption_types`
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -107,7 +100,7 @@ class Loader:
         )
 
     def _flip(self, position: int, size: int) -> np.ndarray | None:
-        """bool (size,): which images are flipped horizontally."""
+        """Which images are flipped horizontally, bool (size,)."""
         if not self.mirror:
             return None
         seeds = (seed_from(self.seed, "mirror", position + n) for n in range(size))

@@ -1,4 +1,6 @@
-"""Training data in one folder, or in several folders mixed by weight. A mixture file is:
+"""Training data in one folder, or in several folders mixed by weight.
+
+A mixture file lists them:
 
     {"sources": [{"folder": "photos", "weight": 2.0}, {"folder": "drawings", "weight": 1.0}]}
 
@@ -35,7 +37,7 @@ def open_data(
     Args:
         path: the folder or the file.
         rewards: columns of `scores`; if None, all that every source has.
-        encoders: given, the folders hold images, which are encoded on the fly.
+        encoders: if given, the folders hold images, which are encoded on the fly.
 
     Raises:
         ValueError: the path is neither, or the sources of the mixture do not match.
@@ -93,7 +95,7 @@ class Mixture:
         self.caption_types = tuple(
             dict.fromkeys(name for source in self.sources for name in source.caption_types)
         )
-        # Of each source: caption type there -> caption type here.
+        # Per source: its caption types -> indices in `self.caption_types`.
         self._caption_maps = [
             np.array([self.caption_types.index(name) for name in source.caption_types])
             for source in self.sources

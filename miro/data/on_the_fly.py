@@ -47,7 +47,7 @@ class OnTheFlyDataset(FolderDataset):
         shared: the encoders of the run.
 
     Raises:
-        ValueError: the folder holds no images, or its first image cannot be decoded.
+        ValueError: the folder has no images, or its first image cannot be decoded.
     """
 
     def __init__(

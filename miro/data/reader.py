@@ -1,4 +1,6 @@
-"""Read a dataset folder that `miro encode` wrote. The members of a sample:
+"""Read a dataset folder that `miro encode` wrote.
+
+The members of a sample:
 
 {key}.latent.npy               float16 (C, H, W), or (2, C, H, W) mean and standard deviation
 {key}.text.{caption type}.npy  float16 (tokens, text_dim), the text states of a caption

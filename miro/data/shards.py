@@ -43,23 +43,14 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Contents of a dataset folder: complete shards, and the rewards that every shard has.
+    """Contents of a dataset folder: complete shards, and the rewards that every shard has."""
 
-    Attributes:
-        kind: "images" or "encoded".
-        captions: caption types, such as "original".
-        shards: the complete shards, in order.
-        rewards: names of the score columns.
-        encoding: how an encoded folder was encoded.
-        source: what the folder was made from, and the models of its rewards.
-    """
-
-    kind: str
-    captions: tuple[str, ...]
+    kind: str  # "images" or "encoded"
+    captions: tuple[str, ...]  # caption types, such as "original"
     shards: tuple[ShardInfo, ...]
     rewards: tuple[str, ...] = ()
     encoding: dict[str, Any] | None = None
-    source: dict[str, Any] = field(default_factory=dict)
+    source: dict[str, Any] = field(default_factory=dict)  # origin, and the models of the rewards
 
     @property
     def samples(self) -> int:
@@ -128,15 +119,10 @@ class ShardWriter:
         self._size = 0
 
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
-        """Append a sample, {extension: bytes}.
-
-        Raises:
-            ValueError: the key is empty, repeated, or contains "." or "/", which would change it
-                when it is read.
-        """
+        """Append a sample, {extension: bytes}; raises ValueError if the key is invalid."""
         if not key or "." in key or "/" in key:
             raise ValueError(
-                f"{self._path.name}: a sample key must be non-empty without '.' and '/', got {key!r}"
+                f"{self._path.name}: a key must be non-empty without '.' and '/', got {key!r}"
             )
         if key in self._keys:
             raise ValueError(f"{self._path.name}: the sample key {key!r} occurs twice")
@@ -154,7 +140,7 @@ class ShardWriter:
 
     @property
     def info(self) -> ShardInfo:
-        """Name, size and checksum of what was written."""
+        """Name, size and checksum of the bytes written."""
         return ShardInfo(self._path.name, len(self._keys), self._size, self._digest.hexdigest())
 
 
@@ -168,11 +154,7 @@ def open_shard(path: Path) -> Iterator[ShardWriter]:
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> ShardInfo:
-    """Write (key, {extension: bytes}) samples as a tar, atomically; equal samples, equal bytes.
-
-    Raises:
-        ValueError: a key is invalid; see `ShardWriter.add`.
-    """
+    """Write (key, {extension: bytes}) samples as a tar, atomically; equal samples, equal bytes."""
     with open_shard(Path(path)) as shard:
         for key, members in samples:
             shard.add(key, members)
@@ -182,14 +164,7 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> 
 class ShardIndex:
     """Random access to the samples of a dataset folder, memory-mapped without copies.
 
-    Needs 16 bytes of memory per member besides the keys.
-
-    Args:
-        folder: the dataset folder.
-        manifest: its manifest, read from the folder if None.
-
-    Attributes:
-        keys: sample keys in the order of the manifest.
+    `keys` are the sample keys in the order of the manifest; each member needs 16 bytes of memory.
 
     Raises:
         ValueError: a shard is missing or does not match the manifest.
@@ -237,19 +212,12 @@ class ShardIndex:
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """Raw scores, one row per sample and caption, in the order of the shards.
-
-    Attributes:
-        keys: sample key of each row.
-        captions: caption type of each row.
-        rewards: names of the columns.
-        values: float32 (rows, rewards), NaN where a score is missing.
-    """
+    """Raw scores, one row per sample and caption, in the order of the shards."""
 
     keys: list[str]
-    captions: list[str]
+    captions: list[str]  # caption types
     rewards: tuple[str, ...]
-    values: np.ndarray
+    values: np.ndarray  # float32 (rows, rewards), NaN where missing
 
 
 def write_scores(
@@ -258,14 +226,7 @@ def write_scores(
     captions: Sequence[str],
     scores: Mapping[str, Sequence[float] | np.ndarray],
 ) -> None:
-    """Write the score table of a shard atomically.
-
-    Args:
-        path: the Parquet file.
-        keys: sample key of each row.
-        captions: caption type of each row.
-        scores: (rows,) raw scores by reward, NaN where missing.
-    """
+    """Write the score table of a shard atomically; `scores` are raw, NaN where missing."""
     columns = {"key": pa.array(keys, pa.string()), "caption": pa.array(captions, pa.string())}
     for name, values in scores.items():
         # from_pandas=False stores NaN as NaN, not as null: readers handle one missing value only.
@@ -276,11 +237,7 @@ def write_scores(
 
 
 def read_shard_scores(path: Path) -> tuple[list[str], list[str], dict[str, np.ndarray]]:
-    """Read (keys, caption types, {reward: float32 (rows,)}) of a shard.
-
-    Raises:
-        ValueError: the file is not a score table.
-    """
+    """Read (keys, caption types, {reward: float32 (rows,)}); raises ValueError if unreadable."""
     try:
         table = pq.ParquetFile(path).read()
         keys, captions = table["key"].to_pylist(), table["caption"].to_pylist()
@@ -304,11 +261,7 @@ def score_columns(path: Path) -> list[str]:
 
 
 def read_scores(folder: Path, manifest: Manifest | None = None) -> ScoreTable:
-    """Read the scores of all shards, with the columns of the manifest.
-
-    Raises:
-        ValueError: a shard has no score table, or the table lacks a column.
-    """
+    """Read the scores of all shards; raises ValueError if a reward of the manifest is missing."""
     manifest = Manifest.read(folder) if manifest is None else manifest
     keys: list[str] = []
     captions: list[str] = []

@@ -136,7 +136,7 @@ def _row(cells: list[tuple[str, pa.Array, bool]], number: int) -> TableRow:
         try:
             value: Any = column[number].as_py()
         except UnicodeDecodeError:
-            return f"the column {name!r} holds text that is not UTF-8"
+            return f"the column {name!r} contains text that is not UTF-8"
         if is_text and value is not None:
             value = value.decode("utf-8", "surrogateescape")
         row[name] = value

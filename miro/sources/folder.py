@@ -13,8 +13,8 @@ from miro.sources.sample import (
     MAX_CAPTION_BYTES,
     MAX_IMAGE_BYTES,
     MAX_JSON_BYTES,
-    RawSample,
     RejectedSample,
+    Samples,
     fingerprint,
     read_file,
     read_sample,
@@ -33,9 +33,7 @@ class FolderSource:
         self._images = images
         self._size = samples_per_shard
 
-    def partitions(
-        self, group: int, skip: int = 0
-    ) -> Iterator[Iterator[RawSample | RejectedSample]]:
+    def partitions(self, group: int, skip: int = 0) -> Iterator[Samples]:
         """Yield the only partition of a group, a slice of the images sorted by name."""
         part = slice(group * self._size, (group + 1) * self._size)
         if skip == 0:
@@ -45,11 +43,11 @@ class FolderSource:
     def _keys(self) -> list[str]:
         return list(unique_keys(os.path.splitext(name)[0] for name in self._images))
 
-    def _read(self, images: list[str], keys: list[str]) -> Iterator[RawSample | RejectedSample]:
+    def _read(self, images: list[str], keys: list[str]) -> Samples:
         for name, key in zip(images, keys, strict=True):
             yield from self._read_one(name, key)
 
-    def _read_one(self, name: str, key: str) -> Iterator[RawSample | RejectedSample]:
+    def _read_one(self, name: str, key: str) -> Samples:
         stem, extension = os.path.splitext(name)
         image = read_file(os.path.join(self._root, name), MAX_IMAGE_BYTES)
         if isinstance(image, str):

@@ -25,23 +25,14 @@ ABSENT = "is missing"
 
 @dataclass(frozen=True)
 class RawSample:
-    """An encoded image with at least one caption.
+    """An encoded image with at least one caption."""
 
-    Attributes:
-        origin: file, member or row it was read from, for messages.
-        key: sample key, unique in its source.
-        extension: file extension of the image, lower case without the dot.
-        image: bytes of the image file, not decoded.
-        captions: caption by type, such as "original".
-        extra: further fields of its JSON or table row.
-    """
-
-    origin: str
-    key: str
-    extension: str
+    origin: str  # file, member or row it was read from, for messages
+    key: str  # unique in its source
+    extension: str  # of the image file, lower case without the dot
     image: bytes
-    captions: dict[str, str]
-    extra: dict[str, Any]
+    captions: dict[str, str]  # by caption type
+    extra: dict[str, Any]  # further fields of its JSON or table row
 
 
 @dataclass(frozen=True)
@@ -59,19 +50,15 @@ class RejectedSample:
         return self.source, self.field, self.reason
 
 
-def read_sample(
-    origin: str, key: str, members: dict[str, bytes]
-) -> Iterator[RawSample | RejectedSample]:
-    """Read a sample from its members, and yield what is rejected of it.
+Samples = Iterator[RawSample | RejectedSample]
+
+
+def read_sample(origin: str, key: str, members: dict[str, bytes]) -> Samples:
+    """Read a sample from its members, {extension: bytes}, and yield what is rejected of it.
 
     A sample has an image and a .txt, a .json or both; an original caption in the .json takes
     precedence. Captions in the .json are "caption", "captions" ({type: text} or a list), and texts
     under names like "synthetic_caption".
-
-    Args:
-        origin: where the sample was read from, for messages.
-        key: the sample key.
-        members: bytes by extension.
     """
     extension = next((name for name in IMAGE_EXTENSIONS if name in members), None)
     if extension is None:
@@ -138,14 +125,14 @@ def read_caption(value: Any) -> Caption:
             return Caption(problem=f"the caption has {len(value):,} bytes, more than 1 MB")
         value = value.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
     if not isinstance(value, str):
-        return Caption(problem=f"the caption is not text but {type(value).__name__}")
+        return Caption(problem=f"the caption must be text, got {type(value).__name__}")
     try:
         size = len(value.encode())
     except UnicodeEncodeError as error:
         code = ord(value[error.start])
         if not 0xDC80 <= code <= 0xDCFF:
             return Caption(
-                problem="the caption is not Unicode text (it holds half a surrogate pair)"
+                problem="the caption is not Unicode text (it contains half a surrogate pair)"
             )
         before = len(value[: error.start].encode())
         byte = f"byte 0x{code - 0xDC00:02x} at {before}"
@@ -153,7 +140,7 @@ def read_caption(value: Any) -> Caption:
     if size > MAX_CAPTION_BYTES:
         return Caption(problem=f"the caption has {size:,} bytes, more than 1 MB")
     if "\0" in value:
-        return Caption(problem="the caption holds a zero byte; is it UTF-16?")
+        return Caption(problem="the caption contains a zero byte; is it UTF-16?")
     text = PERSON.sub("", value).strip()
     if text:
         return Caption(text)
@@ -225,11 +212,7 @@ def read_file(path: str, limit: int) -> bytes | str:
 
 
 def read_json(data: bytes) -> dict[str, Any]:
-    """Parse a JSON object.
-
-    Raises:
-        ValueError: it is too large, nested too deeply, or no JSON object.
-    """
+    """Parse a JSON object; raises ValueError if it is too large, too deep or no object."""
     if len(data) > MAX_JSON_BYTES:
         raise ValueError(f"has {len(data):,} bytes, more than {MAX_JSON_BYTES:,}")
     try:
@@ -241,7 +224,7 @@ def read_json(data: bytes) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"is not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"holds no object but {type(content).__name__}")
+        raise ValueError(f"must be a JSON object, got {type(content).__name__}")
     if data.count(b"[") + data.count(b"{") > MAX_JSON_DEPTH and _is_deep(content):
         raise ValueError(f"is nested too deeply, more than {MAX_JSON_DEPTH} levels")
     return content

@@ -19,8 +19,7 @@ from miro.images.pillow import IMAGE_EXTENSIONS
 from miro.sources.folder import FolderSource, list_images
 from miro.sources.sample import (
     MAX_JSON_BYTES,
-    RawSample,
-    RejectedSample,
+    Samples,
     read_file,
     read_json,
 )
@@ -45,9 +44,7 @@ class Source(Protocol):
     total: int | None
     fingerprint: str
 
-    def partitions(
-        self, group: int, skip: int = 0
-    ) -> Iterator[Iterator[RawSample | RejectedSample]]:
+    def partitions(self, group: int, skip: int = 0) -> Iterator[Samples]:
         """Yield the partitions of a group in a fixed order, without the first `skip` of them."""
         ...
 
@@ -73,7 +70,7 @@ def open_source(
         columns: of a table, if they cannot be found by name.
 
     Raises:
-        ValueError: there is nothing to read, or the path is ambiguous.
+        ValueError: there is nothing to read, or several kinds of data.
     """
     path = Path(path)
     files = _list_files(path)
@@ -114,7 +111,7 @@ def expand_braces(pattern: str) -> list[str]:
             first, last = map(int, ends.groups())
             if first > last:
                 raise ValueError(f"{pattern}: the range {{{body}}} ends before it begins")
-            if last - first >= MAX_FILES:  # braceexpand would hold the whole range in memory
+            if last - first >= MAX_FILES:  # before braceexpand allocates them
                 raise ValueError(too_many)
     names = list(islice(braceexpand(pattern, escape=False), MAX_FILES + 1))
     if len(names) > MAX_FILES:
@@ -143,7 +140,7 @@ def _list_files(path: Path) -> list[Path]:
 
 
 def _list_shards(folder: Path) -> list[Path]:
-    """The tars or the Parquet files of a folder; ValueError if it holds several kinds of data."""
+    """The tars or the Parquet files of a folder; ValueError if there is other data too."""
     tars, tables = sorted(folder.glob("*.tar")), sorted(folder.glob("*.parquet"))
     if not tars and not tables:
         return []
@@ -151,13 +148,13 @@ def _list_shards(folder: Path) -> list[Path]:
     present = [name for name, files in found.items() if files]
     if len(present) > 1:
         raise ValueError(
-            f"{folder}: holds both {' and '.join(present)}; annotate them one after the other"
+            f"{folder}: contains both {' and '.join(present)}; annotate them one after the other"
         )
     splits = {file.name.partition("-")[0] for file in tables if "-of-" in file.name}
     if len(splits) > 1:
         raise ValueError(
-            f"{folder}: holds several splits ({', '.join(sorted(splits))}); name the files of one,"
-            f" as in {folder}/train-{{00000..00009}}-of-00010.parquet"
+            f"{folder}: contains several splits ({', '.join(sorted(splits))}); name the files of"
+            f" one, as in {folder}/train-{{00000..00009}}-of-00010.parquet"
         )
     return tars or tables
 
@@ -167,7 +164,7 @@ def _list_saved_dataset(folder: Path) -> list[Path]:
     if (folder / "dataset_dict.json").is_file():
         splits = _read_list(folder / "dataset_dict.json", "splits")
         paths = ", ".join(str(folder / str(split)) for split in splits)
-        raise ValueError(f"{folder}: holds several splits; annotate one of them: {paths}")
+        raise ValueError(f"{folder}: contains several splits; annotate one of them: {paths}")
     state = folder / "state.json"
     if _read_list(state, "_indices_data_files") or _read_list(state, "_indices_files"):
         raise ValueError(

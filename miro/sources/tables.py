@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from miro.images.pillow import IMAGE_EXTENSIONS
 from miro.sources.arrow import ArrowStream, ParquetFile
@@ -25,6 +25,7 @@ from miro.sources.sample import (
     MAX_IMAGE_BYTES,
     RawSample,
     RejectedSample,
+    Samples,
     caption_type,
     captions_of,
     check_captions,
@@ -38,6 +39,7 @@ from miro.utils.serialize import unknown_name
 
 log = logging.getLogger(__name__)
 
+RowFile = DelimitedFile | JsonLinesFile | ParquetFile | ArrowStream
 TABLES = {
     ".csv": DelimitedFile,
     ".tsv": DelimitedFile,
@@ -58,23 +60,6 @@ class TableColumns:
 
     image: str | None = None
     captions: tuple[str, ...] = ()
-
-
-class RowFile(Protocol):
-    """Random access to the rows of a table file."""
-
-    path: Path
-    rows: int
-    columns: list[str]
-
-    @property
-    def head(self) -> list[dict[str, Any]]:
-        """The valid ones of the first rows."""
-        ...
-
-    def read(self, start: int, stop: int, image: str) -> Iterator[TableRow]:
-        """Read the rows [start, stop): the column `image`, and all that JSON can represent."""
-        ...
 
 
 class TableSource:
@@ -100,15 +85,13 @@ class TableSource:
         self.fingerprint = fingerprint(parts)
         log.info("%s: %s rows, %s", paths[0], f"{rows:,}", self._layout)
 
-    def partitions(
-        self, group: int, skip: int = 0
-    ) -> Iterator[Iterator[RawSample | RejectedSample]]:
+    def partitions(self, group: int, skip: int = 0) -> Iterator[Samples]:
         """Yield the only partition of a group, a slice of the rows."""
         if skip == 0:
             first = group * self._size
             yield self._read(first, min(first + self._size, self._starts[-1]))
 
-    def _read(self, first: int, stop: int) -> Iterator[RawSample | RejectedSample]:
+    def _read(self, first: int, stop: int) -> Samples:
         for index in range(bisect_right(self._starts, first) - 1, len(self._files)):
             file, before = self._files[index], self._starts[index]
             if before >= stop:
@@ -132,7 +115,7 @@ class _Layout:
 
     @classmethod
     def find(cls, files: Sequence[RowFile], columns: TableColumns) -> _Layout:
-        """Find the columns that were not given by name; ValueError if there are none.
+        """Find the columns that were not given, by name; raises ValueError if there are none.
 
         A caption column must contain prose, which "caption_length" does not.
         """
@@ -149,9 +132,7 @@ class _Layout:
         captions = list(columns.captions)
         if not captions:
             head = next((head for file in files if (head := file.head)), [])
-            captions = [
-                n for n in _caption_columns(known) if any(is_prose(row.get(n)) for row in head)
-            ]
+            captions = [c for c in _caption_columns(known) if any(is_prose(r.get(c)) for r in head)]
         captions = [name for name in captions if name != image]
         if not captions:
             raise ValueError(f"{path}: no captions, {has}; name theirs by --caption-columns")
@@ -162,9 +143,7 @@ class _Layout:
                 )
         return cls(image, _caption_types(captions))
 
-    def read_row(
-        self, table: Path, key: str, row: TableRow
-    ) -> Iterator[RawSample | RejectedSample]:
+    def read_row(self, table: Path, key: str, row: TableRow) -> Samples:
         """Yield the sample of a row, and what is rejected of it."""
         origin = f"{table.name}:{key}"
         if isinstance(row, str):
@@ -200,10 +179,8 @@ def _first_match(names: Sequence[str], known: Sequence[str]) -> str | None:
 
 def _caption_columns(known: Sequence[str]) -> list[str]:
     """The columns with names of captions, the most likely original caption first."""
-    common = [
-        found for name in CAPTION_COLUMNS if (found := _first_match([name], known)) is not None
-    ]
-    return list(dict.fromkeys([*common, *(name for name in known if caption_type(name))]))
+    common = [_first_match([name], known) for name in CAPTION_COLUMNS]
+    return list(dict.fromkeys([*filter(None, common), *filter(caption_type, known)]))
 
 
 def _caption_types(columns: Sequence[str]) -> dict[str, str]:
@@ -224,7 +201,7 @@ def _read_image(value: Any, folder: Path) -> tuple[str, bytes] | str:
         if path is None or path == "":
             return "the cell is empty"
         if not isinstance(path, str):
-            return f"the cell holds neither a path nor bytes but {type(path).__name__}"
+            return f"the cell must be a path or bytes, got {type(path).__name__}"
         data = _read_image_file(path, folder)
         if isinstance(data, str):
             return data
@@ -243,7 +220,7 @@ def _read_image_file(path: str, folder: Path) -> bytes | str:
     except UnicodeEncodeError:
         return f"{path[:200]!a} is not the name of a file"
     if "\0" in path:
-        return f"{path[:200]!r} holds a zero byte"
+        return f"{path[:200]!r} contains a zero byte"
     data = read_file(os.path.join(folder, path), MAX_IMAGE_BYTES)
     return f"{path[:200]!r} {data}" if isinstance(data, str) else data
 

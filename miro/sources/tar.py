@@ -20,19 +20,7 @@ END = bytes(2 * BLOCK)  # end-of-archive mark
 
 
 class ShardError(ValueError):
-    """A tar that cannot be read to its end, or has an unsafe member.
-
-    Attributes:
-        last_key: key of the last complete sample before the error, or None.
-    """
-
-    def __init__(self, message: str, last_key: str | None = None):
-        super().__init__(message)
-        self.last_key = last_key
-
-
-class TruncatedShardError(ShardError):
-    """A tar that is truncated or damaged before its end-of-archive mark."""
+    """A tar that is truncated or damaged, or has an unsafe member."""
 
 
 # Header of an empty regular file without a name: mode 0644; time, user and group 0.
@@ -69,7 +57,7 @@ def map_file(path: Path) -> mmap.mmap:
     """Memory-map a tar read-only; raises ShardError if it is empty or compressed."""
     with open(path, "rb") as file:
         if not os.fstat(file.fileno()).st_size:
-            raise TruncatedShardError(f"{path}: the file is empty")
+            raise ShardError(f"{path}: the file is empty")
         if file.read(2) == b"\x1f\x8b":
             raise ShardError(f"{path}: a gzip-compressed tar; decompress it first with gunzip")
         # By default the map duplicates the file descriptor; thousands of shards would exhaust them.
@@ -82,18 +70,12 @@ def scan(
 ) -> Iterator[TarSample]:
     """Yield the samples of a mapped tar, consecutive members of one key, reading headers only.
 
-    A key is a member's path up to the first "." of its file name, as in WebDataset.
-
-    Args:
-        buffer: the mapped tar.
-        path: its path, for messages.
-        on_unsafe: called with (name, reason) for a link, a device, an absolute name or a name with
-            "..", which is then skipped.
+    A key is a member's path up to the first "." of its file name, as in WebDataset. A link, a
+    device, an absolute name or a name with ".." is passed to `on_unsafe(name, reason)` and skipped.
 
     Raises:
-        ShardError: an unsafe member, if `on_unsafe` is None.
-        TruncatedShardError: the tar is truncated or a header is damaged; the samples before the
-            incomplete one have been yielded.
+        ShardError: an unsafe member, if `on_unsafe` is None; or a truncated tar or a damaged
+            header, after the samples before the incomplete one were yielded.
     """
     key: str | None = None
     last: str | None = None
@@ -103,7 +85,7 @@ def scan(
             reason = _unsafe_reason(name, flag)
             if reason is not None:
                 if on_unsafe is None:
-                    raise ShardError(f"{path}: member {name!r} {reason}", last)
+                    raise ShardError(f"{path}: member {name!r} {reason}")
                 on_unsafe(name, reason)
                 continue
             if flag == b"5" or name.endswith("/"):
@@ -118,10 +100,8 @@ def scan(
                 key, spans = member_key, {}
             spans[extension.lower()] = (start, stop)
     except _Damaged as damage:
-        complete = "no sample is complete"
-        if last is not None:
-            complete = f"the last complete sample is {last!r}"
-        raise TruncatedShardError(f"{path}: {damage}; {complete}", last) from None
+        complete = f"the last complete sample is {last!r}" if last else "no sample is complete"
+        raise ShardError(f"{path}: {damage}; {complete}") from None
     if key is not None:
         yield TarSample(key, spans)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from miro.images.pillow import IMAGE_EXTENSIONS
 from miro.sources.sample import (
     MAX_IMAGE_BYTES,
-    RawSample,
     RejectedSample,
+    Samples,
     fingerprint,
     read_sample,
     unique_keys,
@@ -37,9 +37,7 @@ class TarSource:
         sizes = [f"{n} {t.stat().st_size}" for n, t in zip(self._names, tars, strict=True)]
         self.fingerprint = fingerprint(["tars in groups", str(samples_per_shard), *sizes])
 
-    def partitions(
-        self, group: int, skip: int = 0
-    ) -> Iterator[Iterator[RawSample | RejectedSample]]:
+    def partitions(self, group: int, skip: int = 0) -> Iterator[Samples]:
         """Yield one partition per samples_per_shard of a tar, or one for a tar without samples."""
         tar, name = self._tars[group], self._names[group]
         prefix = f"{group:05d}_" if self.groups > 1 else ""
@@ -66,7 +64,7 @@ class TarSource:
         keys: list[str],
         before: list[RejectedSample],
         after: list[RejectedSample],
-    ) -> Iterator[RawSample | RejectedSample]:
+    ) -> Samples:
         yield from before
         if samples:
             with closing(map_file(self._tars[group])) as buffer:

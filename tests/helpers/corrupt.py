@@ -1,4 +1,4 @@
-"""Images, good and bad, as bytes, and files that rot. Imported by the tests of bad input."""
+"""Valid and invalid image files as bytes, and damage to files."""
 
 from __future__ import annotations
 
@@ -22,15 +22,18 @@ def noise(height: int = 12, width: int = 10) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-IMAGE = encoded(noise())
+NOISE_PNG = encoded(noise())
 
 
 def bomb(side: int) -> bytes:
-    """A PNG of a few bytes that says it has side x side pixels."""
+    """A PNG of a few bytes whose header states side x side pixels."""
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
+    def chunk(chunk_type: bytes, data: bytes) -> bytes:
         return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+            struct.pack(">I", len(data))
+            + chunk_type
+            + data
+            + struct.pack(">I", zlib.crc32(chunk_type + data))
         )
 
     head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)

@@ -1,4 +1,4 @@
-"""Dataset folders, written directly. Imported by the tests of what reads them."""
+"""Write encoded folders and images folders without running the encoders."""
 
 import io
 import json
@@ -21,11 +21,11 @@ def write_encoded(
     folder: Path,
     shapes: Sequence[Shape],
     *,
-    kinds: tuple[str, ...] = ("original",),
+    caption_types: tuple[str, ...] = ("original",),
     rewards: tuple[str, ...] = ("colourfulness",),
     **encoding: Any,
 ) -> Path:
-    """One shard: sample n is k{n}, of shape shapes[n], and each of its scores is n."""
+    """Write one shard: sample n is k{n}, has shapes[n] and scores of n."""
     draw = np.random.default_rng(len(shapes))
 
     def array(*shape: int) -> bytes:
@@ -35,45 +35,47 @@ def write_encoded(
         (
             f"k{n}",
             {"latent.npy": array(*shape), "json": b"{}"}
-            | {f"text.{kind}.npy": array(1 + n % 3, 6) for kind in kinds},
+            | {f"text.{name}.npy": array(1 + n % 3, 6) for name in caption_types},
         )
         for n, shape in enumerate(shapes)
     ]
-    made = write_shard(folder / "shards" / "00000.tar", samples)
-    rows = [(n, kind) for n in range(len(shapes)) for kind in kinds]
+    shard = write_shard(folder / "shards" / "00000.tar", samples)
+    rows = [(n, name) for n in range(len(shapes)) for name in caption_types]
     write_scores(
-        scores_path(folder, made),
+        scores_path(folder, shard),
         [f"k{n}" for n, _ in rows],
-        [kind for _, kind in rows],
+        [name for _, name in rows],
         {name: [n for n, _ in rows] for name in rewards},
     )
     distinct = list(dict.fromkeys(shapes))
     record = {"latent_shape": list(distinct[0]), "has_std": False, "text_dim": 6, "cut": 0}
     if len(distinct) > 1:
         record["latent_shapes"] = [list(shape) for shape in distinct]
-    Manifest("encoded", kinds, (made,), rewards, record | encoding).write(folder)
+    Manifest("encoded", caption_types, (shard,), rewards, record | encoding).write(folder)
     return folder
 
 
 def write_images(folder: Path, sides: Sequence[tuple[int, int]], each: int = 8) -> Path:
-    """An images folder as annotate makes it: image n is of sides[n], (width, height)."""
+    """Write an images folder as annotate does; image n has (width, height) sides[n]."""
     manifest = Manifest("images", ("original", "short"), (), ("sharpness",))
-    for shard, start in enumerate(range(0, len(sides), each)):
+    for number, start in enumerate(range(0, len(sides), each)):
         numbers = range(start, min(start + each, len(sides)))
-        made = write_shard(folder / "shards" / f"{shard:05d}.tar", map(_image(sides), numbers))
-        rows = [(n, kind) for n in numbers for kind in manifest.captions]
+        shard = write_shard(
+            folder / "shards" / f"{number:05d}.tar", map(_sample_of(sides), numbers)
+        )
+        rows = [(n, name) for n in numbers for name in manifest.captions]
         write_scores(
-            scores_path(folder, made),
+            scores_path(folder, shard),
             [f"k{n}" for n, _ in rows],
-            [kind for _, kind in rows],
+            [name for _, name in rows],
             {"sharpness": [n for n, _ in rows]},
         )
-        manifest = replace(manifest, shards=(*manifest.shards, made))
+        manifest = replace(manifest, shards=(*manifest.shards, shard))
     manifest.write(folder)
     return folder
 
 
-def _image(sides: Sequence[tuple[int, int]]) -> Callable[[int], tuple[str, dict[str, bytes]]]:
+def _sample_of(sides: Sequence[tuple[int, int]]) -> Callable[[int], tuple[str, dict[str, bytes]]]:
     def sample(n: int) -> tuple[str, dict[str, bytes]]:
         width, height = sides[n]
         pixels = np.random.default_rng(n).integers(0, 256, (height, width, 3), np.uint8)

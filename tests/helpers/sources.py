@@ -1,4 +1,4 @@
-"""Everything a source holds, and small tars and tables. Imported by the tests of sources."""
+"""Small tars and tables, and all items of a source."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from miro.sources.sample import RawSample, RejectedSample
 from miro.sources.source import Source
 
 
-def encoded_image(shade: int) -> bytes:
+def png(shade: int) -> bytes:
     return encoded(Image.new("RGB", (5, 4), (shade, 0, 0)))
 
 
@@ -33,10 +33,10 @@ def write_tar(path: Path, samples: Sequence[tuple[str, Mapping[str, bytes]]]) ->
     return path
 
 
-def image_folder(folder: Path, count: int = 4) -> Path:
+def write_pngs(folder: Path, count: int = 4) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
-        (folder / f"{number}.png").write_bytes(encoded_image(number))
+        (folder / f"{number}.png").write_bytes(png(number))
     return folder
 
 
@@ -56,7 +56,7 @@ def write_parquet(path: Path, rows: list[Any]) -> Path:
 
 
 def save_to_disk(folder: Path, rows: list[Any] | pa.Table) -> Path:
-    """A dataset as `datasets` 5 lays it out: two Arrow streams in batches, and what lists them."""
+    """Write a dataset as `datasets` 5 does: two Arrow streams and their state.json."""
     folder.mkdir(parents=True)
     table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows)
     half = len(rows) // 2
@@ -73,24 +73,24 @@ def save_to_disk(folder: Path, rows: list[Any] | pa.Table) -> Path:
     return folder
 
 
-def drain(source: Source) -> list[RawSample | RejectedSample]:
-    """All that is in a source, in its order."""
+def read_all(source: Source) -> list[RawSample | RejectedSample]:
+    """All samples and rejections of a source, in order."""
     return [
         item for group in range(source.groups) for unit in source.partitions(group) for item in unit
     ]
 
 
-def good(source: Source) -> dict[str, RawSample]:
-    """The candidates by key; fails where two have one key."""
-    candidates = [item for item in drain(source) if isinstance(item, RawSample)]
-    by_key = {candidate.key: candidate for candidate in candidates}
-    assert len(by_key) == len(candidates)
+def usable(source: Source) -> dict[str, RawSample]:
+    """Usable samples by key, which must be unique."""
+    samples = [item for item in read_all(source) if isinstance(item, RawSample)]
+    by_key = {sample.key: sample for sample in samples}
+    assert len(by_key) == len(samples)
     return by_key
 
 
-def refused(source: Source) -> dict[tuple[str, str], str]:
-    """{(what, field): why} of what is set aside; fails where one of these comes twice."""
-    rejections = [item for item in drain(source) if isinstance(item, RejectedSample)]
+def rejected(source: Source) -> dict[tuple[str, str], str]:
+    """{(source, field): reason} of all rejections, which must be unique."""
+    rejections = [item for item in read_all(source) if isinstance(item, RejectedSample)]
     reasons = {(item.source, item.field): item.reason for item in rejections}
     assert len(reasons) == len(rejections)
     return reasons

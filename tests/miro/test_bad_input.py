@@ -1,4 +1,4 @@
-"""Bad input: refused with a reason before work starts, or set aside while the rest goes on."""
+"""Bad input of `miro annotate`: an error before work starts, or rejected samples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.corrupt import IMAGE, encoded, noise
+from helpers.corrupt import NOISE_PNG, encoded, noise
 from PIL import Image
 from torch import Tensor
 
@@ -44,14 +44,14 @@ def write_tar(path: Path, members: Sequence[tuple[str, bytes]]) -> Path:
 
 
 def reasons(dest: Path) -> dict[str, tuple[str, str]]:
-    """{source: (field, reason)}; fails if something was set aside twice."""
+    """{source: (field, reason)} of rejected.jsonl; fails if a source is rejected twice."""
     lines = [json.loads(line) for line in (dest / "rejected.jsonl").read_text().splitlines()]
     assert len({(line["source"], line["field"]) for line in lines}) == len(lines)
     return {line["source"]: (line["field"], line["reason"]) for line in lines}
 
 
 class Scores:
-    """A reward of the image alone that gives what it is told, image by image."""
+    """A reward of the image alone with a given function."""
 
     model = "a test"
     reads_caption = False
@@ -67,17 +67,17 @@ class Scores:
 # --- sources that cannot be read at all --------------------------------------------------------
 
 
-def test_nothing_is_made_where_there_is_nothing_to_read(tmp_path: Path) -> None:
+def test_an_unusable_source_raises_and_writes_nothing(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "notes.txt").write_text("no images here")
-    (empty / ".hidden.png").write_bytes(IMAGE)
-    write_pair(tmp_path / "in", "a.png", IMAGE)
+    (empty / ".hidden.png").write_bytes(NOISE_PNG)
+    write_pair(tmp_path / "in", "a.png", NOISE_PNG)
     encoded_set = tmp_path / "encoded"
     encoded_set.mkdir()
     Manifest("encoded", ("original",), ()).write(encoded_set)
     both = tmp_path / "both"
-    write_pair(both, "a.png", IMAGE)
+    write_pair(both, "a.png", NOISE_PNG)
     write_tar(both / "a.tar", [])
     cases = [
         (tmp_path / "absent", ["sharpness"], "absent: no such file or folder"),
@@ -88,8 +88,8 @@ def test_nothing_is_made_where_there_is_nothing_to_read(tmp_path: Path) -> None:
         (tmp_path / "in", ["colorfulness"], "did you mean 'colourfulness'"),
         (tmp_path / "in", ["sharpness", "sharpness"], "twice"),
     ]
-    for source, rewards, says in cases:
-        with pytest.raises(ValueError, match=says):
+    for source, rewards, message in cases:
+        with pytest.raises(ValueError, match=message):
             annotate(source, tmp_path / "out", rewards=rewards)
         assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="must not be SOURCE"):
@@ -108,14 +108,14 @@ def test_nothing_is_made_where_there_is_nothing_to_read(tmp_path: Path) -> None:
         {"workers": -1},
     ],
 )
-def test_an_impossible_configuration_is_refused(wrong: dict[str, Any]) -> None:
+def test_an_invalid_configuration_raises(wrong: dict[str, Any]) -> None:
     ((field, value),) = wrong.items()
     with pytest.raises(ValueError, match=f"{field} must be.*{value}"):
         AnnotateConfig(**wrong)
 
 
-def test_a_folder_of_shards_without_a_manifest_is_not_written_over(tmp_path: Path) -> None:
-    write_pair(tmp_path / "in", "a.png", IMAGE)
+def test_shards_without_a_manifest_are_not_overwritten(tmp_path: Path) -> None:
+    write_pair(tmp_path / "in", "a.png", NOISE_PNG)
     precious = tmp_path / "out" / "shards" / "00000.tar"
     precious.parent.mkdir(parents=True)
     precious.write_bytes(b"precious")
@@ -127,17 +127,17 @@ def test_a_folder_of_shards_without_a_manifest_is_not_written_over(tmp_path: Pat
 # --- bad samples among good ones ---------------------------------------------------------------
 
 
-def test_bad_samples_of_a_folder_are_set_aside_and_the_rest_goes_on(tmp_path: Path) -> None:
+def test_bad_samples_of_a_folder_are_rejected_and_the_others_annotated(tmp_path: Path) -> None:
     source, dest = tmp_path / "in", tmp_path / "out"
     for number in range(8):
-        write_pair(source, f"good {number}.png", IMAGE, b"\xef\xbb\xbf a good one \n")
-    write_pair(source, "cut.png", IMAGE[:50])
+        write_pair(source, f"good {number}.png", NOISE_PNG, b"\xef\xbb\xbf a good one \n")
+    write_pair(source, "cut.png", NOISE_PNG[:50])
     write_pair(source, "html.jpg", b"<html>not found</html>")
     write_pair(source, "zero.webp", b"")
-    write_pair(source, "no caption.png", IMAGE, None)
-    write_pair(source, "empty caption.png", IMAGE, b" \n\t ")
-    write_pair(source, "latin1 caption.png", IMAGE, "gr\xfcn".encode("latin-1"))
-    write_pair(source, "long caption.png", IMAGE, b"x" * (2**20 + 1))
+    write_pair(source, "no caption.png", NOISE_PNG, None)
+    write_pair(source, "empty caption.png", NOISE_PNG, b" \n\t ")
+    write_pair(source, "latin1 caption.png", NOISE_PNG, "gr\xfcn".encode("latin-1"))
+    write_pair(source, "long caption.png", NOISE_PNG, b"x" * (2**20 + 1))
     (source / "folder.png").mkdir()
     (source / "loop.png").symlink_to("loop.png")
     os.mkfifo(source / "pipe.png")
@@ -145,7 +145,7 @@ def test_bad_samples_of_a_folder_are_set_aside_and_the_rest_goes_on(tmp_path: Pa
     verify(dest)
     assert (summary.samples, summary.rejected, summary.looked_at) == (8, 9, 17)
     found = reasons(dest)
-    for name, field, says in [
+    for name, field, message in [
         ("cut.png", "image", "cut short"),
         ("html.jpg", "image", "HTML"),
         ("zero.webp", "image", "empty"),
@@ -156,32 +156,32 @@ def test_bad_samples_of_a_folder_are_set_aside_and_the_rest_goes_on(tmp_path: Pa
         ("loop.png", "image", "link to itself"),
         ("pipe.png", "image", "not a regular file"),
     ]:
-        assert found[name][0] == field and says in found[name][1], found[name]
+        assert found[name][0] == field and message in found[name][1], found[name]
     before = (dest / "rejected.jsonl").read_bytes()
     assert annotate(source, dest, rewards=["sharpness"], config=SMALL).rejected == 9
     assert (dest / "rejected.jsonl").read_bytes() == before
 
 
-def test_bad_samples_of_a_tar_are_set_aside_and_the_rest_goes_on(tmp_path: Path) -> None:
+def test_bad_samples_of_a_tar_are_rejected_and_the_others_annotated(tmp_path: Path) -> None:
     some = {"original": "good", "long": "", "other": 7, "half": "\ud800"}
     tar = write_tar(
         tmp_path / "in.tar",
         [
-            ("a.png", IMAGE),
+            ("a.png", NOISE_PNG),
             ("a.txt", b"good"),
-            ("b.png", IMAGE),
+            ("b.png", NOISE_PNG),
             ("c.txt", b"no image"),
-            ("d.png", IMAGE),
+            ("d.png", NOISE_PNG),
             ("d.json", b'{"captions": '),
-            ("e.png", IMAGE),
+            ("e.png", NOISE_PNG),
             ("e.json", b"[" * 100_000),
-            ("f.png", IMAGE),
+            ("f.png", NOISE_PNG),
             ("f.json", json.dumps({"captions": some}).encode()),
-            ("g.png", IMAGE),
+            ("g.png", NOISE_PNG),
             ("g.json", b'{"captions": {"original": ""}}'),
-            ("h.png", IMAGE),
+            ("h.png", NOISE_PNG),
             ("h.txt", b"good"),
-            ("h.png", IMAGE),
+            ("h.png", NOISE_PNG),
             ("h.txt", b"the same name again"),
             ("i.png", b"<html>"),
             ("i.txt", b"good"),
@@ -194,31 +194,31 @@ def test_bad_samples_of_a_tar_are_set_aside_and_the_rest_goes_on(tmp_path: Path)
     lines = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
     found = {(json.loads(line)["source"], json.loads(line)["field"]): line for line in lines}
     assert len(found) == len(lines) == 9
-    for key, field, says in [
+    for key, field, message in [
         ("b", "caption", "no .txt"),
         ("c", "image", "no image"),
         ("d", "caption", "is not JSON"),
         ("e", "caption", "nested too deeply"),
         ("f", "captions.long", "empty"),
-        ("f", "captions.other", "not text but int"),
+        ("f", "captions.other", "must be text, got int"),
         ("f", "captions.half", "surrogate"),
         ("g", "caption", "empty"),
         ("i", "image", "HTML"),
     ]:
-        assert says in found[f"in.tar:{key}", field]
+        assert message in found[f"in.tar:{key}", field]
 
 
-def test_of_a_tar_cut_short_the_whole_samples_are_kept_and_the_next_tar_is_read(
+def test_complete_samples_of_a_truncated_tar_and_the_next_tar_are_annotated(
     tmp_path: Path,
 ) -> None:
     source = tmp_path / "in"
     source.mkdir()
-    members = [(f"{i}.{e}", d) for i in range(7) for e, d in [("png", IMAGE), ("txt", b"x")]]
+    members = [(f"{i}.{e}", d) for i in range(7) for e, d in [("png", NOISE_PNG), ("txt", b"x")]]
     for number in range(2):
         write_tar(source / f"{number}.tar", members)
     (source / "2.tar").write_bytes(b"")
-    whole = (source / "0.tar").read_bytes()
-    (source / "0.tar").write_bytes(whole[: whole.index(b"6.png") + 700])
+    data = (source / "0.tar").read_bytes()
+    (source / "0.tar").write_bytes(data[: data.index(b"6.png") + 700])
     summary = annotate(source, tmp_path / "out", rewards=["sharpness"], config=SMALL)
     assert summary.samples == 5 + 7
     assert "the last complete sample is '4'" in reasons(tmp_path / "out")["0.tar"][1]
@@ -226,11 +226,11 @@ def test_of_a_tar_cut_short_the_whole_samples_are_kept_and_the_next_tar_is_read(
     verify(tmp_path / "out")
 
 
-def test_evil_members_are_set_aside_and_never_followed(tmp_path: Path) -> None:
-    (tmp_path / "secret.png").write_bytes(IMAGE)
+def test_unsafe_tar_members_are_rejected_and_never_followed(tmp_path: Path) -> None:
+    (tmp_path / "secret.png").write_bytes(NOISE_PNG)
     with tarfile.open(tmp_path / "in.tar", "w") as tar:
         for name in ["a.png", "../b.png", "/c.png"]:
-            for member, data in [(name, IMAGE), (name.replace(".png", ".txt"), b"x")]:
+            for member, data in [(name, NOISE_PNG), (name.replace(".png", ".txt"), b"x")]:
                 info = tarfile.TarInfo(member)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
@@ -248,7 +248,7 @@ def test_evil_members_are_set_aside_and_never_followed(tmp_path: Path) -> None:
     assert not (tmp_path / "b.png").exists()
 
 
-def test_one_unknown_score_is_kept_as_nan_and_a_sample_without_any_is_set_aside(
+def test_a_missing_score_is_stored_as_nan_and_a_sample_without_scores_is_rejected(
     tmp_path: Path,
 ) -> None:
     for number, colour in enumerate(["black", "white", "red"]):
@@ -264,18 +264,18 @@ def test_one_unknown_score_is_kept_as_nan_and_a_sample_without_any_is_set_aside(
     assert reasons(tmp_path / "out") == {"0.png": ("scores", "every reward gave NaN")}
 
 
-def test_a_reward_that_gives_a_wrong_number_of_scores_is_named(tmp_path: Path) -> None:
+def test_a_reward_with_a_wrong_number_of_scores_raises(tmp_path: Path) -> None:
     class Wrong(Scores):
         def score(self, images: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
             return torch.zeros(len(images) + 1)
 
-    write_pair(tmp_path / "in", "a.png", IMAGE)
+    write_pair(tmp_path / "in", "a.png", NOISE_PNG)
     with pytest.raises(ValueError, match=r"'wrong' gave \(2,\) for 1 pairs"):
         annotate(tmp_path / "in", tmp_path / "out", rewards=[Wrong("wrong", lambda _: 0.0)])
 
 
-def test_a_bad_image_in_a_dataset_keeps_its_row_as_not_known(tmp_path: Path) -> None:
-    write_pair(tmp_path / "in", "a.png", IMAGE)
+def test_a_bad_image_in_a_dataset_folder_has_nan_scores(tmp_path: Path) -> None:
+    write_pair(tmp_path / "in", "a.png", NOISE_PNG)
     write_pair(tmp_path / "in", "b.png", encoded(Image.new("RGB", (4, 4), "red")))
     annotate(tmp_path / "in", tmp_path / "a", rewards=[], config=SMALL)
     tar = tmp_path / "a" / "shards" / "00000.tar"
@@ -289,9 +289,9 @@ def test_a_bad_image_in_a_dataset_keeps_its_row_as_not_known(tmp_path: Path) -> 
         annotate(tmp_path / "a", tmp_path / "c", rewards=["sharpness"], config=SMALL)
 
 
-def test_above_the_allowed_share_the_run_stops_and_below_it_goes_on(tmp_path: Path) -> None:
+def test_annotate_stops_above_the_allowed_share_of_rejected_samples(tmp_path: Path) -> None:
     for number in range(20):
-        write_pair(tmp_path / "in", f"{number:02d}.png", IMAGE if number < 12 else b"")
+        write_pair(tmp_path / "in", f"{number:02d}.png", NOISE_PNG if number < 12 else b"")
     for share, after, stops in [(0.3, 10, True), (0.3, 100, False), (0.5, 10, False)]:
         dest = tmp_path / f"{share} {after}"
         config = AnnotateConfig(4, 5, max_rejected=share, max_rejected_after=after, workers=1)
@@ -305,7 +305,7 @@ def test_above_the_allowed_share_the_run_stops_and_below_it_goes_on(tmp_path: Pa
             assert (summary.samples, summary.rejected) == (12, 8)
 
 
-def test_a_source_without_one_good_sample_is_said_to_be_so(tmp_path: Path) -> None:
+def test_a_source_without_a_usable_sample_raises(tmp_path: Path) -> None:
     write_pair(tmp_path / "in", "a.png", b"")
     for _ in range(2):
         with pytest.raises(ValueError, match=r"not one of its samples.*rejected.jsonl.*new folder"):
@@ -313,9 +313,9 @@ def test_a_source_without_one_good_sample_is_said_to_be_so(tmp_path: Path) -> No
     assert len(reasons(tmp_path / "out")) == 1
 
 
-def test_a_torn_last_line_of_the_log_is_written_again(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_of_the_log_is_written_again(tmp_path: Path) -> None:
     write_pair(tmp_path / "in", "a.png", b"")
-    write_pair(tmp_path / "in", "b.png", IMAGE)
+    write_pair(tmp_path / "in", "b.png", NOISE_PNG)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "rejected.jsonl").write_text('{"source": "a.pn')
     annotate(tmp_path / "in", tmp_path / "out", rewards=["sharpness"], config=SMALL)
@@ -337,7 +337,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_on_a_full_disk_what_is_complete_stays_and_with_more_room_it_goes_on(
+def test_a_full_disk_keeps_complete_shards_and_annotate_resumes_with_more_space(
     tmp_path: Path, small_disk: Path
 ) -> None:
     for number in range(20):
@@ -349,13 +349,13 @@ def test_on_a_full_disk_what_is_complete_stays_and_with_more_room_it_goes_on(
     assert error.value.errno == errno.ENOSPC
     assert not list(dest.rglob("*.partial"))
     verify(dest)
-    kept = Manifest.read(dest).samples
-    assert 0 < kept < 16
-    assert len(read_scores(dest).keys) == kept
+    complete = Manifest.read(dest).samples
+    assert 0 < complete < 16
+    assert len(read_scores(dest).keys) == complete
     subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
     annotate(tmp_path / "in", dest, rewards=["sharpness"], config=SMALL)
-    annotate(tmp_path / "in", tmp_path / "undisturbed", rewards=["sharpness"], config=SMALL)
-    for path in (tmp_path / "undisturbed").rglob("*"):
+    annotate(tmp_path / "in", tmp_path / "uninterrupted", rewards=["sharpness"], config=SMALL)
+    for path in (tmp_path / "uninterrupted").rglob("*"):
         if path.is_file():
-            name = path.relative_to(tmp_path / "undisturbed")
+            name = path.relative_to(tmp_path / "uninterrupted")
             assert (dest / name).read_bytes() == path.read_bytes()

@@ -1,4 +1,4 @@
-"""Images of several aspects and resolutions: encoded, trained on, and drawn."""
+"""Aspect buckets and several sizes: encoding, training and sampling."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from miro.model.embeddings import pos_embed_2d_sincos, rope_angles
 from miro.model.packed_text import pack
 from miro.model.transformer import FlowTransformer, ModelConfig, RewardCond
 from miro.prepare.encode import EncodeConfig, encode
-from miro.sampling.command import sample_images
+from miro.sampling.command import draw
 from miro.training import checkpoint
 from miro.training.batch_plan import ShardingConfig
 from miro.training.checkpoint import RunFolder
@@ -31,7 +31,7 @@ from miro.training.config import TrainConfig
 from miro.training.loop import train
 from miro.training.metrics_log import read_metrics
 
-# Widths and heights: squares, wide, tall, and one wider than any bucket.
+# (width, height): square, wide, tall, and one wider than any bucket.
 SIDES = [(40, 40), (60, 40), (33, 50), (64, 64), (120, 30), (48, 32)] * 4
 CONFIG = EncodeConfig(size=32, buckets=("1:1", "3:2", "2:3"), multiple=8, workers=1)
 SQUARE, WIDE, TALL = (3, 32, 32), (3, 24, 40), (3, 40, 24)
@@ -76,7 +76,7 @@ def test_a_bucket_has_about_the_area_of_the_size(
         ({"multiple": 0}, "multiple must be at least 1"),
     ],
 )
-def test_impossible_buckets_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_invalid_buckets_raise(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EncodeConfig(**settings)
 
@@ -88,9 +88,9 @@ def test_the_nearest_bucket_is_nearest_by_ratio() -> None:
     assert nearest(sides, 1 / 1.29) == (32, 32) and nearest(sides, 1 / 1.30) == (40, 24)
 
 
-def test_an_image_covers_its_bucket_and_is_cropped_at_its_centre() -> None:
+def test_an_image_is_resized_to_cover_its_bucket_and_center_cropped() -> None:
     image = torch.zeros(3, 30, 120, dtype=torch.uint8)
-    image[:, :, 35:85] = 200  # The middle 50 columns are those that 24 x 40 keeps.
+    image[:, :, 35:85] = 200  # a 24 x 40 crop covers the middle 50 columns
 
     assert torch.equal(
         center_crop_resize(image, 24, 40), torch.full((3, 24, 40), 200, dtype=torch.uint8)
@@ -115,7 +115,7 @@ def test_each_image_is_encoded_in_its_bucket(images: Path, bucketed: Path) -> No
     assert record["latent_shape"] == [3, 32, 32] and record["buckets"] == ["1:1", "3:2", "2:3"]
 
 
-def test_a_bucket_without_images_is_no_shape_of_the_data(images: Path, tmp_path: Path) -> None:
+def test_a_bucket_without_images_is_not_among_the_shapes(images: Path, tmp_path: Path) -> None:
     encode(images, tmp_path, config=replace(CONFIG, buckets=(*CONFIG.buckets, "9:1")))
 
     data = EncodedDataset(tmp_path)
@@ -131,7 +131,7 @@ def test_other_buckets_are_another_encoding(images: Path, bucketed: Path) -> Non
             encode(images, bucketed, config=config)
 
 
-def test_several_sizes_are_complete_folders_and_an_image_is_decoded_once(
+def test_several_sizes_give_complete_folders_with_one_decoding_per_image(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded: list[int] = []
@@ -141,7 +141,9 @@ def test_several_sizes_are_complete_folders_and_an_image_is_decoded_once(
 
     summary = encode(images, tmp_path / "both", config=both)
 
-    assert len(decoded) == len(SIDES) + 1  # The first stands for all before any shard is made.
+    assert (
+        len(decoded) == len(SIDES) + 1
+    )  # the first image is decoded once more, to find the latent shapes
     assert (summary.samples, summary.encoded) == (24, 24)
     for size in (32, 64):
         encode(images, tmp_path / str(size), config=replace(CONFIG, size=size))
@@ -150,32 +152,32 @@ def test_several_sizes_are_complete_folders_and_an_image_is_decoded_once(
     assert encode(images, tmp_path / "both", config=both).encoded == 0 and len(decoded) == before
 
 
-def test_a_size_whose_shard_is_missing_is_brought_level(images: Path, tmp_path: Path) -> None:
-    """As a run is found that was killed between the shards of two sizes."""
+def test_a_shard_missing_in_one_size_is_encoded_again(images: Path, tmp_path: Path) -> None:
+    """As after a kill between the shards of two sizes."""
     both = replace(CONFIG, size=None, sizes=(32, 64))
-    encode(images, tmp_path / "whole", config=both)
+    encode(images, tmp_path / "uninterrupted", config=both)
     encode(images, tmp_path / "cut", config=both)
     manifest = Manifest.read(tmp_path / "cut" / "64")
-    kept = {shard.name: shard.sha256 for shard in Manifest.read(images).shards[:1]}
-    origin = {**manifest.source, "encoded_from": kept}
+    first = {shard.name: shard.sha256 for shard in Manifest.read(images).shards[:1]}
+    origin = {**manifest.source, "encoded_from": first}
     replace(manifest, shards=manifest.shards[:1], source=origin).write(tmp_path / "cut" / "64")
     for shard in manifest.shards[1:]:
         (tmp_path / "cut" / "64" / "units" / shard.name).with_suffix(".json").unlink()
 
     assert encode(images, tmp_path / "cut", config=both).encoded == 16
 
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "cut") == contents(tmp_path / "uninterrupted")
 
 
-def test_another_grid_lies_round_the_same_centre_at_the_same_scale() -> None:
+def test_position_embeddings_of_other_grids_share_centre_and_scale() -> None:
     for make in (pos_embed_2d_sincos, lambda *grid: rope_angles(*grid)[0]):
         base = make(6, 6, 16).view(6, 6, -1)
         wide, small = make(6, 10, 16, (6, 6)).view(6, 10, -1), make(2, 4, 16, (6, 6)).view(2, 4, -1)
         torch.testing.assert_close(wide[:, 2:8], base)
         torch.testing.assert_close(small, base[2:4, 1:5])
 
-    places = pos_embed_2d_sincos(6, 10, 16, (6, 6))
-    assert torch.cdist(places, places).fill_diagonal_(9).min() > 1
+    embedding = pos_embed_2d_sincos(6, 10, 16, (6, 6))
+    assert torch.cdist(embedding, embedding).fill_diagonal_(9).min() > 1
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -201,7 +203,7 @@ def predict(model: Any, network: FlowTransformer, shape: tuple[int, int]) -> tor
     return model(x, t, rewards, network.encode_context(text))
 
 
-def test_the_network_takes_any_grid_and_learns_from_it() -> None:
+def test_the_network_trains_on_any_grid() -> None:
     model = network()
 
     out = predict(model, model, (4, 8))
@@ -214,7 +216,7 @@ def test_the_network_takes_any_grid_and_learns_from_it() -> None:
         predict(model, model, (4, 5))
 
 
-def test_a_compiled_network_takes_several_grids() -> None:
+def test_a_compiled_network_runs_on_several_grids() -> None:
     model, graphs = network(), []
 
     def count(graph: Any, inputs: Any) -> Any:
@@ -229,18 +231,18 @@ def test_a_compiled_network_takes_several_grids() -> None:
             predict(compiled, model, shape), predict(model, model, shape), rtol=1e-5, atol=1e-5
         )
 
-    # One for the grid whose places are kept, and few for all others. Torch would give up at 8.
+    # One graph for the reference grid, few for the others; torch falls back to eager after 8.
     assert len(graphs) <= 4
 
 
 @pytest.fixture(scope="module")
 def config(training: TrainConfig, bucketed: Path) -> TrainConfig:
-    return replace(training, data=bucketed, images=64, ema_weights_at=())
+    return replace(training, data=bucketed, images=64, weights_at=())
 
 
 @pytest.fixture(scope="module")
-def whole(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    folder = tmp_path_factory.mktemp("whole") / "run"
+def uninterrupted(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     train(config, folder)
     return RunFolder(folder)
 
@@ -250,7 +252,7 @@ def losses(run: RunFolder) -> list[float]:
 
 
 def test_a_run_in_buckets_resumes_bit_for_bit(
-    config: TrainConfig, whole: RunFolder, tmp_path: Path
+    config: TrainConfig, uninterrupted: RunFolder, tmp_path: Path
 ) -> None:
     def stop(progress: Any) -> None:
         if progress.images == 40:
@@ -261,35 +263,42 @@ def test_a_run_in_buckets_resumes_bit_for_bit(
     train(config, tmp_path)
 
     run = RunFolder(tmp_path)
-    ours, theirs = (checkpoint.load(r.checkpoint(64))[0] for r in (run, whole))
+    ours, theirs = (checkpoint.load(r.checkpoint(64))[0] for r in (run, uninterrupted))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert losses(run) == losses(whole)
+    assert losses(run) == losses(uninterrupted)
 
 
-def test_two_ranks_learn_the_same_in_buckets(
-    config: TrainConfig, whole: RunFolder, tmp_path: Path
+def test_two_ranks_equal_one_in_buckets(
+    config: TrainConfig, uninterrupted: RunFolder, tmp_path: Path
 ) -> None:
     sharding = ShardingConfig(stage="2", micro_batch=2)
 
     train_together(2, replace(config, sharding=sharding), tmp_path / "run")
 
     found = losses(RunFolder(tmp_path / "run"))
-    torch.testing.assert_close(found, losses(whole), rtol=1e-5, atol=0)
+    torch.testing.assert_close(found, losses(uninterrupted), rtol=1e-5, atol=0)
 
 
-def test_images_are_drawn_in_the_nearest_trained_aspect(whole: RunFolder, tmp_path: Path) -> None:
+def test_images_are_sampled_in_the_nearest_trained_aspect(
+    uninterrupted: RunFolder, tmp_path: Path
+) -> None:
     sizes = {None: (32, 32), "16:9": (40, 24), "1:1": (32, 32), "1:4": (24, 40)}
 
     for number, (aspect, size) in enumerate(sizes.items()):
-        (path,) = sample_images(
-            whole.root, ["apples"], positive={}, steps=1, aspect=aspect, out=tmp_path / str(number)
+        (path,) = draw(
+            uninterrupted.root,
+            ["apples"],
+            wanted={},
+            steps=1,
+            aspect=aspect,
+            out=tmp_path / str(number),
         )
         assert Image.open(path).size == size
     with pytest.raises(ValueError, match="an aspect is WIDTH:HEIGHT"):
-        sample_images(whole.root, ["apples"], positive={}, aspect="wide")
+        draw(uninterrupted.root, ["apples"], wanted={}, aspect="wide")
 
 
-def test_a_patch_that_does_not_divide_every_bucket_is_refused(
+def test_a_patch_that_does_not_divide_every_bucket_raises(
     config: TrainConfig, tmp_path: Path
 ) -> None:
     model = replace(config.model, patch=16)

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.corrupt import IMAGE, encoded
+from helpers.corrupt import NOISE_PNG, encoded
 from helpers.tiny_models import save_llava
 from PIL import Image
 
@@ -74,7 +74,7 @@ def write_table(path: Path, rows: list[tuple[str, str, str | None]]) -> Path:
     return path
 
 
-def test_a_model_captions_every_image_in_both_lengths(
+def test_a_model_captions_every_picture_in_both_lengths(
     source: Path, llava: str, tmp_path: Path
 ) -> None:
     told: list[tuple[int, int | None]] = []
@@ -199,15 +199,17 @@ def test_an_empty_caption_is_set_aside_and_its_sample_kept(
     assert (where, field) == ("00001.tar:04", "captions.long") and "nothing" in reason
 
 
-def test_images_that_rotted_and_originals_that_were_only_a_name(llava: str, tmp_path: Path) -> None:
+def test_pictures_that_rotted_and_originals_that_were_only_a_name(
+    llava: str, tmp_path: Path
+) -> None:
     def sample(image: bytes, text: str, **more: Any) -> dict[str, bytes]:
         return {"png": image, "json": json.dumps({"captions": {"original": text}, **more}).encode()}
 
     rgb = encoded(Image.new("RGB", (20, 20), "red"))
     samples = [
-        ("a", sample(IMAGE[:60], "kept")),
+        ("a", sample(NOISE_PNG[:60], "kept")),
         ("b", sample(rgb, " <PERSON> and a dog", width=3)),
-        ("c", sample(IMAGE[:60], "<person>")),
+        ("c", sample(NOISE_PNG[:60], "<person>")),
     ]
     shard = write_shard(tmp_path / "in" / "shards" / "00000.tar", samples)
     Manifest("images", ("original",), (shard,)).write(tmp_path / "in")

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from helpers.corrupt import IMAGE
+from helpers.corrupt import NOISE_PNG
 
 from miro.prepare.annotate import AnnotateConfig, annotate
 
 KILLED = """
     import itertools, os, signal, sys
     from pathlib import Path
-    from miro.prepare.caption import CaptionConfig, caption
+    from miro.caption import CaptionConfig, caption
 
     source, table, root = map(Path, sys.argv[1:])
 
@@ -60,7 +60,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path: Path) -> No
     for key in keys:
         path = tmp_path / "photos" / f"{key}.png"
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(IMAGE)
+        path.write_bytes(NOISE_PNG)
         path.with_suffix(".txt").write_text(f"photo {key}")
     source, table = tmp_path / "source", tmp_path / "captions.parquet"
     annotate(path.parent, source, rewards=[], config=AnnotateConfig(samples_per_shard=3, workers=1))

@@ -1,4 +1,4 @@
-"""Images decoded by DALI: which are its own, what it makes of them, what is left to Pillow."""
+"""Pictures decoded by DALI: which are its own, what it makes of them, what is left to Pillow."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from itertools import islice, repeat
 import numpy as np
 import pytest
 import torch
-from helpers.corrupt import IMAGE, bomb, encoded, noise
+from helpers.corrupt import NOISE_PNG, bomb, encoded, noise
 from PIL import Image
 from torch import Tensor
 
@@ -77,14 +77,14 @@ PLAIN = {
     "a thumbnail": with_thumbnail(),
     "a comment and a profile": photo(comment=b"\xff\xd9", icc_profile=bytes(70000)),
     "bytes after the end": photo() + b"a trailer",
-    "another image after the end": photo() + photo(mode="CMYK"),
+    "another picture after the end": photo() + photo(mode="CMYK"),
     "one pixel": photo(1, 1),
     "odd sides": photo(33, 17),
     "damage that libjpeg bridges": photo(quality=95)[:2000] + bytes(16) + photo(quality=95)[2016:],
 }
 NOT_PLAIN = {
     "nothing": b"",
-    "a PNG": IMAGE,
+    "a PNG": NOISE_PNG,
     "a bomb": bomb(9000),
     "CMYK": photo(mode="CMYK"),
     "turned by EXIF": photo(exif=exif(6)),
@@ -101,7 +101,7 @@ NOT_PLAIN = {
     "too many pixels": photo().replace(b"\x08\0\x3c\0\x50", b"\x08\xff\xff\xff\xff", 1),
     "a marker inside the scan": photo()[:-300] + b"\xff\xba" + photo()[-298:],
     "the start alone": dali.SOI + dali.EOI,
-    "no image before its end": photo()[: photo().index(b"\xff\xda")] + dali.EOI,
+    "no picture before its end": photo()[: photo().index(b"\xff\xda")] + dali.EOI,
 }
 
 
@@ -113,7 +113,7 @@ def decoder() -> Iterator[dali.DaliDecoder]:
 
 
 def same(pictures: list[Tensor | DecodeError], images: list[bytes]) -> None:
-    """Each image, or its reason, is what `decode` gives, to the last bit."""
+    """Each picture, or its reason, is what `decode` gives, to the last bit."""
     for picture, image in zip(pictures, images, strict=True):
         try:
             expected = decode(image)
@@ -204,7 +204,7 @@ def test_a_batch_that_dali_loses_is_decoded_by_pillow_and_the_next_by_dali(
     assert "DALI lost 1 of 2 batches" in caplog.text
 
 
-def test_images_outlive_the_batches_after_them(decoder: dali.DaliDecoder) -> None:
+def test_pictures_outlive_the_batches_after_them(decoder: dali.DaliDecoder) -> None:
     images = [photo(width, 48) for width in (64, 65, 66)]
     kept = decoder.start(images)()
 
@@ -231,9 +231,9 @@ def test_a_hundred_batches_leave_nothing_behind(decoder: dali.DaliDecoder) -> No
 
 
 @pytest.mark.parametrize("lost", [False, True], ids=["whole", "lost"])
-def test_all_images_lie_on_the_device_whoever_decoded_them(lost: bool) -> None:
-    images = [photo(), IMAGE, b"no image", *([damaged_inside()] if lost else [])]
-    # Images without data: DALI takes what is no CUDA device for the CPU.
+def test_all_pictures_lie_on_the_device_whoever_decoded_them(lost: bool) -> None:
+    images = [photo(), NOISE_PNG, b"no picture", *([damaged_inside()] if lost else [])]
+    # Pictures without data: DALI takes what is no CUDA device for the CPU.
     with closing(dali.DaliDecoder(torch.device("meta"), 4, workers=2)) as made:
         pictures = made.start(images)()
 
@@ -245,7 +245,7 @@ def test_all_images_lie_on_the_device_whoever_decoded_them(lost: bool) -> None:
 def test_closing_ends_the_threads() -> None:
     before = threading.active_count()
     made = dali.DaliDecoder(torch.device("cpu"), 4, workers=2)
-    made.start([photo(), IMAGE])()
+    made.start([photo(), NOISE_PNG])()
     assert threading.active_count() > before
 
     made.close()
@@ -302,7 +302,7 @@ def test_pixels_are_the_same_whichever_decoder_annotates() -> None:
     images = [
         photo(),
         photo(mode="CMYK"),
-        IMAGE,
+        NOISE_PNG,
         b"",
         photo(exif=exif(8)),
         photo(progressive=True),

@@ -1,11 +1,11 @@
-"""Bytes to images: what is turned right, and what is refused with a reason."""
+"""Bytes to pictures: what is turned right, and what is refused with a reason."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from helpers.corrupt import IMAGE, bomb, encoded, noise
+from helpers.corrupt import NOISE_PNG, bomb, encoded, noise
 from PIL import Image
 
 from miro.images.decoder import DecodeError
@@ -20,27 +20,27 @@ from miro.images.pillow import decode
         (b"<!DOCTYPE html><html>404</html>", "HTML page.*download failed"),
         (b"\n <HTML><body>", "HTML"),
         (b'<?xml version="1.0"?><svg/>', "SVG"),
-        (b"hello, I am a text", "not an image"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
-        (IMAGE[: len(IMAGE) // 2], "cut short"),
-        (IMAGE[:20], "damaged|cut short"),
+        (b"hello, I am a text", "not a picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
+        (NOISE_PNG[: len(NOISE_PNG) // 2], "cut short"),
+        (NOISE_PNG[:20], "damaged|cut short"),
         (encoded(noise(64, 64), "JPEG")[:-200], "cut short"),
         (encoded(noise(64, 64), "WEBP")[:-100], "damaged|cut short"),
         (encoded(noise(64, 64), "TIFF")[:-3000], "damaged|cut short"),
-        (IMAGE[:60] + b"\0\0\0\0" + IMAGE[64:], "damaged|cut short"),
+        (NOISE_PNG[:60] + b"\0\0\0\0" + NOISE_PNG[64:], "damaged|cut short"),
         (bomb(9000), r"9000 x 9000 pixels, more than 64,000,000"),
         (bomb(60000), "more than 64,000,000"),
         (encoded(Image.fromarray(np.full((2, 2), 0.5, np.float32)), "TIFF"), "floating-point"),
         (encoded(Image.fromarray(np.full((2, 2), 10**6, np.int32)), "TIFF"), "32-bit"),
     ],
 )
-def test_what_is_no_image_is_refused_with_a_reason(data: bytes, says: str) -> None:
+def test_what_is_no_picture_is_refused_with_a_reason(data: bytes, says: str) -> None:
     with pytest.raises(DecodeError, match=says):
         decode(data)
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's own remarks about damage
-def test_no_mutation_of_an_image_escapes_as_another_error() -> None:
+def test_no_mutation_of_a_picture_escapes_as_another_error() -> None:
     generator = np.random.default_rng(0)
     pictures = [encoded(noise(), form) for form in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF")]
     refused = 0
@@ -56,18 +56,18 @@ def test_no_mutation_of_an_image_escapes_as_another_error() -> None:
     assert refused > 100
 
 
-def test_a_plain_image_keeps_its_pixels() -> None:
-    image = decode(IMAGE)
+def test_a_plain_picture_keeps_its_pixels() -> None:
+    image = decode(NOISE_PNG)
     assert (image.shape, image.dtype) == ((3, 12, 10), torch.uint8)
     np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), np.asarray(noise()))
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
-def test_a_turned_image_is_turned_upright(form: str) -> None:
+def test_a_turned_picture_is_turned_upright(form: str) -> None:
     upright = Image.new("RGB", (32, 16), "red")
     upright.paste("blue", (0, 0, 16, 16))
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held so that the image must be turned clockwise
+    exif[0x0112] = 6  # the camera was held so that the picture must be turned clockwise
     image = decode(encoded(upright.transpose(Image.Transpose.ROTATE_90), form, exif=exif))
     assert image.shape == (3, 16, 32)
     assert image[2, 8, 4] > 200 > 60 > image[2, 8, 28]

@@ -91,7 +91,7 @@ def test_every_sample_has_its_latent_its_texts_and_its_json(images, encoded):
     data = EncodedDataset(encoded)
     assert len(data) == 12
     assert (data.latent_shape, data.has_std, data.text_dim) == ((3, 8, 8), False, 384)
-    assert data.manifest.captions == KINDS
+    assert data.caption_types == KINDS
     source = ShardIndex(images)
     for i, key in enumerate(source.keys):
         assert data.keys[i] == key

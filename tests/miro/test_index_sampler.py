@@ -1,4 +1,4 @@
-"""The order of visits where samples come from several sources and in several shapes."""
+"""Sample order with several sources and several latent shapes."""
 
 import json
 from collections import Counter
@@ -20,14 +20,16 @@ from miro.training.config import TrainConfig
 from miro.training.loop import train
 from miro.training.metrics_log import read_metrics
 
-# Two sources in three shapes; the second source has none of the last.
-SHAPE_OF = np.array([0] * 50 + [1] * 23 + [2] * 4 + [0] * 30 + [1] * 14)
-PARTS = (SourceRange(0, 77, 3.0), SourceRange(77, 121, 1.0))
+# Two sources in three shapes; the second source lacks the last shape.
+SHAPE_INDEX = np.array([0] * 50 + [1] * 23 + [2] * 4 + [0] * 30 + [1] * 14)
+RANGES = (SourceRange(0, 77, 3.0), SourceRange(77, 121, 1.0))
 BATCH = 8
 
 
-def row(seed: int = 0, shape_of: np.ndarray = SHAPE_OF, parts: tuple = PARTS) -> IndexSampler:
-    return IndexSampler(build_buckets(shape_of, parts), seed, BATCH)
+def sampler(
+    seed: int = 0, shape_index: np.ndarray = SHAPE_INDEX, ranges: tuple = RANGES
+) -> IndexSampler:
+    return IndexSampler(build_buckets(shape_index, ranges), seed, BATCH)
 
 
 def mixture(folder: Path, *sources: tuple[str, float]) -> Path:
@@ -37,9 +39,9 @@ def mixture(folder: Path, *sources: tuple[str, float]) -> Path:
     return path
 
 
-def test_of_one_source_and_shape_the_row_is_what_it_was(tmp_path: Path) -> None:
-    """Fixed in the first version: a run that was begun goes on as it would have."""
-    folder = write_encoded(tmp_path, [SQUARE] * 21, kinds=("original", "short", "long"))
+def test_the_order_of_a_single_bucket_is_unchanged(tmp_path: Path) -> None:
+    """Values of the first version: a change would alter the resumption of existing runs."""
+    folder = write_encoded(tmp_path, [SQUARE] * 21, caption_types=("original", "short", "long"))
 
     samples, captions = Loader(EncodedDataset(folder), seed=1).sample_draws(17, 9)
 
@@ -58,13 +60,13 @@ def test_of_one_source_and_shape_the_row_is_what_it_was(tmp_path: Path) -> None:
         (3, [5, 1, 1], [1, 1, 1]),
     ],
 )
-def test_shares_are_whole_and_keep_their_sum(
+def test_apportion_gives_integers_that_add_up_to_the_total(
     total: int, weights: list[float], expected: list[int]
 ) -> None:
     assert apportion(total, weights) == expected
 
 
-def test_weights_are_honoured_exactly_over_each_epoch(tmp_path: Path) -> None:
+def test_source_weights_hold_exactly_in_each_epoch(tmp_path: Path) -> None:
     for name, count in (("a", 30), ("b", 60)):
         write_encoded(tmp_path / name, [SQUARE] * count)
     data = Mixture(mixture(tmp_path, ("a", 2.0), ("b", 1.0)))
@@ -73,64 +75,66 @@ def test_weights_are_honoured_exactly_over_each_epoch(tmp_path: Path) -> None:
     for epoch in range(4):
         samples, _ = loader.sample_draws(epoch * 90, 90)
         assert ((samples < 30).sum(), (samples >= 30).sum()) == (60, 30)
-        # Mixed: no stretch of an epoch is of one source.
+        # Each third of an epoch contains both sources.
         assert all(0 < (samples[at : at + 30] < 30).sum() < 30 for at in (0, 30, 60))
 
 
-def test_every_sample_of_a_stratum_is_visited_equally_often() -> None:
-    one = row()
-    visits = Counter(np.concatenate([one.draw(8 * k, 8)[0] for k in range(1500)]).tolist())
+def test_every_sample_of_a_bucket_is_drawn_equally_often() -> None:
+    one = sampler()
+    counts = Counter(np.concatenate([one.draw(8 * k, 8)[0] for k in range(1500)]).tolist())
 
     for samples in (
-        s for shape in build_buckets(SHAPE_OF, PARTS) for s in [st.samples for st in shape]
+        s for shape in build_buckets(SHAPE_INDEX, RANGES) for s in [st.samples for st in shape]
     ):
-        seen = [visits[int(n)] for n in samples]
-        # A row of permutations: after any number of visits they differ by one, by two where the
-        # batch that is under way was mixed with another source's.
+        seen = [counts[int(n)] for n in samples]
+        # Counts differ by one within a permutation, and by one more where an epoch of another
+        # source is mixed in.
         assert max(seen) - min(seen) <= 2, seen
 
 
-def test_weights_are_honoured_within_a_batch_of_each_shape_at_any_time() -> None:
-    one = row()
+def test_source_weights_hold_within_a_batch_per_shape_at_any_time() -> None:
+    one = sampler()
     samples = np.concatenate([one.draw(8 * k, 8)[0] for k in range(1500)])
 
     first = np.cumsum(samples < 77)
     expected = 91 / 121 * np.arange(1, len(samples) + 1)
-    # Of 121 visits 91 (3/4). Besides whole batches, an epoch's order is random.
+    # Of 121 draws per epoch, 91 (3/4); within an epoch the order is random.
     assert np.abs(first - expected).max() < 3 * BATCH + 30
     assert abs(first[-1] - expected[-1]) < 3 * BATCH + 30
 
 
-def test_a_batch_is_of_one_shape_and_any_part_of_it_is_the_same() -> None:
-    whole, again = row(), row()
+def test_a_batch_has_one_shape_and_equals_its_parts() -> None:
+    first, second = sampler(), sampler()
     seen = set()
     for number in (*range(40), 10_000, 123_456):
-        samples, draws = whole.draw(8 * number, 8)
-        (shape,) = set(SHAPE_OF[samples].tolist())
+        samples, draws = first.draw(8 * number, 8)
+        (shape,) = set(SHAPE_INDEX[samples].tolist())
         seen.add(shape)
         for size in (1, 2, 4):
-            parts = [again.draw(8 * number + at, size) for at in range(0, 8, size)]
+            parts = [second.draw(8 * number + at, size) for at in range(0, 8, size)]
             assert np.array_equal(np.concatenate([s for s, _ in parts]), samples)
             assert np.array_equal(np.concatenate([d for _, d in parts]), draws)
     assert seen == {0, 1, 2}
 
 
-def test_a_part_of_two_batches_is_refused() -> None:
+def test_a_range_across_two_batches_raises() -> None:
     with pytest.raises(ValueError, match="cross a batch of 8"):
-        row().draw(4, 8)
+        sampler().draw(4, 8)
 
 
-def test_shapes_are_shuffled_and_each_seed_has_an_order_of_its_own() -> None:
-    rows = [row(seed) for seed in range(4)]
-    orders = {tuple(int(SHAPE_OF[one.draw(8 * k, 1)[0][0]]) for k in range(60)) for one in rows}
+def test_shapes_are_shuffled_and_each_seed_gives_another_order() -> None:
+    samplers = [sampler(seed) for seed in range(4)]
+    orders = {
+        tuple(int(SHAPE_INDEX[one.draw(8 * k, 1)[0][0]]) for k in range(60)) for one in samplers
+    }
 
     assert len(orders) == 4
     assert all(order != tuple(sorted(order)) for order in orders)
 
 
-def test_a_shape_rarer_than_a_batch_waits_for_enough_epochs_and_is_not_repeated() -> None:
-    shape_of = np.array([0] * 60 + [1] * 3)
-    one = IndexSampler(build_buckets(shape_of, (SourceRange(0, 63),)), 0, BATCH)
+def test_a_shape_rarer_than_a_batch_is_carried_over_epochs_without_repeats() -> None:
+    shape_index = np.array([0] * 60 + [1] * 3)
+    one = IndexSampler(build_buckets(shape_index, (SourceRange(0, 63),)), 0, BATCH)
 
     samples = np.concatenate([one.draw(8 * k, 8)[0] for k in range(630)])
 
@@ -140,13 +144,13 @@ def test_a_shape_rarer_than_a_batch_waits_for_enough_epochs_and_is_not_repeated(
     assert len(rare) == 630 * 3 // 63
 
 
-def test_a_source_too_light_for_its_shapes_is_refused() -> None:
+def test_a_source_with_fewer_draws_than_shapes_raises() -> None:
     with pytest.raises(ValueError, match="a source of weight 1e-06 gets 1 of the 121 draws"):
-        build_buckets(SHAPE_OF, (SourceRange(0, 77, 1.0), SourceRange(77, 121, 1e-6)))
+        build_buckets(SHAPE_INDEX, (SourceRange(0, 77, 1.0), SourceRange(77, 121, 1e-6)))
 
 
-def test_samples_of_the_same_key_are_not_confused(tmp_path: Path) -> None:
-    write_encoded(tmp_path / "a", [SQUARE] * 5, kinds=("short", "original"))
+def test_samples_of_equal_keys_in_two_sources_stay_distinct(tmp_path: Path) -> None:
+    write_encoded(tmp_path / "a", [SQUARE] * 5, caption_types=("short", "original"))
     write_encoded(tmp_path / "b", [WIDE, SQUARE, WIDE], rewards=("sharpness", "colourfulness"))
     data = Mixture(mixture(tmp_path, ("a", 1.0), ("b", 1.0)))
     own = [EncodedDataset(tmp_path / name) for name in "ab"]
@@ -158,17 +162,17 @@ def test_samples_of_the_same_key_are_not_confused(tmp_path: Path) -> None:
     assert data.shapes == (SQUARE, WIDE) and data.shape_index.tolist() == [0] * 5 + [1, 0, 1]
     assert data.scores[:, 1, 0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
     assert np.isnan(data.scores[5:, 0]).all() and not np.isnan(data.scores[:5]).any()
-    for key, latent, text, kind in zip(
+    for key, latent, text, caption in zip(
         batch.keys, batch.latents, range(2), batch.caption_index.tolist(), strict=True
     ):
         name, _, number = key.partition("/k")
         source, n = own["ab".index(name)], int(number)
         assert np.array_equal(latent, source.latent(n).astype(np.float32))
-        caption = source.caption_types.index(data.caption_types[kind])
-        assert np.array_equal(batch.text.text(text), source.text(n, caption))
+        own_caption = source.caption_types.index(data.caption_types[caption])
+        assert np.array_equal(batch.text.text(text), source.text(n, own_caption))
 
 
-def test_a_source_is_one_of_its_own_where_a_mixture_has_no_other(tmp_path: Path) -> None:
+def test_a_mixture_of_one_source_has_the_order_of_that_source(tmp_path: Path) -> None:
     write_encoded(tmp_path / "a", [SQUARE] * 9)
     data = Mixture(mixture(tmp_path, ("a", 0.3)))
 
@@ -191,9 +195,7 @@ def test_a_source_is_one_of_its_own_where_a_mixture_has_no_other(tmp_path: Path)
         ('{"sources": [{"folder": "none"}]}', "none/manifest.json: no such file"),
     ],
 )
-def test_a_mixture_that_cannot_be_read_is_refused(
-    tmp_path: Path, content: str, message: str
-) -> None:
+def test_an_invalid_mixture_file_raises(tmp_path: Path, content: str, message: str) -> None:
     write_encoded(tmp_path / "a", [SQUARE])
     (tmp_path / "mixture.json").write_text(content)
 
@@ -206,9 +208,7 @@ def test_a_mixture_that_cannot_be_read_is_refused(
     [{"latents": "pixels"}, {"size": 256}, {"text_dim": 8}, {"has_std": True}],
     ids=lambda other: next(iter(other)),
 )
-def test_sources_encoded_in_different_ways_are_refused(
-    tmp_path: Path, other: dict[str, Any]
-) -> None:
+def test_mixing_different_encodings_raises(tmp_path: Path, other: dict[str, Any]) -> None:
     write_encoded(tmp_path / "a", [SQUARE])
     write_encoded(tmp_path / "b", [SQUARE], **other)
 
@@ -221,8 +221,8 @@ def test_a_run_on_a_mixture_resumes_bit_for_bit(
 ) -> None:
     (tmp_path / "b").symlink_to(encoded)
     path = mixture(tmp_path, (str(encoded), 2.0), ("b", 1.0))
-    config = replace(training, data=path, ema_weights_at=(), images=64)
-    train(config, tmp_path / "whole")
+    config = replace(training, data=path, weights_at=(), images=64)
+    train(config, tmp_path / "uninterrupted")
 
     def stop(progress: Any) -> None:
         if progress.images == 40:
@@ -232,7 +232,7 @@ def test_a_run_on_a_mixture_resumes_bit_for_bit(
         train(config, tmp_path / "run", report=stop)
     train(config, tmp_path / "run")
 
-    ours, theirs = (RunFolder(tmp_path / name) for name in ("run", "whole"))
+    ours, theirs = (RunFolder(tmp_path / name) for name in ("run", "uninterrupted"))
     expected = load(theirs.weights_at(64))
     found = load(ours.weights_at(64))
     assert found[1] == expected[1] and found[1]["encoding"] == EncodedDataset(encoded).encoding

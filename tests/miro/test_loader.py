@@ -1,4 +1,4 @@
-"""Batches: the same for the same (seed, rank, world, images), in whatever order they are asked."""
+"""Loader batches: a function of (seed, position), equal in any order of access."""
 
 import itertools
 import json
@@ -16,7 +16,7 @@ from miro.data.reader import EncodedDataset
 from miro.data.shards import Manifest, scores_path, write_scores, write_shard
 from miro.utils.rng import seed_from
 
-KINDS = ("original", "short", "long")
+CAPTION_TYPES = ("original", "short", "long")
 SAMPLES, DIM, SHAPE = 21, 6, (2, 4, 3)
 
 
@@ -24,44 +24,49 @@ def latent(n: int) -> np.ndarray:
     return np.random.default_rng(n).standard_normal(SHAPE).astype(np.float16)
 
 
-def text(n: int, kind: int) -> np.ndarray:
-    """Lengths from 0 to 6, each text unlike any other."""
-    length = (n + 2 * kind) % 7
-    return np.random.default_rng([n, kind]).standard_normal((length, DIM)).astype(np.float16)
+def text(n: int, caption: int) -> np.ndarray:
+    """Text states of lengths from 0 to 6, all different."""
+    length = (n + 2 * caption) % 7
+    return np.random.default_rng([n, caption]).standard_normal((length, DIM)).astype(np.float16)
 
 
 def make_encoded(
-    folder: Path, *, samples: int = SAMPLES, has_std: bool = False, lacking: tuple = ()
+    folder: Path, *, samples: int = SAMPLES, has_std: bool = False, missing: tuple = ()
 ) -> Path:
-    """Two shards. `lacking` names (sample, kind) captions that do not exist."""
+    """Write two shards; `missing` lists (sample, caption) pairs without a caption."""
     shards = []
     for name, numbers in [("00000", range(9)), ("00001", range(9, samples))]:
         made = write_shard(
-            folder / "shards" / f"{name}.tar", (sample(n, has_std, lacking) for n in numbers)
+            folder / "shards" / f"{name}.tar", (sample(n, has_std, missing) for n in numbers)
         )
-        rows = [(n, kind) for n in reversed(numbers) for kind in range(3) if (n, kind) != (4, 1)]
+        rows = [
+            (n, caption)
+            for n in reversed(numbers)
+            for caption in range(3)
+            if (n, caption) != (4, 1)
+        ]
         write_scores(
             scores_path(folder, made),
             [f"k{n}" for n, _ in rows],
-            [KINDS[kind] for _, kind in rows],
+            [CAPTION_TYPES[caption] for _, caption in rows],
             {
                 "colourfulness": [n for n, _ in rows],
-                "alignment": [n + kind / 10 for n, kind in rows],
+                "alignment": [n + caption / 10 for n, caption in rows],
             },
         )
         shards.append(made)
     encoding = {"latent_shape": list(SHAPE), "has_std": has_std, "text_dim": DIM}
     rewards = ("colourfulness", "alignment")
-    Manifest("encoded", KINDS, tuple(shards), rewards, encoding).write(folder)
+    Manifest("encoded", CAPTION_TYPES, tuple(shards), rewards, encoding).write(folder)
     return folder
 
 
-def sample(n: int, has_std: bool, lacking: tuple) -> tuple[str, dict[str, bytes]]:
+def sample(n: int, has_std: bool, missing: tuple) -> tuple[str, dict[str, bytes]]:
     array = np.stack([latent(n), np.abs(latent(n + 1000))]) if has_std else latent(n)
     texts = {
-        f"text.{name}.npy": npy_bytes(text(n, kind))
-        for kind, name in enumerate(KINDS)
-        if (n, kind) not in lacking
+        f"text.{name}.npy": npy_bytes(text(n, caption))
+        for caption, name in enumerate(CAPTION_TYPES)
+        if (n, caption) not in missing
     }
     record = json.dumps({"captions": {}, "number": n}).encode()
     return f"k{n}", {"latent.npy": npy_bytes(array), **texts, "json": record}
@@ -81,7 +86,7 @@ def assert_equal(a: Batch, b: Batch) -> None:
     assert torch.equal(a.caption_index, b.caption_index)
 
 
-def test_a_batch_holds_what_the_shards_hold(dataset):
+def test_a_batch_equals_the_arrays_in_the_shards(dataset):
     batch = Loader(dataset, seed=1).batch_at(0, 8)
     assert batch.latents.dtype == torch.float32
     assert batch.std is None
@@ -89,17 +94,17 @@ def test_a_batch_holds_what_the_shards_hold(dataset):
     assert batch.text.offsets.dtype == torch.int32
     assert len(batch) == len(batch.text) == 8
     lengths = []
-    for row, (n, kind) in enumerate(zip(batch.scores_index, batch.caption_index, strict=True)):
-        n, kind = int(n), int(kind)
+    for row, (n, caption) in enumerate(zip(batch.scores_index, batch.caption_index, strict=True)):
+        n, caption = int(n), int(caption)
         assert batch.keys[row] == f"k{n}"
         np.testing.assert_array_equal(batch.latents[row], latent(n).astype(np.float32))
-        np.testing.assert_array_equal(batch.text.text(row), text(n, kind))
-        lengths.append(len(text(n, kind)))
+        np.testing.assert_array_equal(batch.text.text(row), text(n, caption))
+        lengths.append(len(text(n, caption)))
     assert batch.text.longest == max(lengths)
     assert batch.text.offsets.tolist() == [0, *np.cumsum(lengths)]
 
 
-def test_scores_belong_to_the_sample_and_the_caption_whatever_the_order_of_the_table(dataset):
+def test_scores_are_matched_by_key_and_caption_not_by_row_order(dataset):
     assert dataset.scores.shape == (SAMPLES, 3, 2)
     batch = Loader(dataset, seed=2).batch_at(0, SAMPLES)
     scores = dataset.scores[batch.scores_index, batch.caption_index]
@@ -110,19 +115,19 @@ def test_scores_belong_to_the_sample_and_the_caption_whatever_the_order_of_the_t
     np.testing.assert_array_equal(scores, np.array(expected, np.float32))
 
 
-def test_a_score_that_is_in_no_table_is_not_known(dataset):
+def test_a_pair_without_a_table_row_has_nan_scores(dataset):
     assert np.isnan(dataset.scores[4, 1]).all()
     assert np.isnan(dataset.scores).sum() == 2
 
 
-def test_a_batch_depends_on_its_position_and_not_on_what_was_read_before(dataset):
-    walked, jumped = Loader(dataset, seed=3), Loader(dataset, seed=3)
-    history = [walked.batch_at(images, 8) for images in range(0, 80, 8)]
+def test_random_access_equals_sequential_reading(dataset):
+    sequential, random = Loader(dataset, seed=3), Loader(dataset, seed=3)
+    expected = [sequential.batch_at(images, 8) for images in range(0, 80, 8)]
     for index in (7, 0, 9, 7):
-        assert_equal(jumped.batch_at(8 * index, 8), history[index])
+        assert_equal(random.batch_at(8 * index, 8), expected[index])
 
 
-def test_each_epoch_shows_every_sample_once_in_an_order_of_its_own(dataset):
+def test_each_epoch_is_another_permutation_of_all_samples(dataset):
     loader = Loader(dataset, seed=4)
     epochs = [
         [
@@ -141,63 +146,63 @@ def keys(loader: Loader, position: int, size: int) -> list[str]:
     return loader.batch_at(position, size).keys
 
 
-def test_a_batch_over_the_seam_of_two_epochs_is_full(dataset):
+def test_a_batch_across_an_epoch_boundary_is_full(dataset):
     loader = Loader(dataset, seed=5)
-    row = [key for images in range(0, 168, 8) for key in keys(loader, images, 8)]
+    order = [key for images in range(0, 168, 8) for key in keys(loader, images, 8)]
     for start in range(0, 168, SAMPLES):
-        assert Counter(row[start : start + SAMPLES]) == Counter(dataset.keys)
+        assert Counter(order[start : start + SAMPLES]) == Counter(dataset.keys)
 
 
-def test_a_step_may_be_larger_than_the_data_set(dataset):
+def test_a_batch_may_be_larger_than_the_dataset(dataset):
     counts = Counter(keys(Loader(dataset, seed=6), 0, 3 * SAMPLES))
     assert set(counts.values()) == {3}
 
 
 @pytest.mark.parametrize("images", [0, 12, 18, 600])
-def test_a_batch_is_what_its_parts_are(dataset, images):
+def test_a_batch_equals_the_concatenation_of_its_micro_batches(dataset, images):
     loader = Loader(dataset, seed=7)
-    whole = loader.batch_at(images, 12)
-    parts = [loader.batch_at(images + 4 * part, 4) for part in range(3)]
-    assert [key for batch in parts for key in batch.keys] == whole.keys
-    assert torch.equal(torch.cat([batch.latents for batch in parts]), whole.latents)
-    assert torch.equal(torch.cat([b.text.states for b in parts]), whole.text.states)
+    batch = loader.batch_at(images, 12)
+    parts = [loader.batch_at(images + 4 * k, 4) for k in range(3)]
+    assert [key for part in parts for key in part.keys] == batch.keys
+    assert torch.equal(torch.cat([part.latents for part in parts]), batch.latents)
+    assert torch.equal(torch.cat([part.text.states for part in parts]), batch.text.states)
 
 
-def test_another_seed_is_another_order(dataset):
+def test_each_seed_gives_another_order(dataset):
     orders = {tuple(keys(Loader(dataset, seed=seed), 0, SAMPLES)) for seed in range(4)}
     assert len(orders) == 4
 
 
-def test_every_caption_kind_is_drawn_equally_often_and_anew_at_each_visit(dataset):
+def test_caption_types_are_drawn_uniformly_and_again_in_each_epoch(dataset):
     loader = Loader(dataset, seed=8)
     drawn: dict[int, list[int]] = {n: [] for n in range(SAMPLES)}
     for epoch in range(60):
         batch = loader.batch_at(epoch * SAMPLES, SAMPLES)
         pairs = zip(batch.scores_index.tolist(), batch.caption_index.tolist(), strict=True)
-        for n, kind in pairs:
-            drawn[n].append(kind)
-    assert all(set(kinds) == {0, 1, 2} for kinds in drawn.values())
+        for n, caption in pairs:
+            drawn[n].append(caption)
+    assert all(set(types) == {0, 1, 2} for types in drawn.values())
     shares = np.bincount(sum(drawn.values(), [])) / (60 * SAMPLES)
     np.testing.assert_allclose(shares, 1 / 3, atol=0.04)  # 3 standard deviations
 
 
-def test_a_caption_that_does_not_exist_is_never_drawn(tmp_path):
-    lacking = tuple((n, 0) for n in range(SAMPLES)) + ((3, 1),)
-    loader = Loader(EncodedDataset(make_encoded(tmp_path, lacking=lacking)), seed=9)
+def test_a_missing_caption_is_never_drawn(tmp_path):
+    missing = tuple((n, 0) for n in range(SAMPLES)) + ((3, 1),)
+    loader = Loader(EncodedDataset(make_encoded(tmp_path, missing=missing)), seed=9)
     for epoch in range(20):
         batch = loader.batch_at(epoch * SAMPLES, SAMPLES)
-        kinds = dict(zip(batch.keys, batch.caption_index.tolist(), strict=True))
-        assert set(kinds.values()) == {1, 2}
-        assert kinds["k3"] == 2
+        types = dict(zip(batch.keys, batch.caption_index.tolist(), strict=True))
+        assert set(types.values()) == {1, 2}
+        assert types["k3"] == 2
 
 
-def test_a_sample_without_any_caption_is_refused_by_name(tmp_path):
-    lacking = tuple((5, kind) for kind in range(3))
+def test_a_sample_without_captions_raises_with_its_key(tmp_path):
+    missing = tuple((5, caption) for caption in range(3))
     with pytest.raises(ValueError, match="sample 'k5' has no encoded caption"):
-        EncodedDataset(make_encoded(tmp_path, lacking=lacking))
+        EncodedDataset(make_encoded(tmp_path, missing=missing))
 
 
-def test_posteriors_are_given_as_mean_and_deviation(tmp_path):
+def test_posteriors_are_returned_as_mean_and_std(tmp_path):
     batch = Loader(EncodedDataset(make_encoded(tmp_path, has_std=True)), seed=10).batch_at(0, 5)
     assert batch.std is not None
     assert batch.latents.is_contiguous()
@@ -207,7 +212,7 @@ def test_posteriors_are_given_as_mean_and_deviation(tmp_path):
         np.testing.assert_array_equal(batch.std[row], np.abs(latent(n + 1000)).astype(np.float32))
 
 
-def test_texts_are_views_of_the_file_and_batches_are_not(dataset):
+def test_samples_are_views_of_the_file_and_batches_are_copies(dataset):
     assert not dataset.text(0, 0).flags.owndata
     assert not dataset.latent(0).flags.writeable
     batch = Loader(dataset, seed=11).batch_at(0, 4)
@@ -216,11 +221,11 @@ def test_texts_are_views_of_the_file_and_batches_are_not(dataset):
     assert Loader(dataset, seed=11).batch_at(0, 4).latents.abs().sum() > 0
 
 
-def test_the_json_of_a_sample_can_be_read(dataset):
+def test_metadata_returns_the_json_of_a_sample(dataset):
     assert dataset.metadata(12)["number"] == 12
 
 
-def test_prefetching_gives_the_same_batches_and_ends_its_thread(dataset):
+def test_prefetch_yields_the_same_batches_and_ends_its_thread(dataset):
     loader = Loader(dataset, seed=12)
     batches = prefetch(lambda at: loader.batch_at(at, 4), itertools.count(8, 4))
     for images in range(8, 60, 4):
@@ -229,7 +234,7 @@ def test_prefetching_gives_the_same_batches_and_ends_its_thread(dataset):
     assert not [t for t in threading.enumerate() if t.name.startswith("miro-loader")]
 
 
-def test_an_error_in_the_prefetching_thread_reaches_the_reader(tmp_path):
+def test_an_exception_in_the_prefetch_thread_is_raised_in_the_caller(tmp_path):
     folder = make_encoded(tmp_path)
     dataset = EncodedDataset(folder)
     tar = folder / "shards" / "00001.tar"
@@ -245,13 +250,13 @@ def test_an_error_in_the_prefetching_thread_reaches_the_reader(tmp_path):
     assert not [t for t in threading.enumerate() if t.name.startswith("miro-loader")]
 
 
-def test_global_random_state_is_left_alone(dataset):
+def test_the_global_rng_state_is_unchanged(dataset):
     before = torch.get_rng_state()
     Loader(dataset, seed=14).batch_at(40, 4)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_wrong_folder_is_refused_with_the_command_to_run(tmp_path):
+def test_a_folder_without_latents_raises_with_the_command_to_run(tmp_path):
     with pytest.raises(ValueError, match=r"manifest\.json: no such file"):
         EncodedDataset(tmp_path)
     shard = write_shard(tmp_path / "shards" / "00000.tar", [("k", {"png": b"x"})])
@@ -263,26 +268,26 @@ def test_the_wrong_folder_is_refused_with_the_command_to_run(tmp_path):
         EncodedDataset(tmp_path)
 
 
-def test_scores_of_samples_that_are_not_there_are_refused(tmp_path):
+def test_scores_of_unknown_samples_raise(tmp_path):
     folder = make_encoded(tmp_path)
     manifest = Manifest.read(folder)
-    Manifest("encoded", KINDS, manifest.shards[:1], manifest.rewards, manifest.encoding).write(
-        folder
-    )
+    Manifest(
+        "encoded", CAPTION_TYPES, manifest.shards[:1], manifest.rewards, manifest.encoding
+    ).write(folder)
     scores_path(folder, manifest.shards[0]).write_bytes(
         scores_path(folder, manifest.shards[1]).read_bytes()
     )
-    with pytest.raises(ValueError, match="the scores name 'k20', which no shard holds"):
+    with pytest.raises(ValueError, match="the scores name 'k20', which is in no shard"):
         EncodedDataset(folder)
 
 
 @pytest.mark.parametrize(("position", "size"), [(-4, 4), (0, 0)])
-def test_an_impossible_part_of_the_row_is_refused(dataset, position, size):
+def test_an_invalid_position_or_size_raises(dataset, position, size):
     with pytest.raises(ValueError, match=f"{position}, {size}"):
         Loader(dataset, seed=0).batch_at(position, size)
 
 
-def test_seeds_are_stable_distinct_and_depend_on_the_order_and_kind_of_their_parts():
+def test_seed_from_is_stable_and_depends_on_the_order_and_type_of_its_parts():
     assert seed_from(1, "order", 2) == 4950414120014217994
     parts = [(1, 2), (2, 1), (12,), ("1", 2), ("12",), (1, "2"), (1, 2, 0), (-1, 2), ()]
     seeds = {seed_from(*part) for part in parts}

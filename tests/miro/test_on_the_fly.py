@@ -1,4 +1,4 @@
-"""Training on images that are encoded as they are visited: as on the folder they would make."""
+"""On-the-fly encoding equals training on the encoded folder, bit for bit."""
 
 import json
 from dataclasses import replace
@@ -33,7 +33,7 @@ SMALL = ModelConfig(channels=16, depth=2, heads=2, hidden=32, patch=4)
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("live")
+    root = tmp_path_factory.mktemp("on the fly")
     config = AnnotateConfig(samples_per_shard=9, workers=1)
     annotate(make_folder(root / "in", 24), root / "scored", rewards=["sharpness"], config=config)
     return root / "scored"
@@ -74,68 +74,68 @@ def encoded(source: Path, dest: Path, encoding: EncodingConfig) -> Path:
 
 
 @pytest.mark.parametrize("buckets", [(), ("1:1", "2:1")])
-def test_a_run_learns_the_same_from_images_as_from_their_encoded_folder(
+def test_training_on_images_equals_training_on_their_encoded_folder(
     scored: Path, tmp_path: Path, buckets: tuple[str, ...]
 ) -> None:
     encoding = replace(SQUARE, buckets=buckets, multiple=8)
     stored = encoded(scored, tmp_path / "encoded", encoding)
 
     train(config_of(stored, encoding, on_the_fly=False), tmp_path / "stored")
-    train(config_of(scored, encoding), tmp_path / "live")
+    train(config_of(scored, encoding), tmp_path / "on the fly")
 
-    assert_same(weights_of(tmp_path / "live"), weights_of(tmp_path / "stored"))
+    assert_same(weights_of(tmp_path / "on the fly"), weights_of(tmp_path / "stored"))
 
 
-def test_an_autoencoder_and_every_caption_give_what_would_be_stored(
-    scored: Path, tmp_path: Path
-) -> None:
+def test_latents_and_text_states_equal_the_stored_ones(scored: Path, tmp_path: Path) -> None:
     save_autoencoder(tmp_path / "vae")
     encoding = EncodingConfig(latents=str(tmp_path / "vae"), size=16)
     stored = EncodedDataset(encoded(scored, tmp_path / "encoded", encoding))
 
-    live = OnTheFlyDataset(scored, None, OnTheFlyEncoders(encoding, "cpu"))
+    dataset = OnTheFlyDataset(scored, None, OnTheFlyEncoders(encoding, "cpu"))
 
-    assert live.has_std and live.latent_shape == stored.latent_shape
-    assert live.keys == stored.keys and live.rewards == stored.rewards
-    np.testing.assert_array_equal(live.scores, stored.scores)
-    assert {**live.encoding, "cut": 0} == {**stored.encoding, "cut": 0}
-    everything, first = np.arange(len(live)), np.zeros(len(live), np.int64)
+    assert dataset.has_std and dataset.latent_shape == stored.latent_shape
+    assert dataset.keys == stored.keys and dataset.rewards == stored.rewards
+    np.testing.assert_array_equal(dataset.scores, stored.scores)
+    assert {**dataset.encoding, "cut": 0} == {**stored.encoding, "cut": 0}
+    everything, first = np.arange(len(dataset)), np.zeros(len(dataset), np.int64)
     np.testing.assert_allclose(
-        live.latents(everything), stored.latents(everything), rtol=2e-3, atol=2e-3
+        dataset.latents(everything), stored.latents(everything), rtol=2e-3, atol=2e-3
     )
     for ours, theirs in zip(
-        live.texts(everything, first), stored.texts(everything, first), strict=True
+        dataset.texts(everything, first), stored.texts(everything, first), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-3)
 
 
-def test_half_of_the_visits_are_mirrored_by_their_position(scored: Path) -> None:
-    live = OnTheFlyDataset(scored, None, OnTheFlyEncoders(SQUARE, "cpu"))
-    plain, mirror = Loader(live, 0), Loader(live, 0, horizontal_flip=True)
+def test_half_of_the_images_are_flipped_by_their_position(scored: Path) -> None:
+    dataset = OnTheFlyDataset(scored, None, OnTheFlyEncoders(SQUARE, "cpu"))
+    plain, mirror = Loader(dataset, 0), Loader(dataset, 0, mirror=True)
 
-    straight, turned = plain.batch_at(0, 200).latents, mirror.batch_at(0, 200).latents
+    original, flipped = plain.batch_at(0, 200).latents, mirror.batch_at(0, 200).latents
     again = mirror.batch_at(120, 30).latents
 
-    mirrored = torch.tensor([bool((a != b).any()) for a, b in zip(straight, turned, strict=True)])
-    assert 70 < mirrored.sum() < 130
-    assert torch.equal(turned[mirrored], straight[mirrored].flip(-1))
-    assert torch.equal(turned[120:150], again)
+    is_flipped = torch.tensor(
+        [bool((a != b).any()) for a, b in zip(original, flipped, strict=True)]
+    )
+    assert 70 < is_flipped.sum() < 130
+    assert torch.equal(flipped[is_flipped], original[is_flipped].flip(-1))
+    assert torch.equal(flipped[120:150], again)
 
 
-def test_a_killed_run_on_mirrored_images_goes_on_bit_for_bit(scored: Path, tmp_path: Path) -> None:
-    config = replace(config_of(scored), horizontal_flip=True)
-    train(config, tmp_path / "whole")
+def test_a_killed_run_on_flipped_images_resumes_bit_for_bit(scored: Path, tmp_path: Path) -> None:
+    config = replace(config_of(scored), mirror=True)
+    train(config, tmp_path / "uninterrupted")
 
     killed = tmp_path / "killed"
     run_killed_when(config, killed, lambda: any((killed / "checkpoints").glob("*/manifest.json")))
     train(config, killed)
 
-    assert_same(weights_of(killed), weights_of(tmp_path / "whole"))
+    assert_same(weights_of(killed), weights_of(tmp_path / "uninterrupted"))
 
 
 @pytest.mark.long
-def test_a_killed_run_goes_on_bit_for_bit_with_all_of_it_at_once(tmp_path: Path) -> None:
-    """Two folders by weight, in buckets, encoded as visited, mirrored, compiled, in bf16."""
+def test_a_killed_run_with_all_features_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """A mixture, aspect buckets, on-the-fly encoding, flips, torch.compile and bf16."""
     square, wide, tall = (40, 40), (64, 30), (33, 60)
     folders = {"many": [square, wide, tall, wide] * 6, "few": [wide, tall] * 6}
     weights = [
@@ -146,20 +146,20 @@ def test_a_killed_run_goes_on_bit_for_bit_with_all_of_it_at_once(tmp_path: Path)
     encoding = replace(SQUARE, buckets=("1:1", "2:1", "1:2"), multiple=8)
     config = replace(
         config_of(tmp_path / "mixture.json", encoding),
-        horizontal_flip=True, precision="bf16", compile=True,
+        mirror=True, precision="bf16", compile=True,
     )  # fmt: skip
     assert len(open_data(config.data, None, OnTheFlyEncoders(encoding, "cpu")).shapes) == 3
-    train(config, tmp_path / "whole")
+    train(config, tmp_path / "uninterrupted")
 
     killed = tmp_path / "killed"
     run_killed_when(config, killed, lambda: any((killed / "checkpoints").glob("*/manifest.json")))
     assert not RunFolder(killed).weights_written()
     train(config, killed)
 
-    assert_same(weights_of(killed), weights_of(tmp_path / "whole"))
+    assert_same(weights_of(killed), weights_of(tmp_path / "uninterrupted"))
 
 
-def test_images_and_their_weights_may_be_mixed(scored: Path, tmp_path: Path) -> None:
+def test_images_folders_may_be_mixed_by_weight(scored: Path, tmp_path: Path) -> None:
     mixture = tmp_path / "mixture.json"
     mixture.write_text(f'{{"sources": [{{"folder": "{scored}", "weight": 2}}]}}')
 
@@ -169,7 +169,7 @@ def test_images_and_their_weights_may_be_mixed(scored: Path, tmp_path: Path) -> 
     assert data.latents(np.array([3, 1])).shape == (2, 3, 16, 16)
 
 
-def test_an_image_that_rots_during_a_run_is_named_with_the_remedy(
+def test_an_image_damaged_during_a_run_raises_with_its_key_and_remedy(
     scored: Path, tmp_path: Path
 ) -> None:
     annotate(scored, tmp_path / "copy", rewards=[])
@@ -178,24 +178,24 @@ def test_an_image_that_rots_during_a_run_is_named_with_the_remedy(
     key, members = next(iter(iterate_shard(path)))
     data = path.read_bytes()
     image = next(value for name, value in members.items() if name != "json")
-    path.unlink()  # it shares its bytes with the folder it was linked from
+    path.unlink()  # it is a hard link to the shard of the source
     path.write_bytes(data.replace(image, bytes(len(image))))
 
-    with pytest.raises(ValueError, match=f"sample '{key}': .*zero bytes; `miro annotate`"):
+    with pytest.raises(ValueError, match=f"sample '{key}': .*zero bytes; run `miro annotate`"):
         train(config_of(tmp_path / "copy"), tmp_path / "run")
 
 
-def test_what_does_not_go_together_is_refused(scored: Path, tmp_path: Path) -> None:
+def test_contradicting_settings_raise(scored: Path, tmp_path: Path) -> None:
     stored = encoded(scored, tmp_path / "encoded", SQUARE)
 
-    with pytest.raises(ValueError, match="holds images, not latents.*--live True"):
+    with pytest.raises(ValueError, match="holds images, not latents.*--on-the-fly True"):
         train(config_of(scored, on_the_fly=False), tmp_path / "run")
-    with pytest.raises(ValueError, match="is encoded already; train on it without live"):
+    with pytest.raises(ValueError, match="is encoded already; train on it without --on"):
         train(config_of(stored), tmp_path / "run")
     with pytest.raises(ValueError, match=r"was encoded otherwise \(size: 32 here, 16 there"):
         train(config_of(stored, EncodingConfig(size=32), on_the_fly=False), tmp_path / "run")
     with pytest.raises(ValueError, match="set encode.size"):
-        as_they_are = replace(config_of(scored, EncodingConfig()), model=replace(SMALL, patch=2))
-        train(as_they_are, tmp_path / "run")
-    with pytest.raises(ValueError, match="horizontal_flip=True needs on_the_fly=True"):
-        replace(config_of(stored, on_the_fly=False), horizontal_flip=True)
+        unresized = replace(config_of(scored, EncodingConfig()), model=replace(SMALL, patch=2))
+        train(unresized, tmp_path / "run")
+    with pytest.raises(ValueError, match="mirror=True needs on_the_fly=True"):
+        replace(config_of(stored, on_the_fly=False), mirror=True)

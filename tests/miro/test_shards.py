@@ -1,4 +1,4 @@
-"""The dataset folder: what is written is read back, whole or not at all, and damage is named."""
+"""Shards, manifest and scores: reading, atomic writing, and errors for damage."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from miro.data.shards import (
     write_scores,
     write_shard,
 )
-from miro.sources.tar import ShardError, TruncatedShardError, header, iterate_shard
+from miro.sources.tar import ShardError, header, iterate_shard
 from miro.utils.atomic_io import atomic_write, link_or_copy
 
 Samples = list[tuple[str, dict[str, bytes]]]
 
 
 def some_samples(count: int, first: int = 0) -> Samples:
-    """Samples of sizes around the tar block, also of none."""
+    """Samples with members of 0 bytes and of sizes around the tar block."""
     sizes = [0, 1, 511, 512, 513, 1500]
     return [
         (f"{i:06d}", {"png": bytes([i % 256]) * sizes[i % 6], "json": b'{"i": %d}' % i})
@@ -70,7 +70,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_samples_come_back_as_written_and_any_tar_program_reads_them(tmp_path: Path) -> None:
+def test_a_written_shard_is_read_back_here_and_by_tarfile(tmp_path: Path) -> None:
     samples = some_samples(7)
     info = write_shard(tmp_path / "00000.tar", samples)
     assert list(iterate_shard(tmp_path / "00000.tar")) == samples
@@ -99,14 +99,14 @@ def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:
         ("x", 8**11),
     ],
 )
-def test_headers_are_those_of_tarfile(name: str, size: int) -> None:
+def test_headers_equal_those_of_tarfile(name: str, size: int) -> None:
     info = tarfile.TarInfo(name)
     info.size = size
     assert header(name, size) == info.tobuf(tarfile.PAX_FORMAT)
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_reads_long_and_foreign_names_of_every_tar_format(tmp_path: Path, form: int) -> None:
+def test_long_and_non_ascii_names_of_every_tar_format_are_read(tmp_path: Path, form: int) -> None:
     names = ["./plain.jpg", "d" * 90 + "/" + "f" * 60 + ".jpg", "dir.with.dots/a.seg.PNG"]
     if form != tarfile.USTAR_FORMAT:
         names += ["größe/" + "x" * 200 + ".jpg", "y" * 300 + ".jpg"]
@@ -126,7 +126,7 @@ def test_reads_long_and_foreign_names_of_every_tar_format(tmp_path: Path, form: 
     assert list(found[2][1]) == ["seg.png"]
 
 
-def test_reads_on_behind_the_end_mark_of_joined_tars(tmp_path: Path) -> None:
+def test_concatenated_tars_are_read_past_the_end_of_archive_mark(tmp_path: Path) -> None:
     write_shard(tmp_path / "0.tar", some_samples(2))
     write_shard(tmp_path / "1.tar", some_samples(2, first=2))
     joined = (tmp_path / "0.tar").read_bytes() + (tmp_path / "1.tar").read_bytes()
@@ -135,13 +135,13 @@ def test_reads_on_behind_the_end_mark_of_joined_tars(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["", "a.b", "a/b", "000001"])
-def test_a_bad_or_repeated_key_is_refused_and_leaves_no_file(tmp_path: Path, key: str) -> None:
+def test_an_invalid_or_repeated_key_raises_and_leaves_no_file(tmp_path: Path, key: str) -> None:
     with pytest.raises(ValueError, match="key"):
         write_shard(tmp_path / "0.tar", [*some_samples(3), (key, {"png": b""})])
     assert names_in(tmp_path) == set()
 
 
-def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+def test_an_exception_while_writing_keeps_the_old_file(tmp_path: Path) -> None:
     write_shard(tmp_path / "0.tar", some_samples(2))
     before = (tmp_path / "0.tar").read_bytes()
 
@@ -155,33 +155,32 @@ def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(tmp_path: 
     assert names_in(tmp_path) == {"0.tar"}
 
 
-def test_a_tar_cut_anywhere_gives_its_whole_samples_and_names_the_last(tmp_path: Path) -> None:
+def test_a_truncated_tar_yields_its_complete_samples_and_names_the_last(tmp_path: Path) -> None:
     samples = some_samples(5)
     write_shard(tmp_path / "0.tar", samples)
-    whole = (tmp_path / "0.tar").read_bytes()
+    data = (tmp_path / "0.tar").read_bytes()
     found: Samples = []
-    for length in range(1, len(whole) - 1024, 200):
-        (tmp_path / "cut.tar").write_bytes(whole[:length])
+    for length in range(1, len(data) - 1024, 200):
+        (tmp_path / "cut.tar").write_bytes(data[:length])
         found = []
-        with pytest.raises(TruncatedShardError, match=r"cut.tar") as error:
+        with pytest.raises(ShardError, match=r"cut.tar") as error:
             for sample in iterate_shard(tmp_path / "cut.tar"):
                 found.append(sample)
         assert found == samples[: len(found)]
-        assert error.value.last_key == (found[-1][0] if found else None)
-        if found:
-            assert found[-1][0] in str(error.value)
-    assert len(found) == 4  # a sample is whole when the next begins; of the last we cannot know
+        last = f"the last complete sample is '{found[-1][0]}'" if found else "no sample is complete"
+        assert last in str(error.value)
+    assert len(found) == 4  # a sample is complete when the next begins; the last is unknown
 
 
 @pytest.mark.parametrize("offset", [0, 3, 124, 130, 150, 156])
-def test_a_damaged_header_ends_the_reading_there(tmp_path: Path, offset: int) -> None:
+def test_reading_ends_at_a_damaged_header(tmp_path: Path, offset: int) -> None:
     samples = some_samples(3)
     write_shard(tmp_path / "0.tar", samples)
     data = bytearray((tmp_path / "0.tar").read_bytes())
     data[data.index(b"000002.png") + offset] ^= 0x15
     (tmp_path / "0.tar").write_bytes(data)
     found = []
-    with pytest.raises(TruncatedShardError, match=r"damaged.*'000000'"):
+    with pytest.raises(ShardError, match=r"damaged.*'000000'"):
         for sample in iterate_shard(tmp_path / "0.tar"):
             found.append(sample)
     assert found == samples[:1]
@@ -196,14 +195,14 @@ def test_a_damaged_header_ends_the_reading_there(tmp_path: Path, offset: int) ->
         (b"\x1f\x8b\x08\0" * 200, "gunzip"),
     ],
 )
-def test_what_is_no_tar_is_said_to_be_none(tmp_path: Path, content: bytes, says: str) -> None:
+def test_a_file_that_is_not_a_tar_raises(tmp_path: Path, content: bytes, says: str) -> None:
     (tmp_path / "0.tar").write_bytes(content)
     with pytest.raises(ShardError, match=says):
         list(iterate_shard(tmp_path / "0.tar"))
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"),
+    ("name", "flag"),
     [
         ("b.jpg", tarfile.SYMTYPE),
         ("b.jpg", tarfile.LNKTYPE),
@@ -215,21 +214,25 @@ def test_what_is_no_tar_is_said_to_be_none(tmp_path: Path, content: bytes, says:
         ("/etc/b.jpg", tarfile.REGTYPE),
     ],
 )
-def test_unsafe_members_are_refused_or_left_out(tmp_path: Path, name: str, kind: bytes) -> None:
+def test_unsafe_members_raise_or_are_skipped(tmp_path: Path, name: str, flag: bytes) -> None:
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        for member, flag in [("a.jpg", tarfile.REGTYPE), (name, kind), ("c.jpg", tarfile.REGTYPE)]:
+        for member, member_flag in [
+            ("a.jpg", tarfile.REGTYPE),
+            (name, flag),
+            ("c.jpg", tarfile.REGTYPE),
+        ]:
             info = tarfile.TarInfo(member)
-            info.type, info.linkname = flag, "/etc/passwd"
+            info.type, info.linkname = member_flag, "/etc/passwd"
             tar.addfile(info)
     with pytest.raises(ShardError, match=r"regular file|outside"):
         list(iterate_shard(tmp_path / "0.tar"))
-    refused = []
-    found = list(iterate_shard(tmp_path / "0.tar", lambda member, _: refused.append(member)))
+    skipped = []
+    found = list(iterate_shard(tmp_path / "0.tar", lambda member, _: skipped.append(member)))
     assert [key for key, _ in found] == ["a", "c"]
-    assert refused == [name]
+    assert skipped == [name]
 
 
-def test_the_index_reaches_every_member_of_every_shard(tmp_path: Path) -> None:
+def test_the_index_reads_every_member_of_every_shard(tmp_path: Path) -> None:
     manifest, samples = make_dataset(tmp_path, (3, 2, 4))
     index = ShardIndex(tmp_path, manifest)
     assert len(index) == 9
@@ -241,7 +244,7 @@ def test_the_index_reaches_every_member_of_every_shard(tmp_path: Path) -> None:
         index.member(4, "jpg")
 
 
-def test_the_index_serves_samples_with_different_members(tmp_path: Path) -> None:
+def test_the_index_reads_samples_with_different_members(tmp_path: Path) -> None:
     shards = [[("a", {"png": b"1"}), ("b", {"jpg": b"2"})], [("c", {"txt": b"3"})]]
     infos = [write_shard(tmp_path / "shards" / f"{i}.tar", s) for i, s in enumerate(shards)]
     Manifest("images", (), tuple(infos)).write(tmp_path)
@@ -250,12 +253,12 @@ def test_the_index_serves_samples_with_different_members(tmp_path: Path) -> None
     assert bytes(index.member(2, "txt")) == b"3"
 
 
-def test_the_index_refuses_a_shard_that_is_missing_cut_or_not_as_listed(tmp_path: Path) -> None:
+def test_a_missing_truncated_or_mismatched_shard_raises(tmp_path: Path) -> None:
     manifest, _ = make_dataset(tmp_path)
     listed = manifest.shards[0]
-    wrong = ShardInfo(listed.name, listed.samples + 1, listed.bytes, listed.sha256)
+    mismatched = ShardInfo(listed.name, listed.samples + 1, listed.bytes, listed.sha256)
     with pytest.raises(ValueError, match=r"00000.tar: 3 samples, the manifest says 4"):
-        ShardIndex(tmp_path, Manifest("images", (), (wrong,)))
+        ShardIndex(tmp_path, Manifest("images", (), (mismatched,)))
     path = tmp_path / "shards" / "00001.tar"
     path.write_bytes(path.read_bytes()[:-512])
     with pytest.raises(ValueError, match=r"00001.tar.*the manifest says"):
@@ -265,7 +268,7 @@ def test_the_index_refuses_a_shard_that_is_missing_cut_or_not_as_listed(tmp_path
         ShardIndex(tmp_path)
 
 
-def test_a_manifest_comes_back_as_written(tmp_path: Path) -> None:
+def test_a_manifest_is_read_back_as_written(tmp_path: Path) -> None:
     shards = (ShardInfo("00000.tar", 3, 4096, "ab"), ShardInfo("00001.tar", 2, 2048, "cd"))
     manifest = Manifest(
         "encoded", ("original", "long"), shards, ("sharpness",), {"latents": "pixels"}, {"a": [1]}
@@ -293,7 +296,7 @@ def test_a_manifest_comes_back_as_written(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_manifest_that_cannot_be_used_is_named(
+def test_an_invalid_manifest_raises_with_its_path(
     tmp_path: Path, content: str | None, says: str
 ) -> None:
     if content is not None:
@@ -303,17 +306,17 @@ def test_a_manifest_that_cannot_be_used_is_named(
     assert "manifest.json" in str(error.value)
 
 
-def test_scores_come_back_in_shard_order_and_nan_is_not_null(tmp_path: Path) -> None:
+def test_scores_are_read_in_shard_order_and_nan_is_not_null(tmp_path: Path) -> None:
     manifest, _ = make_dataset(tmp_path, (2, 1))
-    kinds = ["original", "long"] * 2
+    captions = ["original", "long"] * 2
     values = {"sharpness": [1, 2, 3, np.nan], "clip": np.array([0.5, 0.25, 0, 1])}
     first, second = (scores_path(tmp_path, shard) for shard in manifest.shards)
-    write_scores(first, ["a", "a", "b", "b"], kinds, values)
+    write_scores(first, ["a", "a", "b", "b"], captions, values)
     write_scores(second, ["c"], ["original"], {"sharpness": [7], "clip": [8]})
     rewarded = Manifest("images", ("original", "long"), manifest.shards, ("clip", "sharpness"))
     table = read_scores(tmp_path, rewarded)
     assert table.keys == ["a", "a", "b", "b", "c"]
-    assert table.captions == [*kinds, "original"]
+    assert table.captions == [*captions, "original"]
     assert table.rewards == ("clip", "sharpness")
     assert table.values.dtype == np.float32
     np.testing.assert_array_equal(table.values[:, 1], np.array([1, 2, 3, np.nan, 7], np.float32))
@@ -322,15 +325,15 @@ def test_scores_come_back_in_shard_order_and_nan_is_not_null(tmp_path: Path) -> 
     assert str(pq.read_schema(first).field("clip").type) == "float"
 
 
-def test_scores_that_are_missing_or_torn_are_named(tmp_path: Path) -> None:
+def test_missing_or_truncated_scores_raise_with_their_path(tmp_path: Path) -> None:
     manifest, _ = make_dataset(tmp_path, (1,))
     path = scores_path(tmp_path, manifest.shards[0])
     with pytest.raises(ValueError, match=r"00000.parquet: no such file.*miro annotate"):
         read_scores(tmp_path)
     write_scores(path, ["a"], ["original"], {"sharpness": [1]})
-    wanted = Manifest("images", ("original",), manifest.shards, ("clip",))
+    with_clip = Manifest("images", ("original",), manifest.shards, ("clip",))
     with pytest.raises(ValueError, match="no column 'clip'"):
-        read_scores(tmp_path, wanted)
+        read_scores(tmp_path, with_clip)
     path.write_bytes(path.read_bytes()[:-20])
     for read in (read_shard_scores, score_columns):
         with pytest.raises(ValueError, match=r"00000.parquet: not a score file"):
@@ -355,7 +358,7 @@ def test_atomic_write_takes_bytes_or_a_function_of_the_path(tmp_path: Path) -> N
     assert names_in(tmp_path) == {"a"}
 
 
-def test_a_linked_file_is_the_same_file_and_linking_again_leaves_nothing(tmp_path: Path) -> None:
+def test_link_or_copy_hard_links_and_may_be_repeated(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"one")
     for _ in range(2):
         link_or_copy(tmp_path / "a", tmp_path / "to" / "b")
@@ -363,14 +366,14 @@ def test_a_linked_file_is_the_same_file_and_linking_again_leaves_nothing(tmp_pat
     assert names_in(tmp_path) == {"a", "b"}
 
 
-def test_across_disks_a_link_becomes_a_copy(tmp_path: Path, small_disk: Path) -> None:
+def test_link_or_copy_copies_across_file_systems(tmp_path: Path, small_disk: Path) -> None:
     (tmp_path / "a").write_bytes(b"one")
     link_or_copy(tmp_path / "a", small_disk / "b")
     assert (small_disk / "b").read_bytes() == b"one"
     assert names_in(small_disk) == {"b"}
 
 
-def test_a_full_disk_is_said_with_the_room_left_and_what_was_whole_stays(small_disk: Path) -> None:
+def test_a_full_disk_raises_with_the_free_bytes_and_keeps_complete_files(small_disk: Path) -> None:
     write_shard(small_disk / "0.tar", some_samples(5))
     with pytest.raises(OSError, match=r"no space left.*bytes are needed, [\d,]+ are free") as error:
         write_shard(small_disk / "1.tar", some_samples(200))
