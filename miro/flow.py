@@ -58,7 +58,7 @@ def add_noise(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 
 def velocity(config: FlowConfig, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """v from the network's output: itself, or (x_t − x̂) / t; fp32 (B, C, H, W), t (B,)."""
+    """Velocity v from the network's output: itself, or (x_t − x̂) / t; fp32 (B, C, H, W)."""
     if config.prediction_type == "velocity":
         return prediction
     return (x_t - prediction) / t[:, None, None, None].clamp(min=MIN_TIMESTEP)
@@ -82,7 +82,7 @@ def euler_timesteps(steps: int) -> Tensor:
 def euler_step(
     x_t: Tensor, v: Tensor, t: Tensor, t_next: Tensor, clip_range: float | None
 ) -> Tensor:
-    """x at t_next < t: x_t + (t_next − t)·v.
+    """Euler step to t_next < t: x_t + (t_next − t)·v.
 
     With `clip_range` the clean sample that v implies, x̂ = x_t − t·v, is clamped to ±clip_range
     first: guidance drives pixels out of range. Latents have no range.

@@ -96,13 +96,9 @@ class EncodingConfig:
         return list(found)
 
     def center_crop(self, image: Tensor) -> Tensor:
-        """Crop an image to the aspect ratio of the nearest bucket and resize it, antialiased.
+        """Center-crop a uint8 image (3, H, W) to the nearest bucket's aspect and resize it to it.
 
-        Args:
-            image: uint8 (3, H, W).
-
-        Returns:
-            uint8 (3, height, width) of the bucket; the image itself if `size` is None.
+        The resize is antialiased. Without a `size` the image is returned as it is.
         """
         if not (sides := self.bucket_sizes()):
             return image
@@ -151,14 +147,7 @@ class FrozenEncoders:
         batch_size: int,
         cache_bytes: int,
     ) -> None:
-        """Load both encoders.
-
-        Args:
-            encoding: which encoders.
-            device: device to compute on.
-            batch_size: images per forward pass.
-            cache_bytes: size of the cache of repeated captions.
-        """
+        """Load both; batch_size: images per forward pass, cache_bytes: of repeated captions."""
         dtype = _DTYPES[encoding.precision]
         self.encoding, self.batch_size = encoding, batch_size
         self.codec = build_codec(encoding.latents, device, dtype=dtype)
@@ -170,9 +159,8 @@ class FrozenEncoders:
     def record(self, encoding: EncodingConfig, image: Tensor) -> dict[str, Any]:
         """The `encoding` entry of a manifest.
 
-        Args:
-            encoding: with this object's encoders, possibly of other sizes.
-            image: a cropped image, uint8 (3, H, W), whose shape decides where `size` is None.
+        `encoding` has these encoders but maybe other sizes; if its size is None, the shape of the
+        uint8 `image` (3, H, W) decides.
         """
         sides = encoding.bucket_sizes() or [(image.shape[1], image.shape[2])]
         shapes = [list(self.codec.latent_shape(*side)) for side in sides]

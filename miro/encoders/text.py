@@ -11,7 +11,7 @@ import contextlib
 import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,24 +25,11 @@ DEFAULT_MAX_TOKENS = 256
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 65536}
 
 
-class TextEncoder(Protocol):
-    """A frozen encoder; `dim` is the width of a state, `max_tokens` includes special tokens."""
-
-    name: str
-    dim: int
-    max_tokens: int
-
-    def encode(self, captions: Sequence[str]) -> list[Tensor]:
-        """Token states, float32 (length_i, dim) on the CPU; (0, dim) for an empty caption."""
-        ...
-
-    def cut(self, captions: Sequence[str]) -> list[bool]:
-        """True for each caption that `encode` truncates to `max_tokens`."""
-        ...
-
-
 class TransformersEncoder:
-    """A text encoder of the transformers library: BERT-like, CLIP's, or the encoder of a T5."""
+    """A text encoder of the transformers library: BERT-like, CLIP's, or the encoder of a T5.
+
+    `dim` is the width of a state; `max_tokens` includes special tokens.
+    """
 
     def __init__(self, name: str, model: Any, tokenizer: Any, max_tokens: int) -> None:
         self.name = name

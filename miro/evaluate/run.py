@@ -33,13 +33,13 @@ def evaluate(
         run: a run's folder or a weights folder.
         rewards: rewards to score with, NAME or NAME=weights.
         prompts: a UTF-8 text file, one prompt per line.
-        count: number of prompts.
+        count: number of prompts to use.
         positive: quantile levels s⁺ by reward; 1 for a conditioned reward not named.
         negative: quantile levels s⁻ by reward; 0 for a reward not named.
-        reward_scale: ω of reward guidance.
-        text_scale: scale of classifier-free guidance on the text.
+        reward_scale: ω of `Guidance`.
+        text_scale: τ of `Guidance`.
         steps: Euler steps.
-        seed: of the noise.
+        seed: seed of the noise.
 
     Returns:
         The path of evaluation.json.

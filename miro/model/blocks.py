@@ -39,13 +39,13 @@ class Modulation(NamedTuple):
 
 
 def modulated_norm(x: Tensor, mod: Modulation) -> Tensor:
-    """h = (1 + scale) · LN(x) + shift, (B, N, D)."""
+    """AdaLN: h = (1 + scale) · LN(x) + shift, (B, N, D)."""
     shared, offset, table = mod.shared[:, 1:], mod.offset[1:], mod.table[:, :, 1:]
     return cast("Tensor", reward_adaln(x, shared, offset, table, mod.bins, mod.keep))
 
 
 def gated_residual_norm(x: Tensor, branch: Tensor, mod: Modulation) -> tuple[Tensor, Tensor]:
-    """x′ = x + gate · branch and h = (1 + scale) · LN(x′) + shift, in one kernel."""
+    """Residual and adaLN: x′ = x + gate · branch, h = (1 + scale) · LN(x′) + shift."""
     out = reward_adaln(x, mod.shared, mod.offset, mod.table, mod.bins, mod.keep, branch=branch)
     return cast("tuple[Tensor, Tensor]", out)
 

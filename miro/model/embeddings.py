@@ -13,15 +13,9 @@ from miro.model.packed_text import PackedText
 
 
 def sinusoids(values: Tensor, channels: int, longest_period: float) -> Tensor:
-    """Sinusoidal embedding (Transformer, arXiv 1706.03762, section 3.5).
+    """Sinusoidal embedding of values (...,) as (..., channels) fp32, cosines first.
 
-    Args:
-        values: (...,) numbers.
-        channels: even width of the result.
-        longest_period: the periods are geometric, from 2π to 2π · longest_period.
-
-    Returns:
-        (..., channels) fp32, cosines first.
+    The periods are geometric, from 2π to 2π · longest_period (arXiv 1706.03762, section 3.5).
     """
     steps = torch.arange(channels // 2, device=values.device, dtype=torch.float32)
     angles = values.float()[..., None] * torch.exp(
@@ -126,8 +120,8 @@ def pos_embed_2d_sincos(
     clearly on a grid of any size.
 
     Args:
-        rows: of the grid of tokens.
-        columns: of the grid of tokens.
+        rows: rows of tokens.
+        columns: columns of tokens.
         channels: width, divisible by 4.
         reference_grid: (rows, columns) of the grid that sets the periods; other grids share its
             centre and its distance between tokens. None: this grid.
@@ -159,7 +153,7 @@ def rope_angles(
     reference_grid: tuple[int, int] | None = None,
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of 2-D RoPE, each (rows · columns, head size / 2) fp32.
+    """Cosines and sines of 2-D RoPE, each (rows · columns, head size / 2) fp32.
 
     The first half of the pairs rotates with the row, the second with the column (axial RoPE, arXiv
     2403.13298). `reference_grid` as in `pos_embed_2d_sincos`.

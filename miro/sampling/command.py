@@ -43,12 +43,12 @@ def sample_images(
         prompts: what to sample.
         positive: quantile levels s⁺ by reward; 1 for a conditioned reward not named.
         negative: quantile levels s⁻ by reward; 0 for a reward not named.
-        reward_scale: ω of reward guidance.
-        text_scale: scale of classifier-free guidance on the text.
+        reward_scale: ω of `Guidance`.
+        text_scale: τ of `Guidance`.
         steps: Euler steps.
-        seed: of the noise.
+        seed: seed of the noise.
         count: images per prompt.
-        candidates: images sampled for each image written.
+        candidates: images sampled per image written.
         best_by: the reward that ranks candidates, NAME or NAME=weights.
         aspect: such as 4:3; the nearest training bucket is sampled.
         out: folder for the files; None: `run`/samples.

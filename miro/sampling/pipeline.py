@@ -169,8 +169,8 @@ class Pipeline:
 
         Args:
             prompts: one per image.
-            guidance: targets and scales, as `self.guidance` builds them.
-            seed: of the noise.
+            guidance: targets and scales, from `self.guidance`.
+            seed: seed of the noise.
             numbers: noise number of each image; None: 0, 1, 2, …
             steps: Euler steps.
             batch: images sampled at a time.

@@ -158,14 +158,6 @@ def draw_noise(shape: tuple[int, int, int], seed: int, numbers: Sequence[int]) -
 
 
 def best_of(scores: Tensor, count: int) -> Tensor:
-    """Choose the best of each prompt's candidates.
-
-    Args:
-        scores: (B · count,) scores, the `count` candidates of a prompt adjacent; NaN never wins.
-        count: candidates per prompt.
-
-    Returns:
-        (B,) indices into `scores`.
-    """
+    """(B,) index of the highest of each `count` adjacent scores (B · count,); NaN never wins."""
     rows = scores.nan_to_num(nan=-torch.inf).reshape(-1, count)
     return rows.argmax(1) + torch.arange(len(rows)) * count

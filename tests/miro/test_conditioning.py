@@ -1,4 +1,4 @@
-"""Bins, unknown scores, dropout and targets."""
+"""Binning, missing scores, dropout and targets."""
 
 import json
 from collections import Counter
@@ -30,7 +30,7 @@ def assigned(bins: Bins, scores: np.ndarray) -> list[int]:
 
 @pytest.mark.parametrize("count", [2, 3, 64])
 @pytest.mark.parametrize("samples", [64, 100, 1000, 997])
-def test_distinct_scores_fill_the_bins_equally(count: int, samples: int) -> None:
+def test_distinct_scores_fill_quantile_bins_equally(count: int, samples: int) -> None:
     scores = np.random.default_rng(0).standard_cauchy((samples, 1)).astype(np.float32)
 
     bins = Bins.fit(scores, ["clip"], count)
@@ -40,13 +40,13 @@ def test_distinct_scores_fill_the_bins_equally(count: int, samples: int) -> None
     assert sizes.max() - sizes.min() <= 1
 
 
-def test_fewer_scores_than_bins_spread_from_the_first_bin_to_the_last() -> None:
+def test_fewer_scores_than_bins_spread_over_all_bins() -> None:
     scores = column(3, 1, 2)
 
     assert assigned(Bins.fit(scores, ["clip"], 10), scores) == [9, 3, 6]
 
 
-def test_a_better_score_never_falls_into_a_lower_bin() -> None:
+def test_bins_are_monotonic_in_the_score() -> None:
     scores = np.sort(np.random.default_rng(1).normal(size=(500, 1)).round(1), 0)
 
     for binning in ("quantile", "equal_width"):
@@ -63,27 +63,27 @@ def test_equal_scores_share_a_bin() -> None:
     assert min(bins[50:]) > bins[0]
 
 
-def test_a_constant_reward_fills_one_bin() -> None:
+def test_a_constant_reward_is_in_one_bin() -> None:
     scores = column(*[0.3] * 20)
 
     for binning in ("quantile", "equal_width"):
         assert len(set(assigned(Bins.fit(scores, ["clip"], 8, binning), scores))) == 1
 
 
-def test_bins_of_equal_width_divide_the_range() -> None:
+def test_equal_width_bins_divide_the_range() -> None:
     scores = column(0, 1, 2, 3, 100)
 
     assert assigned(Bins.fit(scores, ["clip"], 4, "equal_width"), scores) == [0, 0, 0, 0, 3]
 
 
-def test_scores_beyond_those_fitted_fall_into_the_outer_bins() -> None:
+def test_scores_outside_the_fitted_range_are_in_the_outer_bins() -> None:
     bins = Bins.fit(column(*range(100)), ["clip"], 10)
 
     assert assigned(bins, column(-1e30, -1, 100, 1e30)) == [0, 0, 9, 9]
 
 
 @pytest.mark.parametrize("unknown", [NAN, np.inf, -np.inf])
-def test_a_score_that_is_no_number_is_not_known_and_does_not_move_the_bins(
+def test_a_non_finite_score_is_unknown_and_does_not_change_the_bins(
     unknown: float,
 ) -> None:
     scores = column(5, 1, unknown, 3, unknown, 4, 2)
@@ -96,7 +96,7 @@ def test_a_score_that_is_no_number_is_not_known_and_does_not_move_the_bins(
     assert found[known].tolist() == [4, 0, 2, 3, 1]
 
 
-def test_each_reward_has_bins_of_its_own() -> None:
+def test_each_reward_has_its_own_bins() -> None:
     scores = np.concatenate((column(1, 2, 3, 4), column(40, 30, 20, NAN)), 1)
 
     found, known = Bins.fit(scores, ["clip", "vqa"], 2).assign(scores)
@@ -114,27 +114,27 @@ def test_bins_do_not_depend_on_the_order_of_the_samples() -> None:
     assert Bins.fit(scores, names, 16) == Bins.fit(shuffled, names, 16)
 
 
-def test_a_reward_without_any_score_is_refused_by_name() -> None:
+def test_a_reward_without_scores_is_rejected_by_name() -> None:
     scores = np.concatenate((column(1, 2), column(NAN, NAN)), 1)
 
     with pytest.raises(ValueError, match="'vqa' has no known score.*annotate"):
         Bins.fit(scores, ["clip", "vqa"], 4)
 
 
-def test_levels_run_from_zero_to_one() -> None:
+def test_quantile_levels_run_from_zero_to_one() -> None:
     levels = Bins.fit(column(*range(9)), ["clip"], 5).quantile_levels()
 
     torch.testing.assert_close(levels, torch.tensor([0, 0.25, 0.5, 0.75, 1]))
 
 
-def test_bins_without_rewards_can_be_used() -> None:
+def test_bins_of_no_rewards() -> None:
     bins = Bins.fit(np.zeros((4, 0), np.float32), [], 64)
 
     assert bins.rewards == () and bins.assign(np.zeros((4, 0)))[0].shape == (4, 0)
     assert len(bins.quantile_levels()) == bins.count
 
 
-def test_bins_survive_their_file_exactly() -> None:
+def test_bins_round_trip_through_json_exactly() -> None:
     scores = np.random.default_rng(4).normal(size=(300, 2)).astype(np.float32)
     bins = Bins.fit(scores, ["clip", "vqa"], 64)
 
@@ -152,27 +152,27 @@ def test_bins_survive_their_file_exactly() -> None:
      '{"version": 1, "edges": {"clip": [1, 2], "vqa": [1]}}',
      '{"version": 1, "edges": {"clip": [2, 1]}}'],
 )  # fmt: skip
-def test_a_broken_bins_file_is_named(text: str) -> None:
+def test_a_malformed_bins_file_is_named(text: str) -> None:
     with pytest.raises(ValueError, match=r"run/bins\.json is not a bins file"):
         Bins.from_json(text, "run/bins.json")
 
 
-def test_a_saved_file_is_plain_json() -> None:
+def test_the_format_of_the_bins_file() -> None:
     record = json.loads(Bins.fit(column(1, 2, 3, 4), ["clip"], 2).to_json())
 
     assert record == {"version": 1, "edges": {"clip": [3.0]}}
 
 
-def test_the_rewards_trained_on_are_those_configured() -> None:
+def test_conditioned_rewards_are_those_of_the_configuration() -> None:
     data = ("clip", "vqa", "hpsv2")
 
-    def told(rewards: tuple[str, ...] | None) -> list[bool]:
+    def mask(rewards: tuple[str, ...] | None) -> list[bool]:
         return conditioned_rewards(ConditioningConfig(rewards=rewards), data).tolist()
 
-    assert told(None) == [True] * 3 and told(()) == [False] * 3
-    assert told(("hpsv2", "clip")) == [True, False, True]
+    assert mask(None) == [True] * 3 and mask(()) == [False] * 3
+    assert mask(("hpsv2", "clip")) == [True, False, True]
     with pytest.raises(ValueError, match="unknown reward.*'vqaa'.*did you mean 'vqa'.*clip, hpsv2"):
-        told(("vqaa",))
+        mask(("vqaa",))
 
 
 def uniform(*shape: int) -> torch.Tensor:
@@ -180,35 +180,35 @@ def uniform(*shape: int) -> torch.Tensor:
 
 
 def drop(rows: int = 40_000, rewards: int = 3, **probabilities: Any) -> torch.Tensor:
-    known, trained = torch.ones(rows, rewards, dtype=torch.bool), torch.ones(rewards).bool()
+    known, active = torch.ones(rows, rewards, dtype=torch.bool), torch.ones(rewards).bool()
     config = ConditioningConfig(**{"drop_all": 0.0, **probabilities})
-    return keep_rewards(config, known, trained, uniform(rows, rewards + 1))
+    return keep_rewards(config, known, active, uniform(rows, rewards + 1))
 
 
 def test_each_reward_is_dropped_at_its_rate_and_independently() -> None:
-    kept = drop(drop_one=0.3)
+    keep = drop(drop_one=0.3)
 
-    assert (kept.float().mean(0) - 0.7).abs().max() < 0.01
-    patterns = Counter(map(tuple, kept.tolist()))
+    assert (keep.float().mean(0) - 0.7).abs().max() < 0.01
+    patterns = Counter(map(tuple, keep.tolist()))
     for pattern in [(True,) * 3, (True, False, True), (False,) * 3]:
         chance = 0.7 ** sum(pattern) * 0.3 ** (3 - sum(pattern))
         assert abs(patterns[pattern] / 40_000 - chance) < 0.01
 
 
-def test_all_rewards_of_a_sample_are_dropped_together_at_their_rate() -> None:
-    kept = drop(drop_all=0.2)
+def test_all_rewards_are_dropped_together_at_their_rate() -> None:
+    keep = drop(drop_all=0.2)
 
-    assert set(map(tuple, kept.tolist())) == {(True,) * 3, (False,) * 3}
-    assert abs(kept[:, 0].float().mean() - 0.8) < 0.01
-
-
-def test_both_dropouts_together() -> None:
-    kept = drop(drop_one=0.25, drop_all=0.2)
-
-    assert (kept.float().mean(0) - 0.75 * 0.8).abs().max() < 0.01
+    assert set(map(tuple, keep.tolist())) == {(True,) * 3, (False,) * 3}
+    assert abs(keep[:, 0].float().mean() - 0.8) < 0.01
 
 
-def test_text_is_dropped_at_its_rate_and_independently_of_rewards() -> None:
+def test_both_reward_dropouts_combine() -> None:
+    keep = drop(drop_one=0.25, drop_all=0.2)
+
+    assert (keep.float().mean(0) - 0.75 * 0.8).abs().max() < 0.01
+
+
+def test_text_dropout_is_independent_of_reward_dropout() -> None:
     config = ConditioningConfig(drop_all=0.5, drop_text=0.3)
     drawn, everything = uniform(40_000, 3), torch.ones(40_000, 1).bool()
     rewards = keep_rewards(config, everything, everything[0], drawn[:, 1:])
@@ -219,20 +219,20 @@ def test_text_is_dropped_at_its_rate_and_independently_of_rewards() -> None:
     assert abs((text & rewards[:, 0]).float().mean() - 0.7 * 0.5) < 0.01
 
 
-@pytest.mark.parametrize(("probability", "kept"), [(0.0, True), (1.0, False)])
-def test_rates_of_zero_and_one_are_exact(probability: float, kept: bool) -> None:
-    assert (drop(drop_one=probability) == kept).all()
-    assert (drop(drop_all=probability) == kept).all()
+@pytest.mark.parametrize(("probability", "keep"), [(0.0, True), (1.0, False)])
+def test_dropout_rates_of_zero_and_one_are_exact(probability: float, keep: bool) -> None:
+    assert (drop(drop_one=probability) == keep).all()
+    assert (drop(drop_all=probability) == keep).all()
     config = ConditioningConfig(drop_text=probability)
-    assert (keep_text(config, uniform(10_000, 1)[:, 0]) == kept).all()
+    assert (keep_text(config, uniform(10_000, 1)[:, 0]) == keep).all()
 
 
-def test_an_unknown_or_untrained_reward_is_never_told() -> None:
+def test_unknown_and_inactive_rewards_are_always_masked() -> None:
     known = torch.rand(5000, 3, generator=torch.Generator().manual_seed(0)) < 0.5
-    trained = torch.tensor([True, False, True])
+    active = torch.tensor([True, False, True])
     for config in (ConditioningConfig(drop_all=0.0), ConditioningConfig(drop_one=0.5)):
-        kept = keep_rewards(config, known, trained, uniform(5000, 4))
-        assert not (kept & ~known).any() and not kept[:, 1].any() and kept[:, 0].any()
+        keep = keep_rewards(config, known, active, uniform(5000, 4))
+        assert not (keep & ~known).any() and not keep[:, 1].any() and keep[:, 0].any()
 
 
 @pytest.mark.parametrize(
@@ -244,12 +244,12 @@ def test_an_unknown_or_untrained_reward_is_never_told() -> None:
         ({"drop_text": NAN}, "conditioning.drop_text.*got nan"),
     ],
 )
-def test_impossible_values_are_named(bad: dict, words: str) -> None:
+def test_invalid_values_are_named_in_the_error(bad: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ConditioningConfig(**bad)
 
 
-def test_a_target_asks_for_the_default_but_where_told_otherwise() -> None:
+def test_a_target_has_the_default_for_rewards_not_named() -> None:
     rewards = ("clip", "vqa", "hpsv2")
 
     assert RewardTarget.from_dict(rewards, {}, 1.0).levels == (1.0, 1.0, 1.0)
@@ -261,13 +261,13 @@ def test_a_target_asks_for_the_default_but_where_told_otherwise() -> None:
     assert RewardTarget.from_dict(rewards, {"clip": 0.0}, None).levels == (0.0, None, None)
 
 
-def test_a_target_of_an_unknown_reward_offers_the_nearest() -> None:
+def test_a_target_of_an_unknown_reward_suggests_the_nearest() -> None:
     with pytest.raises(ValueError, match="unknown reward.*'hpsv'.*did you mean 'hpsv2'"):
         RewardTarget.from_dict(("clip", "hpsv2"), {"hpsv": 1.0}, 1.0)
 
 
 @pytest.mark.parametrize("level", [-0.01, 1.01, NAN, float("inf")])
-def test_a_target_outside_zero_to_one_is_refused(level: float) -> None:
+def test_a_target_outside_zero_to_one_is_rejected(level: float) -> None:
     with pytest.raises(ValueError, match=f"target of clip.*0.*1.*got {level}"):
         RewardTarget.from_dict(("clip",), {"clip": level}, 1.0)
     with pytest.raises(ValueError, match=f"0.*1.*got {level}"):

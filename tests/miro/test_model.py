@@ -1,4 +1,4 @@
-"""The flow transformer: what its output depends on, and what it must not depend on."""
+"""The flow transformer: what its output depends on, and what it must be invariant to."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +24,7 @@ def build(config: ModelConfig = CONFIG, rewards: int = REWARDS) -> FlowTransform
 
 @pytest.fixture
 def trained() -> FlowTransformer:
-    """A network whose every parameter has moved away from where it began."""
+    """A network whose parameters are all away from their initial values."""
     model = build()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -57,14 +57,14 @@ def inputs(draw: Callable[..., Tensor]) -> Inputs:
     return Inputs(draw)
 
 
-def test_a_fresh_network_predicts_zero_whatever_it_is_given(inputs: Inputs) -> None:
+def test_an_untrained_network_predicts_zero(inputs: Inputs) -> None:
     out = inputs(build())
 
     assert out.shape == (3, *SHAPE) and out.dtype == torch.float32
     assert torch.equal(out, torch.zeros_like(out))
 
 
-def test_a_fresh_networks_tokens_ignore_rewards_and_text(inputs: Inputs) -> None:
+def test_an_untrained_networks_tokens_ignore_rewards_and_text(inputs: Inputs) -> None:
     model = build()
     with torch.no_grad():
         model.out.weight.normal_()
@@ -72,23 +72,23 @@ def test_a_fresh_networks_tokens_ignore_rewards_and_text(inputs: Inputs) -> None
     inputs.bins, inputs.texts = (inputs.bins + 1) % LEVELS, [t + 1 for t in inputs.texts]
 
     assert before.abs().max() > 0.1
-    # Gates start at zero, so no branch, and with it no text, reaches the output.
+    # Gates are initialized to zero, so no branch, and thus no text, reaches the output.
     assert torch.equal(inputs(model), before)
 
 
-@pytest.mark.parametrize("what", ["x", "t", "a word", "word order", "bins", "keep"])
-def test_a_trained_network_depends_on_everything(
-    trained: FlowTransformer, inputs: Inputs, what: str
+@pytest.mark.parametrize("change", ["x", "t", "a token", "token order", "bins", "keep"])
+def test_a_trained_network_depends_on_every_input(
+    trained: FlowTransformer, inputs: Inputs, change: str
 ) -> None:
     before = inputs(trained)
-    match what:
+    match change:
         case "x":
             inputs.x[0, 0, 0, 0] += 1
         case "t":
             inputs.t[0] += 0.2
-        case "a word":
+        case "a token":
             inputs.texts[0][1] += 1
-        case "word order":
+        case "token order":
             inputs.texts[0] = inputs.texts[0].flip(0)
         case "bins":
             inputs.bins[0, 1] = 7
@@ -99,13 +99,11 @@ def test_a_trained_network_depends_on_everything(
 
     assert (after[0] - before[0]).abs().max() > 1e-3
     torch.testing.assert_close(
-        after[1:], before[1:], msg="other samples of the batch must not move"
+        after[1:], before[1:], msg="other samples of the batch must not change"
     )
 
 
-def test_the_bin_of_a_reward_that_is_not_kept_has_no_influence(
-    trained: FlowTransformer, inputs: Inputs
-) -> None:
+def test_the_bin_of_a_masked_reward_has_no_effect(trained: FlowTransformer, inputs: Inputs) -> None:
     before = inputs(trained)
     inputs.bins[~inputs.keep] = 6
 
@@ -123,7 +121,7 @@ def test_each_reward_has_its_own_effect(trained: FlowTransformer, inputs: Inputs
     assert (outs[0] - outs[1]).abs().max() > 1e-3 and (outs[1] - outs[2]).abs().max() > 1e-3
 
 
-def test_a_sample_alone_gives_what_it_gives_in_a_batch(
+def test_the_output_of_a_sample_does_not_depend_on_its_batch(
     trained: FlowTransformer, inputs: Inputs
 ) -> None:
     together = inputs(trained)
@@ -148,51 +146,51 @@ def test_a_nan_in_one_samples_text_stays_in_that_sample(
     assert after[0].isnan().all() and torch.equal(after[1:], before[1:])
 
 
-def test_no_text_at_all_is_texts_of_length_zero(trained: FlowTransformer, inputs: Inputs) -> None:
-    rewards, none = inputs.rewards(), empty_text(3, TEXT)
-    longer = PackedText(none.states, none.offsets, longest=7)  # any bound will do
+def test_empty_texts_need_no_tokens(trained: FlowTransformer, inputs: Inputs) -> None:
+    rewards, empty = inputs.rewards(), empty_text(3, TEXT)
+    longer = PackedText(empty.states, empty.offsets, longest=7)  # any upper bound is valid
     mixed = pack([torch.zeros(0, TEXT)] * 3 + [torch.ones(2, TEXT)])
 
-    out = trained(inputs.x, inputs.t, rewards, trained.encode_context(none))
+    out = trained(inputs.x, inputs.t, rewards, trained.encode_context(empty))
 
     bounded = trained(inputs.x, inputs.t, rewards, trained.encode_context(longer))
     torch.testing.assert_close(bounded, out)
     four = RewardCond(rewards.levels, inputs.bins[[0, 1, 2, 0]], inputs.keep[[0, 1, 2, 0]])
-    beside = trained(
+    with_another = trained(
         inputs.x[[0, 1, 2, 0]], inputs.t[[0, 1, 2, 0]], four, trained.encode_context(mixed)
     )
-    torch.testing.assert_close(beside[:3], out, rtol=1e-4, atol=1e-5)
-    assert (beside[3] - out[0]).abs().max() > 1e-3
+    torch.testing.assert_close(with_another[:3], out, rtol=1e-4, atol=1e-5)
+    assert (with_another[3] - out[0]).abs().max() > 1e-3
 
 
-def test_the_summary_of_an_absent_text_is_that_of_a_text_of_length_zero(
+def test_the_null_summary_is_that_of_an_empty_text(
     trained: FlowTransformer, inputs: Inputs
 ) -> None:
-    keys = trained.encode_context(pack(inputs.texts))
+    context = trained.encode_context(pack(inputs.texts))
 
-    torch.testing.assert_close(keys.summary[1], keys.null_summary[0])
-    assert (keys.summary[0] - keys.null_summary[0]).abs().max() > 1e-3
+    torch.testing.assert_close(context.summary[1], context.null_summary[0])
+    assert (context.summary[0] - context.null_summary[0]).abs().max() > 1e-3
 
 
-def test_levels_are_what_counts_and_not_how_they_are_indexed(
+def test_the_output_depends_on_levels_and_not_on_their_indices(
     trained: FlowTransformer, inputs: Inputs
 ) -> None:
     before = inputs(trained)
     text = trained.encode_context(pack(inputs.texts))
-    # A sampler's own short list of levels, in another order.
-    own, bins = torch.unique(inputs.rewards().levels[inputs.bins], return_inverse=True)
-    flipped = RewardCond(own.flip(0), len(own) - 1 - bins, inputs.keep)
+    # Only the levels that occur, in another order, as a sampler passes them.
+    levels, bins = torch.unique(inputs.rewards().levels[inputs.bins], return_inverse=True)
+    flipped = RewardCond(levels.flip(0), len(levels) - 1 - bins, inputs.keep)
 
     after = trained(inputs.x, inputs.t, flipped, text)
 
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
 
 
-def test_a_network_may_have_no_rewards(inputs: Inputs) -> None:
+def test_a_network_without_rewards(inputs: Inputs) -> None:
     model = build(rewards=0)
-    nothing = RewardCond(torch.tensor([0.0]), torch.zeros(3, 0).long(), torch.zeros(3, 0).bool())
+    no_rewards = RewardCond(torch.tensor([0.0]), torch.zeros(3, 0).long(), torch.zeros(3, 0).bool())
 
-    out = model(inputs.x, inputs.t, nothing, model.encode_context(pack(inputs.texts)))
+    out = model(inputs.x, inputs.t, no_rewards, model.encode_context(pack(inputs.texts)))
 
     assert out.shape == (3, *SHAPE)
     (out + 1).square().sum().backward()
@@ -210,8 +208,8 @@ def test_every_parameter_gets_a_gradient(inputs: Inputs) -> None:
 
     found = dict(zip(names, grads, strict=True))
     assert [name for name, grad in found.items() if not grad.abs().sum()] == []
-    # Gate, shift and scale of both kinds of sites, from time, text and each reward, and the offset
-    # of every site; but the first has no branch before it, and so no use for a gate.
+    # Gate, shift and scale of both sets, from time, text and each reward, and the offset of every
+    # adaLN; but the first adaLN follows no branch, so its gate is unused.
     shared = found["shared.weight"].unflatten(0, (2, 3, -1)).abs().sum((2, 3))
     table = found["table.out"].unflatten(-1, (2, 3, -1)).abs().sum((1, 4))
     offsets = found["offsets"].abs().sum(-1)
@@ -219,12 +217,12 @@ def test_every_parameter_gets_a_gradient(inputs: Inputs) -> None:
     assert (offsets > 0).flatten().tolist() == [False] + [True] * (offsets.numel() - 1)
 
 
-def test_the_network_knows_where_a_patch_lies(trained: FlowTransformer, inputs: Inputs) -> None:
+def test_equal_patches_differ_by_position(trained: FlowTransformer, inputs: Inputs) -> None:
     inputs.x[:] = 0.5
 
     tokens = trained._patchify(inputs(trained))
 
-    # The sample without text: rotation alone cannot tell equal patches apart.
+    # The sample without text: RoPE alone gives equal patches equal outputs.
     assert torch.pdist(tokens[1]).min() > 1e-3
 
 
@@ -238,7 +236,7 @@ def test_bf16_stays_close_to_fp32(trained: FlowTransformer, inputs: Inputs) -> N
     assert error < 0.05
 
 
-def test_a_batch_of_none_gives_none(trained: FlowTransformer) -> None:
+def test_an_empty_batch(trained: FlowTransformer) -> None:
     rewards = RewardCond(torch.tensor([0.5]), torch.zeros(0, 3).long(), torch.zeros(0, 3).bool())
 
     out = trained(
@@ -248,7 +246,7 @@ def test_a_batch_of_none_gives_none(trained: FlowTransformer) -> None:
     assert out.shape == (0, *SHAPE)
 
 
-def test_patches_and_back_is_the_identity(draw: Callable[..., Tensor]) -> None:
+def test_unpatchify_inverts_patchify(draw: Callable[..., Tensor]) -> None:
     model, x = build(), draw(2, *SHAPE)
 
     tokens = model._patchify(x)
@@ -259,7 +257,7 @@ def test_patches_and_back_is_the_identity(draw: Callable[..., Tensor]) -> None:
     assert torch.equal(model._unpatchify(tokens, *x.shape[2:]), x)
 
 
-def test_places_are_distinct_and_of_unit_variance() -> None:
+def test_position_embeddings_are_distinct_and_of_unit_variance() -> None:
     pos_embed = pos_embed_2d_sincos(3, 5, 32)
 
     assert pos_embed.shape == (15, 32)
@@ -267,15 +265,15 @@ def test_places_are_distinct_and_of_unit_variance() -> None:
     assert torch.pdist(pos_embed).min() > 0.5
 
 
-def test_rotated_scores_depend_on_the_offset_between_places_alone(
+def test_rope_scores_depend_on_relative_position_alone(
     draw: Callable[..., Tensor],
 ) -> None:
     cos, sin = (angle.double() for angle in rope_angles(4, 5, 16))
     ones, q, k = torch.ones(16).double(), draw(16), draw(16)
     q, k = q.expand(1, 20, 1, 16), k.expand(1, 20, 1, 16)
 
-    turned_q, turned_k = qk_norm_rope(q, k, ones, ones, cos, sin)
-    scores = torch.einsum("nd,md->nm", turned_q[0, :, 0], turned_k[0, :, 0])
+    rotated_q, rotated_k = qk_norm_rope(q, k, ones, ones, cos, sin)
+    scores = torch.einsum("nd,md->nm", rotated_q[0, :, 0], rotated_k[0, :, 0])
 
     grid = scores.reshape(4, 5, 4, 5)
     torch.testing.assert_close(grid[0, 0, 1, 2], grid[2, 1, 3, 3], rtol=1e-5, atol=1e-5)
@@ -283,7 +281,7 @@ def test_rotated_scores_depend_on_the_offset_between_places_alone(
 
 
 def text_embedding(depth: int) -> TextEmbedding:
-    """One with random weights, those of its norms included."""
+    """Random weights, those of the norms included."""
     torch.manual_seed(0)
     embedding = TextEmbedding(TEXT, 32, depth, heads=2, hidden=24)
     for param in embedding.blocks.parameters():
@@ -291,44 +289,44 @@ def text_embedding(depth: int) -> TextEmbedding:
     return embedding
 
 
-def test_words_read_the_words_of_their_own_text(inputs: Inputs) -> None:
+def test_tokens_attend_within_their_own_text(inputs: Inputs) -> None:
     embedding, text = text_embedding(depth=2), pack(inputs.texts)
     changed = text.states.clone()
     changed[0] += 1
 
-    words, _ = embedding(text)
-    differs = embedding(PackedText(changed, text.offsets, text.longest))[0] - words
+    tokens, _ = embedding(text)
+    change = embedding(PackedText(changed, text.offsets, text.longest))[0] - tokens
 
     own = len(inputs.texts[0])
-    assert (differs[:own].abs().amax(1) > 1e-3).all(), "each word of the changed text"
-    torch.testing.assert_close(differs[own:], torch.zeros_like(differs[own:]), rtol=0, atol=1e-5)
+    assert (change[:own].abs().amax(1) > 1e-3).all(), "each token of the changed text"
+    torch.testing.assert_close(change[own:], torch.zeros_like(change[own:]), rtol=0, atol=1e-5)
 
 
-def test_the_padding_of_an_absent_text_reaches_no_gradient(inputs: Inputs) -> None:
+def test_the_padding_of_an_empty_text_gives_no_nan_gradient(inputs: Inputs) -> None:
     embedding = text_embedding(depth=1)
 
-    words, _ = embedding(pack(inputs.texts))
-    words.square().sum().backward()
+    tokens, _ = embedding(pack(inputs.texts))
+    tokens.square().sum().backward()
 
     assert 0 in [len(text) for text in inputs.texts]
     assert all(p.grad.isfinite().all() for p in embedding.blocks.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("depth", [0, 2])
-def test_a_text_is_read_alike_wherever_it_lies_in_the_batch(inputs: Inputs, depth: int) -> None:
+def test_a_text_is_embedded_independently_of_its_batch(inputs: Inputs, depth: int) -> None:
     embedding = text_embedding(depth)
 
-    words, summary = embedding(pack(inputs.texts))
+    tokens, summary = embedding(pack(inputs.texts))
 
     start = 0
     for n, text in enumerate(inputs.texts):
         own, alone = embedding(pack([text]))
-        torch.testing.assert_close(words[start : start + len(text)], own, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(tokens[start : start + len(text)], own, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(summary[n], alone[0], rtol=1e-4, atol=1e-5)
         start += len(text)
-    absent = embedding.summary(torch.zeros(TEXT))
-    torch.testing.assert_close(summary[1], absent, rtol=1e-4, atol=1e-5)
-    # The same word reads differently at another place.
+    null_summary = embedding.summary(torch.zeros(TEXT))
+    torch.testing.assert_close(summary[1], null_summary, rtol=1e-4, atol=1e-5)
+    # The same token differs at another position.
     twice, _ = embedding(pack([inputs.texts[0][:1].repeat(2, 1)]))
     assert (twice[0] - twice[1]).abs().max() > 0.1
 
@@ -339,7 +337,7 @@ def test_the_network_is_the_same_for_the_same_seed() -> None:
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_places_and_angles_are_no_weights() -> None:
+def test_position_embeddings_are_not_in_the_state_dict() -> None:
     assert {"pos_embed", "cos", "sin"}.isdisjoint(build().state_dict())
 
 
@@ -356,11 +354,11 @@ def test_places_and_angles_are_no_weights() -> None:
         ({"text_depth": -1}, "model.text_depth must be at least 0, got -1"),
     ],
 )
-def test_an_impossible_shape_is_named(bad: dict[str, int], words: str) -> None:
+def test_invalid_sizes_are_named_in_the_error(bad: dict[str, int], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         replace(CONFIG, **bad)
 
 
-def test_a_patch_that_does_not_divide_the_latents_is_refused() -> None:
+def test_a_patch_that_does_not_divide_the_latents_is_rejected() -> None:
     with pytest.raises(ValueError, match="patch=4 does not divide latents of 6x8"):
         build(replace(CONFIG, patch=4))

@@ -34,8 +34,8 @@ def test_pack_concatenates_texts_and_keeps_empty_ones(texts):
 
 
 def test_keep_empties_the_dropped_texts(texts):
-    kept = pack(texts).keep(torch.tensor([True, True, False, True]))
-    assert_texts(kept, [texts[0], texts[1], texts[2][:0], texts[3]])
+    dropped = pack(texts).keep(torch.tensor([True, True, False, True]))
+    assert_texts(dropped, [texts[0], texts[1], texts[2][:0], texts[3]])
 
 
 def test_to_changes_the_states_and_not_the_offsets(texts):
