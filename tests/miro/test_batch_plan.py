@@ -19,11 +19,11 @@ from miro.training.engine import Engine
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_deepspeed_is_told_what_the_layout_says(stage: Any, precision: Any) -> None:
-    layout = BatchPlan(stage, world=8, micro_batch=4, accumulation=2)
+    plan = BatchPlan(stage, world=8, micro_batch=4, accumulation=2)
 
-    told = deepspeed_config(layout, precision, "cuda")
+    told = deepspeed_config(plan, precision, "cuda")
 
-    assert told["train_batch_size"] == layout.batch == 64
+    assert told["train_batch_size"] == plan.batch == 64
     assert told["train_micro_batch_size_per_gpu"] == 4
     assert told["gradient_accumulation_steps"] == 2
     assert told["zero_optimization"]["stage"] == stage
@@ -37,14 +37,14 @@ def test_deepspeed_is_told_what_the_layout_says(stage: Any, precision: Any) -> N
 def test_a_batch_is_micro_batch_times_accumulation_times_world(
     batch: int, world: int, micro: int | None, accumulation: int
 ) -> None:
-    layout = plan_batch(ShardingConfig(micro_batch=micro), batch=batch, world=world, stage=1)
+    plan = plan_batch(ShardingConfig(micro_batch=micro), batch=batch, world=world, stage=1)
 
-    assert layout.batch == batch and layout.accumulation == accumulation
+    assert plan.batch == batch and plan.accumulation == accumulation
     row = [
         image
         for rank in range(world)
-        for start in layout.positions(rank, 1000)
-        for image in range(start, start + layout.micro_batch)
+        for start in plan.positions(rank, 1000)
+        for image in range(start, start + plan.micro_batch)
     ]
     assert sorted(row) == list(range(1000, 1000 + batch))
 
@@ -70,7 +70,7 @@ def test_a_batch_that_does_not_divide_is_refused(
             {"plan": BatchPlan(1, 1, 4, 1), "name": "muon"},
             "choose adamw, or sharding.stage=0",
         ),
-        ({"plan": BatchPlan(3, 1, 4, 1), "compiled": True}, "compile=True does not go with"),
+        ({"plan": BatchPlan(3, 1, 4, 1), "compiled": True}, "compile=True does not work with"),
         ({"plan": BatchPlan(1, 1, 2, 2), "precision": "bf16"}, "choose sharding.stage=2"),
     ],
 )
@@ -86,8 +86,8 @@ def test_what_does_not_go_together_is_refused_with_what_does(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"offload": "optimizer", "stage": "0"}, "works with sharding.stage 1 or 2 or 3, got 0"),
-        ({"offload": "parameters", "stage": "2"}, "works with sharding.stage 3, got 2"),
+        ({"offload": "optimizer", "stage": "0"}, "needs sharding.stage 1 or 2 or 3, got 0"),
+        ({"offload": "parameters", "stage": "2"}, "needs sharding.stage 3, got 2"),
         ({"micro_batch": 0}, "micro_batch must be at least 1, got 0"),
     ],
 )
@@ -150,13 +150,13 @@ def test_a_step_waits_for_nothing(
 
 
 @pytest.mark.parametrize(("plan", "precision"), ALONE)
-def test_every_layout_learns_what_the_plain_one_does(layout: BatchPlan, precision: Any) -> None:
-    plain, cut = (engine(plan=which, precision=precision) for which in (PLAN, layout))
+def test_every_layout_learns_what_the_plain_one_does(plan: BatchPlan, precision: Any) -> None:
+    plain, cut = (engine(plan=which, precision=precision) for which in (PLAN, plan))
     for images in range(0, 20, 4):
         whole = inputs(images)
         learn(plain, part_of_loss(plain, whole, slice(0, 4)), images)
-        for start in range(0, 4, layout.micro_batch):
-            cut.backward(part_of_loss(cut, whole, slice(start, start + layout.micro_batch)))
+        for start in range(0, 4, plan.micro_batch):
+            cut.backward(part_of_loss(cut, whole, slice(start, start + plan.micro_batch)))
         cut.step(images)
 
     close = {"rtol": 1e-4, "atol": 1e-5} if precision == "fp32" else {"rtol": 0.05, "atol": 0.02}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from miro.cli.train import told
+from miro.cli.train import progress_detail
 from miro.data.reader import EncodedDataset
 from miro.training import metrics as meter
 from miro.training.checkpoint import RunFolder
@@ -78,6 +78,6 @@ def test_the_screen_shows_a_wait_that_matters(share: float, said: str) -> None:
         mfu=None,
     )
 
-    shown = told(progress)
+    shown = progress_detail(progress)
 
     assert (said in shown) and ("waiting" in shown) == bool(said)

@@ -234,11 +234,19 @@ def test_a_step_without_a_number_is_skipped_and_counted(stage: Any, precision: A
 
     learn(made, loss(made, 1) * torch.nan, images=4)
 
-    assert made.gradient_clipper.state_dict() | {"mean": 0} == {"mean": 0, "in_row": 1, "longest": 1, "total": 1}
+    assert made.gradient_clipper.state_dict() | {"mean": 0} == {
+        "mean": 0,
+        "in_row": 1,
+        "longest": 1,
+        "total": 1,
+    }
     for name, tensor in saved_tensors(made).items():
         assert torch.equal(tensor, before[name]), name
     learn(made, loss(made, 1), images=8)
-    assert made.gradient_clipper.state_dict()["in_row"] == 0 and made.gradient_clipper.state_dict()["total"] == 1
+    assert (
+        made.gradient_clipper.state_dict()["in_row"] == 0
+        and made.gradient_clipper.state_dict()["total"] == 1
+    )
     assert not torch.equal(saved_tensors(made)["master/out.bias"], before["master/out.bias"])
 
 

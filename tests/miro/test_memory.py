@@ -43,7 +43,7 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def measure(config: ModelConfig, layout: BatchPlan, precision: Any, bucket: int, out: Path) -> None:
+def measure(config: ModelConfig, plan: BatchPlan, precision: Any, bucket: int, out: Path) -> None:
     """Write the most that this rank holds from its second step's forward to its gradients."""
     miro.training.batch_plan.BUCKET = bucket
     # Every tensor gets pages of its own: the holes that others leave in glibc's heap, up to half as
@@ -52,9 +52,9 @@ def measure(config: ModelConfig, layout: BatchPlan, precision: Any, bucket: int,
     assert ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 2**17)
     torch.set_num_threads(1)
     ranks = init_distributed("cpu")
-    bins = torch.zeros(layout.micro_batch, REWARDS, dtype=torch.int64)
+    bins = torch.zeros(plan.micro_batch, REWARDS, dtype=torch.int64)
     rewards = RewardCond(torch.linspace(0, 1, 4), bins, bins.bool())
-    x, t = torch.zeros(layout.micro_batch, *LATENT), torch.zeros(layout.micro_batch)
+    x, t = torch.zeros(plan.micro_batch, *LATENT), torch.zeros(plan.micro_batch)
     small = FlowTransformer(ModelConfig(16, 1, 1, 16, 4), LATENT, TEXT, REWARDS)
     held, before = 0, 0
     for model in (small, None):
@@ -65,12 +65,12 @@ def measure(config: ModelConfig, layout: BatchPlan, precision: Any, bucket: int,
             torch.manual_seed(0)
             model = FlowTransformer(config, LATENT, TEXT, REWARDS)
         engine = Engine(
-            model, OptimizerConfig(), layout, total_images=100, precision=precision, env=ranks
+            model, OptimizerConfig(), plan, total_images=100, precision=precision, env=ranks
         )
         for step in range(2):
             reset_peak()
-            for _ in range(layout.accumulation):
-                out_ = engine.predict(x, t, rewards, absent(layout.micro_batch, TEXT))
+            for _ in range(plan.accumulation):
+                out_ = engine.predict(x, t, rewards, absent(plan.micro_batch, TEXT))
                 engine.backward(out_.square().mean())
                 del out_
             if step:
@@ -107,12 +107,12 @@ def test_memory_of_a_rank_falls_with_the_stage_as_estimated(
     parameters = parameter_count(model, LATENT, TEXT, REWARDS)
     measured = []
     for stage in stages:
-        layout = BatchPlan(stage, world=2, micro_batch=1, accumulation=1)  # type: ignore[arg-type]
+        plan = BatchPlan(stage, world=2, micro_batch=1, accumulation=1)  # type: ignore[arg-type]
         folder = tmp_path / f"{stage}"
-        together = Together(2, folder, model, layout, precision, bucket, folder, action=measure)
+        together = Together(2, folder, model, plan, precision, bucket, folder, action=measure)
         assert together.wait() == [0, 0], together.said()
         held = max(json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1))
-        expected = estimate(parameters, layout, precision).total
+        expected = estimate(parameters, plan, precision).total
         assert abs(held - expected) < 0.15 * expected, f"stage {stage}: {held} is not {expected}"
         measured.append(held)
     # In bf16 stage 2 adds up in fp32: in two halves that is what stage 1 keeps whole.
@@ -123,12 +123,12 @@ def test_memory_of_a_rank_falls_with_the_stage_as_estimated(
 LARGE = preset("large")
 
 
-def layout_of(stage: Any, world: int = 8, **options: Any) -> BatchPlan:
+def plan_of(stage: Any, world: int = 8, **options: Any) -> BatchPlan:
     return BatchPlan(stage, world, micro_batch=32, accumulation=8, **options)
 
 
 def test_each_stage_cuts_what_it_says() -> None:
-    stages = [estimate(2 * 10**9, layout_of(stage), "bf16") for stage in (0, 1, 2, 3)]
+    stages = [estimate(2 * 10**9, plan_of(stage), "bf16") for stage in (0, 1, 2, 3)]
     whole = stages[0]
 
     assert whole.weights == 4e9 and whole.masters + whole.moments + whole.average == 32e9
@@ -137,14 +137,14 @@ def test_each_stage_cuts_what_it_says() -> None:
     # Stage 1 holds them whole; stage 2 its part, as reduced and in fp32.
     assert stages[1].gradients == 4e9 and stages[2].gradients == 1.5e9
     assert stages[2].weights == 4e9 and stages[3].weights == 0.5e9
-    host = estimate(2 * 10**9, layout_of(2, offload="optimizer"), "bf16")
+    host = estimate(2 * 10**9, plan_of(2, offload="optimizer"), "bf16")
     assert host.masters + host.moments + host.average == 0
 
 
 def test_recomputing_keeps_an_eighth_of_the_activations() -> None:
-    kept = activation_bytes(LARGE.model, (4, 32, 32), layout_of(1), "bf16")
+    kept = activation_bytes(LARGE.model, (4, 32, 32), plan_of(1), "bf16")
     again = activation_bytes(
-        LARGE.model, (4, 32, 32), layout_of(1, activation_checkpointing=True), "bf16"
+        LARGE.model, (4, 32, 32), plan_of(1, activation_checkpointing=True), "bf16"
     )
 
     assert kept > 1e9 and again < kept / 7

@@ -53,7 +53,7 @@ def test_a_line_cut_short_by_a_stop_is_left_out_and_said(
     path.write_text(path.read_text()[:-9])
 
     assert images_in(tmp_path) == [10]
-    assert "metrics.jsonl" in caplog.text and "cut short" in caplog.text
+    assert "metrics.jsonl" in caplog.text and "truncated" in caplog.text
     write(tmp_path, 10, 20)
     assert images_in(tmp_path) == [10, 20]
     assert [json.loads(line)["images"] for line in path.read_text().splitlines()] == [10, 20]

@@ -194,7 +194,7 @@ def test_intervals_and_the_place_of_the_data_may_change_on_resume(
 def test_never_resuming_refuses_a_folder_with_a_run(
     training: TrainConfig, undisturbed: RunFolder
 ) -> None:
-    with pytest.raises(ValueError, match="holds a run already"):
+    with pytest.raises(ValueError, match="has a run already"):
         train(training, undisturbed.root, resume="never")
 
 
@@ -221,7 +221,9 @@ def test_a_full_disk_stops_the_run_and_it_resumes_once_there_is_room(
 def test_a_foreign_checkpoint_is_named_and_the_one_before_is_taken(
     training: TrainConfig, undisturbed: RunFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    wider = replace(training, model=replace(training.model, hidden=48), images=16, ema_weights_at=())
+    wider = replace(
+        training, model=replace(training.model, hidden=48), images=16, ema_weights_at=()
+    )
     train(wider, tmp_path / "other")
     run = RunFolder(tmp_path / "run")
     shutil.copytree(undisturbed.root, run.root)
@@ -251,7 +253,7 @@ def test_a_run_may_go_on_without_a_checkpoint_that_found_no_room(
     config = replace(training, on_failed_save="continue", ema_weights_at=())
     train(config, run.root, report=fill)
 
-    assert "could not write" in caplog.text and "the run goes on" in caplog.text
+    assert "could not write" in caplog.text and "the run continues" in caplog.text
     assert [images for images, _ in checkpoint.list_checkpoints(run.checkpoints)] == [80, 96]
     ours, theirs = (checkpoint.load(r.checkpoint(96))[0] for r in (run, undisturbed))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

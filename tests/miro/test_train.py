@@ -49,7 +49,9 @@ def test_weights_hold_all_that_sampling_needs(undisturbed: RunFolder, encoded: P
 def test_training_reduces_the_loss(training: TrainConfig, tmp_path: Path) -> None:
     reports: list[TrainingProgress] = []
 
-    longer = replace(training, images=960, report_every=240, checkpoint_every=960, ema_weights_at=())
+    longer = replace(
+        training, images=960, report_every=240, checkpoint_every=960, ema_weights_at=()
+    )
     final = train(longer, tmp_path, report=reports.append)
 
     assert [report.images for report in reports] == [240, 480, 720, 960]
@@ -83,7 +85,8 @@ def test_a_run_is_not_resumed_on_other_scores(
 
 def initial_and_final(training: TrainConfig, folder: Path) -> tuple[Weights, Weights]:
     train(
-        replace(training, images=32, checkpoint_every=8, keep_checkpoints=9, ema_weights_at=()), folder
+        replace(training, images=32, checkpoint_every=8, keep_checkpoints=9, ema_weights_at=()),
+        folder,
     )
     run = RunFolder(folder)
     return checkpoint.load(run.checkpoint(8))[0], checkpoint.load(run.weights_at(32))[0]
