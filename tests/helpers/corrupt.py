@@ -1,4 +1,4 @@
-"""Pictures, good and bad, as bytes, and files that rot. Imported by the tests of bad input."""
+"""Encoded images, valid and invalid, and damaged files."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def noise(height: int = 12, width: int = 10) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-PICTURE = encoded(noise())
+IMAGE = encoded(noise())
 
 
 def bomb(side: int) -> bytes:
-    """A PNG of a few bytes that says it has side x side pixels."""
+    """A decompression bomb: a small PNG whose header claims side x side pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return (

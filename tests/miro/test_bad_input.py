@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.corrupt import PICTURE, encoded, noise
+from helpers.corrupt import IMAGE, encoded, noise
 from PIL import Image
 from torch import Tensor
 
@@ -71,13 +71,13 @@ def test_nothing_is_made_where_there_is_nothing_to_read(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "notes.txt").write_text("no images here")
-    (empty / ".hidden.png").write_bytes(PICTURE)
-    write_pair(tmp_path / "in", "a.png", PICTURE)
+    (empty / ".hidden.png").write_bytes(IMAGE)
+    write_pair(tmp_path / "in", "a.png", IMAGE)
     encoded_set = tmp_path / "encoded"
     encoded_set.mkdir()
     Manifest("encoded", ("original",), ()).write(encoded_set)
     both = tmp_path / "both"
-    write_pair(both, "a.png", PICTURE)
+    write_pair(both, "a.png", IMAGE)
     write_tar(both / "a.tar", [])
     cases = [
         (tmp_path / "absent", ["sharpness"], "absent: no such file or folder"),
@@ -115,7 +115,7 @@ def test_an_impossible_configuration_is_refused(wrong: dict[str, Any]) -> None:
 
 
 def test_a_folder_of_shards_without_a_manifest_is_not_written_over(tmp_path: Path) -> None:
-    write_pair(tmp_path / "in", "a.png", PICTURE)
+    write_pair(tmp_path / "in", "a.png", IMAGE)
     precious = tmp_path / "out" / "shards" / "00000.tar"
     precious.parent.mkdir(parents=True)
     precious.write_bytes(b"precious")
@@ -130,14 +130,14 @@ def test_a_folder_of_shards_without_a_manifest_is_not_written_over(tmp_path: Pat
 def test_bad_samples_of_a_folder_are_set_aside_and_the_rest_goes_on(tmp_path: Path) -> None:
     source, dest = tmp_path / "in", tmp_path / "out"
     for number in range(8):
-        write_pair(source, f"good {number}.png", PICTURE, b"\xef\xbb\xbf a good one \n")
-    write_pair(source, "cut.png", PICTURE[:50])
+        write_pair(source, f"good {number}.png", IMAGE, b"\xef\xbb\xbf a good one \n")
+    write_pair(source, "cut.png", IMAGE[:50])
     write_pair(source, "html.jpg", b"<html>not found</html>")
     write_pair(source, "zero.webp", b"")
-    write_pair(source, "no caption.png", PICTURE, None)
-    write_pair(source, "empty caption.png", PICTURE, b" \n\t ")
-    write_pair(source, "latin1 caption.png", PICTURE, "gr\xfcn".encode("latin-1"))
-    write_pair(source, "long caption.png", PICTURE, b"x" * (2**20 + 1))
+    write_pair(source, "no caption.png", IMAGE, None)
+    write_pair(source, "empty caption.png", IMAGE, b" \n\t ")
+    write_pair(source, "latin1 caption.png", IMAGE, "gr\xfcn".encode("latin-1"))
+    write_pair(source, "long caption.png", IMAGE, b"x" * (2**20 + 1))
     (source / "folder.png").mkdir()
     (source / "loop.png").symlink_to("loop.png")
     os.mkfifo(source / "pipe.png")
@@ -167,21 +167,21 @@ def test_bad_samples_of_a_tar_are_set_aside_and_the_rest_goes_on(tmp_path: Path)
     tar = write_tar(
         tmp_path / "in.tar",
         [
-            ("a.png", PICTURE),
+            ("a.png", IMAGE),
             ("a.txt", b"good"),
-            ("b.png", PICTURE),
+            ("b.png", IMAGE),
             ("c.txt", b"no image"),
-            ("d.png", PICTURE),
+            ("d.png", IMAGE),
             ("d.json", b'{"captions": '),
-            ("e.png", PICTURE),
+            ("e.png", IMAGE),
             ("e.json", b"[" * 100_000),
-            ("f.png", PICTURE),
+            ("f.png", IMAGE),
             ("f.json", json.dumps({"captions": some}).encode()),
-            ("g.png", PICTURE),
+            ("g.png", IMAGE),
             ("g.json", b'{"captions": {"original": ""}}'),
-            ("h.png", PICTURE),
+            ("h.png", IMAGE),
             ("h.txt", b"good"),
-            ("h.png", PICTURE),
+            ("h.png", IMAGE),
             ("h.txt", b"the same name again"),
             ("i.png", b"<html>"),
             ("i.txt", b"good"),
@@ -213,7 +213,7 @@ def test_of_a_tar_cut_short_the_whole_samples_are_kept_and_the_next_tar_is_read(
 ) -> None:
     source = tmp_path / "in"
     source.mkdir()
-    members = [(f"{i}.{e}", d) for i in range(7) for e, d in [("png", PICTURE), ("txt", b"x")]]
+    members = [(f"{i}.{e}", d) for i in range(7) for e, d in [("png", IMAGE), ("txt", b"x")]]
     for number in range(2):
         write_tar(source / f"{number}.tar", members)
     (source / "2.tar").write_bytes(b"")
@@ -227,10 +227,10 @@ def test_of_a_tar_cut_short_the_whole_samples_are_kept_and_the_next_tar_is_read(
 
 
 def test_evil_members_are_set_aside_and_never_followed(tmp_path: Path) -> None:
-    (tmp_path / "secret.png").write_bytes(PICTURE)
+    (tmp_path / "secret.png").write_bytes(IMAGE)
     with tarfile.open(tmp_path / "in.tar", "w") as tar:
         for name in ["a.png", "../b.png", "/c.png"]:
-            for member, data in [(name, PICTURE), (name.replace(".png", ".txt"), b"x")]:
+            for member, data in [(name, IMAGE), (name.replace(".png", ".txt"), b"x")]:
                 info = tarfile.TarInfo(member)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
@@ -269,13 +269,13 @@ def test_a_reward_that_gives_a_wrong_number_of_scores_is_named(tmp_path: Path) -
         def score(self, images: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
             return torch.zeros(len(images) + 1)
 
-    write_pair(tmp_path / "in", "a.png", PICTURE)
+    write_pair(tmp_path / "in", "a.png", IMAGE)
     with pytest.raises(ValueError, match=r"'wrong' gave \(2,\) for 1 pairs"):
         annotate(tmp_path / "in", tmp_path / "out", rewards=[Wrong("wrong", lambda _: 0.0)])
 
 
 def test_a_bad_image_in_a_dataset_keeps_its_row_as_not_known(tmp_path: Path) -> None:
-    write_pair(tmp_path / "in", "a.png", PICTURE)
+    write_pair(tmp_path / "in", "a.png", IMAGE)
     write_pair(tmp_path / "in", "b.png", encoded(Image.new("RGB", (4, 4), "red")))
     annotate(tmp_path / "in", tmp_path / "a", rewards=[], config=SMALL)
     tar = tmp_path / "a" / "shards" / "00000.tar"
@@ -291,7 +291,7 @@ def test_a_bad_image_in_a_dataset_keeps_its_row_as_not_known(tmp_path: Path) -> 
 
 def test_above_the_allowed_share_the_run_stops_and_below_it_goes_on(tmp_path: Path) -> None:
     for number in range(20):
-        write_pair(tmp_path / "in", f"{number:02d}.png", PICTURE if number < 12 else b"")
+        write_pair(tmp_path / "in", f"{number:02d}.png", IMAGE if number < 12 else b"")
     for share, after, stops in [(0.3, 10, True), (0.3, 100, False), (0.5, 10, False)]:
         dest = tmp_path / f"{share} {after}"
         config = AnnotateConfig(4, 5, max_rejected=share, max_rejected_after=after, workers=1)
@@ -315,7 +315,7 @@ def test_a_source_without_one_good_sample_is_said_to_be_so(tmp_path: Path) -> No
 
 def test_a_torn_last_line_of_the_log_is_written_again(tmp_path: Path) -> None:
     write_pair(tmp_path / "in", "a.png", b"")
-    write_pair(tmp_path / "in", "b.png", PICTURE)
+    write_pair(tmp_path / "in", "b.png", IMAGE)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "rejected.jsonl").write_text('{"source": "a.pn')
     annotate(tmp_path / "in", tmp_path / "out", rewards=["sharpness"], config=SMALL)

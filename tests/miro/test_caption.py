@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.corrupt import PICTURE, encoded
+from helpers.corrupt import IMAGE, encoded
 from helpers.tiny_models import save_llava
 from PIL import Image
 
@@ -207,9 +207,9 @@ def test_pictures_that_rotted_and_originals_that_were_only_a_name(
 
     rgb = encoded(Image.new("RGB", (20, 20), "red"))
     samples = [
-        ("a", sample(PICTURE[:60], "kept")),
+        ("a", sample(IMAGE[:60], "kept")),
         ("b", sample(rgb, " <PERSON> and a dog", width=3)),
-        ("c", sample(PICTURE[:60], "<person>")),
+        ("c", sample(IMAGE[:60], "<person>")),
     ]
     shard = write_shard(tmp_path / "in" / "shards" / "00000.tar", samples)
     Manifest("images", ("original",), (shard,)).write(tmp_path / "in")

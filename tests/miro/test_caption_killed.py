@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from helpers.corrupt import PICTURE
+from helpers.corrupt import IMAGE
 
 from miro.prepare.annotate import AnnotateConfig, annotate
 
@@ -60,7 +60,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path: Path) -> No
     for key in keys:
         path = tmp_path / "photos" / f"{key}.png"
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(PICTURE)
+        path.write_bytes(IMAGE)
         path.with_suffix(".txt").write_text(f"photo {key}")
     source, table = tmp_path / "source", tmp_path / "captions.parquet"
     annotate(path.parent, source, rewards=[], config=AnnotateConfig(samples_per_shard=3, workers=1))

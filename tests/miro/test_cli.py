@@ -35,7 +35,7 @@ def run_failing(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int
 
 @pytest.fixture(scope="module")
 def user_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's own folder of captioned images, taken through all stages to a trained run."""
+    """A user's folder of captioned images after all stages, with a trained run."""
     folder = tmp_path_factory.mktemp("user")
     rng = np.random.default_rng(0)
     (folder / "photos").mkdir()
@@ -51,7 +51,7 @@ def user_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_folder_of_photos_goes_through_all_stages(user_folder: Path):
+def test_a_folder_of_photos_passes_all_stages(user_folder: Path):
     assert (user_folder / "run" / "weights" / "000000000128" / "manifest.json").exists()
     rejected = (user_folder / "scored" / "rejected.jsonl").read_text().splitlines()
     assert len(rejected) == 1 and "broken" in rejected[0]
@@ -59,8 +59,8 @@ def test_a_folder_of_photos_goes_through_all_stages(user_folder: Path):
 
 def test_sampling_writes_images_and_the_best_of_several(user_folder: Path, tmp_path: Path):
     targets = ["--reward", "colourfulness=0.6", "--negative", "sharpness=0.2", "--reward-scale", 1]
-    run("sample", user_folder / "run", "--prompt", "photo number 3", "photo number 5", *targets, "--steps", 2,
-        "--count", 2, "--best-of", 2, "--best-by", "sharpness", "--out", tmp_path)  # fmt: skip
+    run("sample", user_folder / "run", "--prompt", "photo number 3", "photo number 5", *targets,
+        "--steps", 2, "--count", 2, "--best-of", 2, "--best-by", "sharpness", "--out", tmp_path)  # fmt: skip
     images = sorted(tmp_path.glob("*.png"))
     assert len(images) == 4
     assert Image.open(images[0]).size == (32, 32)
@@ -108,7 +108,7 @@ def test_a_finished_run_is_not_trained_again(user_folder: Path):
         (["report", "nowhere"], "nowhere"),
     ],
 )
-def test_an_error_is_one_clear_message(
+def test_an_error_is_one_message_with_a_remedy(
     words: list[str],
     message: str,
     capsys: pytest.CaptureFixture[str],

@@ -13,7 +13,7 @@ from itertools import islice, repeat
 import numpy as np
 import pytest
 import torch
-from helpers.corrupt import PICTURE, bomb, encoded, noise
+from helpers.corrupt import IMAGE, bomb, encoded, noise
 from PIL import Image
 from torch import Tensor
 
@@ -84,7 +84,7 @@ PLAIN = {
 }
 NOT_PLAIN = {
     "nothing": b"",
-    "a PNG": PICTURE,
+    "a PNG": IMAGE,
     "a bomb": bomb(9000),
     "CMYK": photo(mode="CMYK"),
     "turned by EXIF": photo(exif=exif(6)),
@@ -232,7 +232,7 @@ def test_a_hundred_batches_leave_nothing_behind(decoder: dali.DaliDecoder) -> No
 
 @pytest.mark.parametrize("lost", [False, True], ids=["whole", "lost"])
 def test_all_pictures_lie_on_the_device_whoever_decoded_them(lost: bool) -> None:
-    images = [photo(), PICTURE, b"no picture", *([damaged_inside()] if lost else [])]
+    images = [photo(), IMAGE, b"no picture", *([damaged_inside()] if lost else [])]
     # Pictures without data: DALI takes what is no CUDA device for the CPU.
     with closing(dali.DaliDecoder(torch.device("meta"), 4, workers=2)) as made:
         pictures = made.start(images)()
@@ -245,7 +245,7 @@ def test_all_pictures_lie_on_the_device_whoever_decoded_them(lost: bool) -> None
 def test_closing_ends_the_threads() -> None:
     before = threading.active_count()
     made = dali.DaliDecoder(torch.device("cpu"), 4, workers=2)
-    made.start([photo(), PICTURE])()
+    made.start([photo(), IMAGE])()
     assert threading.active_count() > before
 
     made.close()
@@ -302,7 +302,7 @@ def test_pixels_are_the_same_whichever_decoder_annotates() -> None:
     images = [
         photo(),
         photo(mode="CMYK"),
-        PICTURE,
+        IMAGE,
         b"",
         photo(exif=exif(8)),
         photo(progressive=True),

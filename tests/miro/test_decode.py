@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers.corrupt import PICTURE, bomb, encoded, noise
+from helpers.corrupt import IMAGE, bomb, encoded, noise
 from PIL import Image
 
 from miro.images.decoder import DecodeError
@@ -22,12 +22,12 @@ from miro.images.pillow import decode
         (b'<?xml version="1.0"?><svg/>', "SVG"),
         (b"hello, I am a text", "not a picture"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
-        (PICTURE[: len(PICTURE) // 2], "cut short"),
-        (PICTURE[:20], "damaged|cut short"),
+        (IMAGE[: len(IMAGE) // 2], "cut short"),
+        (IMAGE[:20], "damaged|cut short"),
         (encoded(noise(64, 64), "JPEG")[:-200], "cut short"),
         (encoded(noise(64, 64), "WEBP")[:-100], "damaged|cut short"),
         (encoded(noise(64, 64), "TIFF")[:-3000], "damaged|cut short"),
-        (PICTURE[:60] + b"\0\0\0\0" + PICTURE[64:], "damaged|cut short"),
+        (IMAGE[:60] + b"\0\0\0\0" + IMAGE[64:], "damaged|cut short"),
         (bomb(9000), r"9000 x 9000 pixels, more than 64,000,000"),
         (bomb(60000), "more than 64,000,000"),
         (encoded(Image.fromarray(np.full((2, 2), 0.5, np.float32)), "TIFF"), "floating-point"),
@@ -57,7 +57,7 @@ def test_no_mutation_of_a_picture_escapes_as_another_error() -> None:
 
 
 def test_a_plain_picture_keeps_its_pixels() -> None:
-    image = decode(PICTURE)
+    image = decode(IMAGE)
     assert (image.shape, image.dtype) == ((3, 12, 10), torch.uint8)
     np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), np.asarray(noise()))
 

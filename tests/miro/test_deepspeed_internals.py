@@ -9,14 +9,25 @@ import pytest
 from helpers.engines import PLAN, engine
 
 import miro
-from miro.training.deepspeed_internals import (
-    ENGINE_NAMES,
-    ZERO3_NAMES,
-    ZERO3_PARAM_NAMES,
-    ZERO12_NAMES,
-    ZERO12_PARAM_NAMES,
-)
 
+ENGINE_NAMES = ("enable_backward_allreduce",)
+ZERO12_NAMES = (
+    "averaged_gradients",
+    "cpu_offload",
+    "single_partition_of_fp32_groups",
+    "update_lp_params",
+)
+ZERO12_PARAM_NAMES = ("_hp_mapping",)
+ZERO3_NAMES = (
+    "averaged_gradients",
+    "fp16_partitioned_groups_flat",
+    "fp32_partitioned_groups_flat",
+    "get_param_id",
+    "grad_position",
+    "offload_optimizer",
+    "persistent_parameters",
+)
+ZERO3_PARAM_NAMES = ("all_gather", "ds_numel", "ds_shape", "partition")
 MAPPING_NAMES = ("param_group_index", "hp_fragment_address", "lp_fragment_address")
 
 

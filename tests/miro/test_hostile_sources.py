@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.corrupt import PICTURE, bomb
+from helpers.corrupt import IMAGE, bomb
 from helpers.sources import good, picture, pictures, refused, save_to_disk, write_csv, write_tar
 
 from miro.data.shards import read_scores
@@ -218,7 +218,7 @@ def expanding_png() -> bytes:
         )
 
     comment = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(100_000_000)))
-    return PICTURE[:33] + comment + PICTURE[33:]
+    return IMAGE[:33] + comment + IMAGE[33:]
 
 
 def test_pictures_that_expand_are_set_aside_wherever_they_come_from(tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_members_of_a_tar_that_are_no_plain_files_are_set_aside(tmp_path: Path) 
             info.type, info.linkname = kind, "/etc/passwd"
             tar.addfile(info)
         for name in ["../up", "/top", "in/../../up", "a/good"]:
-            for extension, data in [("png", PICTURE), ("txt", b"good")]:
+            for extension, data in [("png", IMAGE), ("txt", b"good")]:
                 info = tarfile.TarInfo(f"{name}.{extension}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
@@ -271,8 +271,8 @@ def test_a_member_too_large_for_memory_is_set_aside(
 ) -> None:
     monkeypatch.setattr("miro.sources.webdataset.MAX_IMAGE_BYTES", 1000)
     samples = [
-        ("a", {"png": PICTURE, "txt": b"x"}),
-        ("b", {"png": PICTURE + bytes(999), "txt": b"x"}),
+        ("a", {"png": IMAGE, "txt": b"x"}),
+        ("b", {"png": IMAGE + bytes(999), "txt": b"x"}),
     ]
 
     source = open_source(write_tar(tmp_path / "a.tar", samples), 100)
