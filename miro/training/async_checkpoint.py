@@ -73,12 +73,7 @@ class AsyncCheckpointer:
     def checkpoint(
         self, images: int, shards: Iterable[ShardSlice], state: Mapping[str, Any]
     ) -> None:
-        """Save the state to resume from.
-
-        Args:
-            images: images trained on.
-            shards: this rank's part of the tensors.
-            state: plain numbers, the same on all ranks.
+        """Save this rank's shards and the plain numbers that all ranks share.
 
         Raises:
             OSError: an earlier save failed and `on_failure` is `stop`.

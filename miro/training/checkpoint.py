@@ -120,12 +120,9 @@ def write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> str
 
 
 def commit(folder: Path, checksums: Mapping[str, str], state: Mapping[str, Any]) -> None:
-    """Complete a checkpoint: write its state and manifest, and rename the staging folder.
+    """Complete a checkpoint whose tensors are written: state, manifest, rename.
 
-    Args:
-        folder: the checkpoint.
-        checksums: SHA-256 by name of the files of tensors, which are written already.
-        state: plain JSON types.
+    `checksums` are those of the files of tensors; `state` is of plain JSON types.
     """
     staging = staging_path(folder)
     (staging / STATE).write_text(json.dumps(state))

@@ -13,25 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-ENGINE_NAMES = ("enable_backward_allreduce",)
-ZERO12_NAMES = (
-    "averaged_gradients",
-    "cpu_offload",
-    "single_partition_of_fp32_groups",
-    "update_lp_params",
-)
-ZERO12_PARAM_NAMES = ("_hp_mapping",)
-ZERO3_NAMES = (
-    "averaged_gradients",
-    "fp16_partitioned_groups_flat",
-    "fp32_partitioned_groups_flat",
-    "get_param_id",
-    "grad_position",
-    "offload_optimizer",
-    "persistent_parameters",
-)
-ZERO3_PARAM_NAMES = ("all_gather", "ds_numel", "ds_shape", "partition")
-
 
 def disable_op_builders() -> None:
     """Stop DeepSpeed from testing a compiler for each of its own kernels; none is used."""

@@ -19,12 +19,7 @@ from torch import Tensor, nn
 from miro.model.compiled import CompiledModel
 from miro.model.packed_text import PackedText
 from miro.model.transformer import FlowTransformer, RewardCond
-from miro.training.batch_plan import (
-    DTYPES,
-    BatchPlan,
-    Precision,
-    deepspeed_config,
-)
+from miro.training.batch_plan import DTYPES, BatchPlan, Precision, deepspeed_config
 from miro.training.deepspeed_internals import (
     Zero3Internals,
     Zero12Internals,
@@ -133,17 +128,7 @@ class Engine:
         self.partition.sync_params_from_master()
 
     def predict(self, x_t: Tensor, t: Tensor, rewards: RewardCond, text: PackedText) -> Tensor:
-        """Run the network forward on this rank's micro-batch.
-
-        Args:
-            x_t: (B, C, H, W), noised latents.
-            t: (B,), in [0, 1].
-            rewards: bins and masks of the rewards.
-            text: packed text states of the B captions.
-
-        Returns:
-            (B, C, H, W), the prediction.
-        """
+        """Predict (B, C, H, W) from this rank's noised latents x_t (B, C, H, W) at t (B,)."""
         return self.deepspeed(x_t, t, rewards, text)
 
     def backward(self, loss: Tensor) -> None:
@@ -153,10 +138,7 @@ class Engine:
             self.deepspeed.step()  # Advances DeepSpeed's micro-step counter only.
 
     def step(self, images: int) -> Tensor:
-        """Clip the gradients and update the weights, or skip the step.
-
-        Args:
-            images: images trained on before this step.
+        """Clip the gradients and update the weights, or skip the step after `images` images.
 
         Returns:
             The gradient norm before clipping, on the device: there is no host sync.
@@ -224,12 +206,7 @@ class Engine:
     ) -> None:
         """Restore what `checkpoint_state` returned, at any ZeRO stage and world size.
 
-        Args:
-            read: maps (key, shard) to the saved values of the shard's range.
-            state: the plain numbers.
-
-        Raises:
-            ValueError: the checkpoint is of another network.
+        `read` maps (key, shard) to the saved values; raises ValueError as `check_state`.
         """
         self.check_state(state)
         for shard in self.partition.shards():
@@ -268,10 +245,7 @@ def _initialize_deepspeed(
     disable_op_builders()
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=optimizer,
-        config=config,
-        dist_init_required=False,
+        model=module, optimizer=optimizer, config=config, dist_init_required=False
     )
     if dist.get_world_size() == 1 and not config["zero_optimization"]["stage"]:
         disable_gradient_allreduce(engine)

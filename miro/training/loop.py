@@ -249,11 +249,7 @@ def _prewarm(
 
 
 def _make_engine(
-    config: TrainConfig,
-    dataset: TrainingData,
-    plan: BatchPlan,
-    device: torch.device,
-    env: DistEnv,
+    config: TrainConfig, dataset: TrainingData, plan: BatchPlan, device: torch.device, env: DistEnv
 ) -> Engine:
     """Build the engine with the same initial weights on every rank."""
     torch.manual_seed(seed_from(config.seed, "weights"))

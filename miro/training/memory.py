@@ -47,14 +47,7 @@ class Memory:
 def parameter_count(
     config: ModelConfig, latent: tuple[int, int, int], text: int, rewards: int
 ) -> int:
-    """Count the network's parameters on the meta device, without allocating them.
-
-    Args:
-        config: the network.
-        latent: (C, H, W), shape of the latents.
-        text: channels of the text encoder's states.
-        rewards: number of rewards.
-    """
+    """Count parameters for latents (C, H, W), `text` channels and `rewards`; allocates nothing."""
     with torch.device("meta"):
         model = FlowTransformer(config, latent, text, rewards)
     return sum(param.numel() for param in model.parameters())
@@ -81,14 +74,7 @@ def activation_bytes(
 def estimate(
     parameters: int, plan: BatchPlan, precision: Precision, *, activations: float = 0.0
 ) -> Memory:
-    """Estimate the device memory of one rank under a plan.
-
-    Args:
-        parameters: of the network.
-        plan: ZeRO stage, ranks and accumulation.
-        precision: of weights and activations.
-        activations: bytes by `activation_bytes`.
-    """
+    """Estimate the device memory of one rank; `activations` are bytes by `activation_bytes`."""
     stage, world = plan.stage, plan.world
     low = 2 if precision == "bf16" else 4
     # Stage 1 shards the optimizer state, 2 also the gradients, 3 also the weights.
@@ -143,13 +129,7 @@ def choose_stage(
 ) -> Stage:
     """Return the configured ZeRO stage or, for auto, the lowest that fits; logs the estimates.
 
-    Args:
-        config: the run.
-        latent: (C, H, W), the largest shape of the dataset.
-        text: channels of the text encoder's states.
-        rewards: number of rewards.
-        env: the ranks.
-        device: of this rank.
+    `latent` (C, H, W) is the largest shape of the dataset; `text`, the channels of its states.
     """
     sharding = config.sharding
     if sharding.stage != "auto":

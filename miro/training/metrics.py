@@ -123,12 +123,12 @@ class MetricsTracker:
 
     Args:
         engine: of this rank.
-        metrics: where rank 0 writes; None on the other ranks.
+        metrics: of rank 0, None on other ranks.
         report: called on rank 0 at each report.
         sample_keys: maps the images before a step to the keys of this rank's samples in it.
-        images: images trained on so far.
+        images: trained on so far.
         rewards: names, in the order of the batches' columns.
-        peak: FLOP/s of this rank's device, or None if unknown.
+        peak: FLOP/s of the device, None if unknown.
     """
 
     def __init__(

@@ -28,11 +28,9 @@ def no_space(path: Path, needed: int, error: OSError) -> OSError:
 
 @contextmanager
 def atomic_file(path: Path, size: int | None = None) -> Iterator[IO[bytes]]:
-    """Open a temporary file that replaces `path` when the block succeeds and is removed otherwise.
+    """Open a temporary file that replaces `path` if the block succeeds and is removed if not.
 
-    Args:
-        path: the file to write.
-        size: bytes that the file will take, where known; used in the error message only.
+    `size` in bytes, where known, is for the error message only.
 
     Raises:
         OSError: on a full disk (ENOSPC, EDQUOT), with the file, the room needed and the room left.

@@ -28,12 +28,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(kind: type[T], record: dict[str, Any], where: str = "") -> T:
-    """Build the dataclass `kind` from what `to_dict` returned.
-
-    Args:
-        kind: a frozen dataclass.
-        record: its fields; those with defaults may be absent.
-        where: prefix of the keys in error messages, as in "model.".
+    """Build the dataclass `kind` from what `to_dict` returned; `where` prefixes keys in errors.
 
     Raises:
         ValueError: a key is unknown (the message suggests the nearest), a required key is missing,

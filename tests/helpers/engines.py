@@ -1,4 +1,4 @@
-"""Small engines and batches for them. Imported by the tests of the engine."""
+"""Small engines and batches for the tests of the engine."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ CONFIG = OptimizerConfig(learning_rate=0.01, weight_decay=0.1)
 
 
 def build(width: int = 16, rewards: int = REWARDS) -> FlowTransformer:
-    """A network with random weights everywhere, so that everything has a gradient."""
+    """A network without zero-initialized weights, so that every parameter has a gradient."""
     torch.manual_seed(0)
     model = FlowTransformer(ModelConfig(width, 1, 2, 24, 2), SHAPE, TEXT, rewards)
     with torch.no_grad():

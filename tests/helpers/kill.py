@@ -1,4 +1,4 @@
-"""Training in a process of its own that is killed at a chosen moment. Imported by test_train."""
+"""Training in a process that is killed at a chosen moment."""
 
 import multiprocessing
 import os
@@ -12,16 +12,16 @@ from typing import Any
 from miro.training.config import TrainConfig
 from miro.training.loop import train
 
-# The server imports this file, and torch with it, once; each run is a fork of it.
+# The fork server imports this module, and so torch, once; each run is a fork of it.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["helpers.kill", "torch.utils.tensorboard"])
 
-Touch = tuple[str, str]
-"""A name of Python's audit events and the end of the path it is about: ("os.mkdir", "run")."""
+AuditEvent = tuple[str, str]
+"""An audit event of Python and the end of its path: ("os.mkdir", "run")."""
 
 
-def train_until(config: TrainConfig, folder: Path, last: Touch) -> None:
-    """Train, but die just before the first such touch of a file."""
+def train_until(config: TrainConfig, folder: Path, last: AuditEvent) -> None:
+    """Train, and kill this process just before the first such event."""
 
     def watch(event: str, args: tuple[Any, ...]) -> None:
         if event == last[0] and str(args[0]).endswith(last[1]):
@@ -31,8 +31,8 @@ def train_until(config: TrainConfig, folder: Path, last: Touch) -> None:
     train(config, folder)
 
 
-def run_killed_before(config: TrainConfig, folder: Path, last: Touch) -> int | None:
-    """The exit code of `train_until`: -9 where it was killed, 0 where it came to its end."""
+def run_killed_before(config: TrainConfig, folder: Path, last: AuditEvent) -> int | None:
+    """Exit code of `train_until` in a process: -9 if killed, 0 if it finished."""
     process = PROCESSES.Process(target=train_until, args=(config, folder, last))
     process.start()
     process.join()
@@ -40,7 +40,7 @@ def run_killed_before(config: TrainConfig, folder: Path, last: Touch) -> int | N
 
 
 def run_killed_when(config: TrainConfig, folder: Path, moment: Callable[[], bool]) -> int | None:
-    """The exit code of a training that is killed as soon as `moment` is seen from outside."""
+    """Exit code of a training process that is killed once `moment()` is true."""
     process = PROCESSES.Process(target=train, args=(config, folder))
     process.start()
     while process.is_alive() and not moment():

@@ -1,4 +1,4 @@
-"""Several real ranks that train together over gloo, each a process. Imported by the tests."""
+"""Runs of several ranks over gloo, each rank a process."""
 
 import logging
 import os
@@ -29,9 +29,9 @@ def free_port() -> int:
 def as_rank(
     rank: int, world: int, port: int, log: Path, action: Callable[..., Any], arguments: Any
 ) -> None:
-    """Run in a process of its own: say who it is, then do it."""
-    place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
-    os.environ |= {name: str(value) for name, value in place.items()}
+    """Set the launcher's variables in this process and run `action`."""
+    variables = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
+    os.environ |= {name: str(value) for name, value in variables.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     logging.basicConfig(filename=log, level=logging.WARNING, force=True)
     try:
@@ -43,8 +43,8 @@ def as_rank(
         sys.exit(1)
 
 
-class Together:
-    """`world` processes that do the same; as a launcher, it ends all when one of them fails."""
+class MultiRank:
+    """`world` processes that run one action; as by a launcher, all end when one fails."""
 
     def __init__(
         self, world: int, folder: Path, *arguments: Any, action: Callable[..., Any] = train
@@ -64,7 +64,7 @@ class Together:
     def wait(
         self, moment: Callable[[], bool] = lambda: False, kill: int | None = None
     ) -> list[Any]:
-        """The exit codes. When `moment` is seen, rank `kill` is killed, as by a crash."""
+        """Wait for the exit codes; SIGKILL rank `kill` once `moment()` is true."""
         while any(process.is_alive() for process in self.ranks):
             if kill is not None and moment():
                 os.kill(self.ranks[kill].pid or 0, signal.SIGKILL)
@@ -76,17 +76,17 @@ class Together:
         return [process.exitcode for process in self.ranks]
 
     def terminate(self) -> None:
-        """What a scheduler does before the time is over."""
+        """Send SIGTERM to all ranks, as a scheduler does."""
         for process in self.ranks:
             process.terminate()
 
-    def said(self) -> str:
-        """What the ranks logged."""
+    def log_text(self) -> str:
+        """Return the logs of all ranks."""
         return "".join(log.read_text() for log in self.logs if log.exists())
 
 
-def train_together(world: int, config: TrainConfig, folder: Path) -> None:
-    """A run of `world` ranks that must come to its end."""
-    together = Together(world, folder.with_name(f"{folder.name}-logs"), config, folder)
-    codes = together.wait()
-    assert codes == [0] * world, together.said()
+def train_multirank(world: int, config: TrainConfig, folder: Path) -> None:
+    """Train with `world` ranks to the end of the run."""
+    processes = MultiRank(world, folder.with_name(f"{folder.name}-logs"), config, folder)
+    codes = processes.wait()
+    assert codes == [0] * world, processes.log_text()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from miro.cli import main as cli
+from miro.cli import train as cli
 from miro_kernels import backend, swiglu, use_backend
 
 X = torch.ones(2, 4)

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from helpers.multirank import Together
+from helpers.multirank import MultiRank
 from test_annotate import contents, encoded_image, make_folder, make_tar
 
 from miro.conditioning import Bins
@@ -22,9 +22,9 @@ CONFIG = AnnotateConfig(batch_size=4, samples_per_shard=5, workers=1, max_reject
 BOTH = ("colourfulness", "sharpness")
 
 
-def by_ranks(world: int, source: Path, dest: Path, rewards: tuple[str, ...] = BOTH) -> Together:
+def by_ranks(world: int, source: Path, dest: Path, rewards: tuple[str, ...] = BOTH) -> MultiRank:
     action = partial(annotate, rewards=rewards, config=CONFIG)
-    return Together(world, dest.with_name(f"{dest.name}-logs"), source, dest, action=action)
+    return MultiRank(world, dest.with_name(f"{dest.name}-logs"), source, dest, action=action)
 
 
 def made(folder: Path) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""Layouts of a step, what DeepSpeed is told of them, and that none changes what is learned."""
+"""Batch plans, the DeepSpeed configuration of each, and that none changes what is learned."""
 
 from dataclasses import replace
 from typing import Any
@@ -18,17 +18,17 @@ from miro.training.engine import Engine
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_deepspeed_is_told_what_the_layout_says(stage: Any, precision: Any) -> None:
-    layout = BatchPlan(stage, world=8, micro_batch=4, accumulation=2)
+def test_the_configuration_of_deepspeed_follows_the_plan(stage: Any, precision: Any) -> None:
+    plan = BatchPlan(stage, world=8, micro_batch=4, accumulation=2)
 
-    told = deepspeed_config(layout, precision, "cuda")
+    config = deepspeed_config(plan, precision, "cuda")
 
-    assert told["train_batch_size"] == layout.batch == 64
-    assert told["train_micro_batch_size_per_gpu"] == 4
-    assert told["gradient_accumulation_steps"] == 2
-    assert told["zero_optimization"]["stage"] == stage
-    # At stage 0 the optimizer keeps the masters, and DeepSpeed sees plain parameters.
-    assert ("bf16" in told) == (precision == "bf16" and stage > 0)
+    assert config["train_batch_size"] == plan.batch == 64
+    assert config["train_micro_batch_size_per_gpu"] == 4
+    assert config["gradient_accumulation_steps"] == 2
+    assert config["zero_optimization"]["stage"] == stage
+    # At stage 0 AdamWEMA has the master weights, and DeepSpeed's bf16 mode is off.
+    assert ("bf16" in config) == (precision == "bf16" and stage > 0)
 
 
 @pytest.mark.parametrize(
@@ -37,16 +37,16 @@ def test_deepspeed_is_told_what_the_layout_says(stage: Any, precision: Any) -> N
 def test_a_batch_is_micro_batch_times_accumulation_times_world(
     batch: int, world: int, micro: int | None, accumulation: int
 ) -> None:
-    layout = plan_batch(ShardingConfig(micro_batch=micro), batch=batch, world=world, stage=1)
+    plan = plan_batch(ShardingConfig(micro_batch=micro), batch=batch, world=world, stage=1)
 
-    assert layout.batch == batch and layout.accumulation == accumulation
-    row = [
+    assert plan.batch == batch and plan.accumulation == accumulation
+    samples = [
         image
         for rank in range(world)
-        for start in layout.positions(rank, 1000)
-        for image in range(start, start + layout.micro_batch)
+        for start in plan.positions(rank, 1000)
+        for image in range(start, start + plan.micro_batch)
     ]
-    assert sorted(row) == list(range(1000, 1000 + batch))
+    assert sorted(samples) == list(range(1000, 1000 + batch))
 
 
 @pytest.mark.parametrize(
@@ -70,11 +70,11 @@ def test_a_batch_that_does_not_divide_is_refused(
             {"plan": BatchPlan(1, 1, 4, 1), "name": "muon"},
             "choose adamw, or sharding.stage=0",
         ),
-        ({"plan": BatchPlan(3, 1, 4, 1), "compiled": True}, "compile=True does not go with"),
+        ({"plan": BatchPlan(3, 1, 4, 1), "compiled": True}, "compile=True does not work with"),
         ({"plan": BatchPlan(1, 1, 2, 2), "precision": "bf16"}, "choose sharding.stage=2"),
     ],
 )
-def test_what_does_not_go_together_is_refused_with_what_does(
+def test_unsupported_combinations_are_refused_with_the_alternative(
     change: dict[str, Any], message: str
 ) -> None:
     config = replace(CONFIG, name=change.pop("name", "adamw"))
@@ -86,18 +86,18 @@ def test_what_does_not_go_together_is_refused_with_what_does(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"offload": "optimizer", "stage": "0"}, "works with sharding.stage 1 or 2 or 3, got 0"),
-        ({"offload": "parameters", "stage": "2"}, "works with sharding.stage 3, got 2"),
+        ({"offload": "optimizer", "stage": "0"}, "needs sharding.stage 1 or 2 or 3, got 0"),
+        ({"offload": "parameters", "stage": "2"}, "needs sharding.stage 3, got 2"),
         ({"micro_batch": 0}, "micro_batch must be at least 1, got 0"),
     ],
 )
-def test_impossible_shardings_are_refused(options: dict[str, Any], message: str) -> None:
+def test_invalid_sharding_configurations_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ShardingConfig(**options)
 
 
-# Each cut, and its precision. Loss and average must be those of stage 0 to the precision.
-ALONE = [
+# Each plan and precision; EMA weights must equal those of stage 0 up to rounding.
+PLANS = [
     *((BatchPlan(stage, 1, 4, 1), "fp32") for stage in (1, 2, 3)),
     (BatchPlan(0, 1, 1, 4), "fp32"),
     (BatchPlan(2, 1, 1, 4), "fp32"),
@@ -113,8 +113,8 @@ ALONE = [
 ]
 
 
-class Reads(TorchDispatchMode):
-    """Counts what waits for a device: a tensor's number read on the host."""
+class HostSyncs(TorchDispatchMode):
+    """Counts host syncs: the value of a tensor read on the host."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,45 +127,45 @@ class Reads(TorchDispatchMode):
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_waits_for_nothing(
+def test_a_step_has_no_host_sync(
     stage: Any, precision: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But the references of the kernels, which check and read what a kernel takes as it is.
+    """Without the kernels' references, which read values on the host that a kernel reads itself.
 
-    Stage 3 waits once a step, for DeepSpeed's own norm.
+    Stage 3 has one sync per step, of DeepSpeed's own norm.
     """
     made = engine(plan=BatchPlan(stage, 1, 4, 1), precision=precision)
-    whole = inputs(1)
-    learn(made, part_of_loss(made, whole, slice(0, 4)), images=0)
+    full = inputs(1)
+    learn(made, part_of_loss(made, full, slice(0, 4)), images=0)
     monkeypatch.setattr(made.optimizer, "step", lambda closure=None: None)
     levels = torch.arange(5)
     monkeypatch.setattr(F, "one_hot", lambda bins, _: (bins[..., None] == levels).long())
 
-    with Reads() as reads:
-        error = made.predict(*whole).square().mean()
+    with HostSyncs() as syncs:
+        error = made.predict(*full).square().mean()
         made.backward(error)
         made.step(4)
 
-    assert reads.count == 0
+    assert syncs.count == 0
 
 
-@pytest.mark.parametrize(("plan", "precision"), ALONE)
-def test_every_layout_learns_what_the_plain_one_does(layout: BatchPlan, precision: Any) -> None:
-    plain, cut = (engine(plan=which, precision=precision) for which in (PLAN, layout))
+@pytest.mark.parametrize(("plan", "precision"), PLANS)
+def test_every_plan_learns_what_the_unsharded_one_does(plan: BatchPlan, precision: Any) -> None:
+    plain, sharded = (engine(plan=which, precision=precision) for which in (PLAN, plan))
     for images in range(0, 20, 4):
-        whole = inputs(images)
-        learn(plain, part_of_loss(plain, whole, slice(0, 4)), images)
-        for start in range(0, 4, layout.micro_batch):
-            cut.backward(part_of_loss(cut, whole, slice(start, start + layout.micro_batch)))
-        cut.step(images)
+        full = inputs(images)
+        learn(plain, part_of_loss(plain, full, slice(0, 4)), images)
+        for start in range(0, 4, plan.micro_batch):
+            sharded.backward(part_of_loss(sharded, full, slice(start, start + plan.micro_batch)))
+        sharded.step(images)
 
     close = {"rtol": 1e-4, "atol": 1e-5} if precision == "fp32" else {"rtol": 0.05, "atol": 0.02}
-    for name, average in plain.ema_state_dict().items():
-        torch.testing.assert_close(cut.ema_state_dict()[name], average, **close, msg=name)
+    for name, ema in plain.ema_state_dict().items():
+        torch.testing.assert_close(sharded.ema_state_dict()[name], ema, **close, msg=name)
 
 
-def part_of_loss(engine: Engine, whole: Any, part: slice) -> Tensor:
-    x, t, rewards, text = whole
+def part_of_loss(engine: Engine, full: Any, part: slice) -> Tensor:
+    x, t, rewards, text = full
     some = RewardCond(rewards.levels, rewards.bins[part], rewards.keep[part])
     texts = pack([text.text(n) for n in range(len(text))][part])
     predicted = engine.predict(x[part], t[part], some, texts)

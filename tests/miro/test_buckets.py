@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.encoded import write_images
-from helpers.multirank import train_together
+from helpers.multirank import train_multirank
 from PIL import Image
 
 import miro.images.pillow
@@ -273,7 +273,7 @@ def test_two_ranks_equal_one_in_buckets(
 ) -> None:
     sharding = ShardingConfig(stage="2", micro_batch=2)
 
-    train_together(2, replace(config, sharding=sharding), tmp_path / "run")
+    train_multirank(2, replace(config, sharding=sharding), tmp_path / "run")
 
     found = losses(RunFolder(tmp_path / "run"))
     torch.testing.assert_close(found, losses(uninterrupted), rtol=1e-5, atol=0)

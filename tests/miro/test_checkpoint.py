@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent, and what happens to damaged ones."""
+"""Checkpoints are complete or absent, and damaged ones are refused."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def tensors(number: int = 0, size: int = 50) -> dict[str, Tensor]:
     }
 
 
-def test_what_is_saved_comes_back_exactly(tmp_path: Path) -> None:
+def test_tensors_and_state_are_loaded_exactly(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "a" / "000640", tensors(), NUMBERS)
 
     loaded, state = checkpoint.load(tmp_path / "a" / "000640")
@@ -38,8 +38,8 @@ def test_what_is_saved_comes_back_exactly(tmp_path: Path) -> None:
         assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor)
 
 
-def test_a_save_leaves_nothing_beside_it(tmp_path: Path) -> None:
-    (tmp_path / ".000640.writing").mkdir()  # what a kill during an earlier save left
+def test_a_save_removes_the_staging_folder_of_an_interrupted_one(tmp_path: Path) -> None:
+    (tmp_path / ".000640.writing").mkdir()  # left by a kill during an earlier save
     (tmp_path / ".000640.writing" / TENSORS).write_bytes(b"half")
 
     checkpoint.save(tmp_path / "000640", tensors(), NUMBERS)
@@ -48,13 +48,13 @@ def test_a_save_leaves_nothing_beside_it(tmp_path: Path) -> None:
     checkpoint.load(tmp_path / "000640")
 
 
-def flip(path: Path, place: float) -> None:
+def flip(path: Path, fraction: float) -> None:
     data = bytearray(path.read_bytes())
-    data[int(place * (len(data) - 1))] ^= 0x01
+    data[int(fraction * (len(data) - 1))] ^= 0x01
     path.write_bytes(bytes(data))
 
 
-def cut(path: Path, _: float) -> None:
+def truncate(path: Path, _: float) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
@@ -62,15 +62,15 @@ def delete(path: Path, _: float) -> None:
     path.unlink()
 
 
-@pytest.mark.parametrize("damage", [flip, cut, delete], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("damage", [flip, truncate, delete], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("file", [TENSORS, STATE, MANIFEST])
-@pytest.mark.parametrize("place", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("fraction", [0.0, 0.4, 1.0])
 def test_a_damaged_checkpoint_is_refused_by_name(
-    tmp_path: Path, damage: Callable[[Path, float], None], file: str, place: float
+    tmp_path: Path, damage: Callable[[Path, float], None], file: str, fraction: float
 ) -> None:
     folder = tmp_path / "000640"
     checkpoint.save(folder, tensors(), NUMBERS)
-    damage(folder / file, place)
+    damage(folder / file, fraction)
 
     with pytest.raises(CheckpointError, match=str(folder)):
         checkpoint.load(folder)
@@ -85,7 +85,7 @@ def test_a_checkpoint_of_a_newer_version_says_so(tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "1")
 
 
-def test_a_manifest_that_vouches_for_too_little_is_refused(tmp_path: Path) -> None:
+def test_a_manifest_without_checksums_is_refused(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "1", tensors(), NUMBERS)
     (tmp_path / "1" / MANIFEST).write_text('{"version": 2, "sha256": {}}')
 
@@ -93,13 +93,13 @@ def test_a_manifest_that_vouches_for_too_little_is_refused(tmp_path: Path) -> No
         checkpoint.load(tmp_path / "1")
 
 
-def test_no_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
+def test_an_absent_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nothing"):
         checkpoint.load(tmp_path / "nothing")
     assert checkpoint.open_newest(tmp_path / "nothing") is None
 
 
-def test_the_newest_whole_one_is_taken_and_damaged_ones_are_named(
+def test_the_newest_complete_checkpoint_is_opened_and_damaged_ones_are_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for number in (90, 100, 110, 1000):
@@ -125,7 +125,7 @@ def test_a_damaged_checkpoint_is_replaced_by_a_new_one_of_its_number(tmp_path: P
 
 
 @pytest.mark.parametrize(("every", "for_good"), [(None, []), (50, ["000000000050"]), (70, [])])
-def test_the_last_few_are_kept_and_those_at_marks(
+def test_old_checkpoints_are_deleted_except_the_last_and_multiples(
     tmp_path: Path, every: int | None, for_good: list[str]
 ) -> None:
     for number in (50, 90, 100, 1000, 3000):
@@ -133,14 +133,14 @@ def test_the_last_few_are_kept_and_those_at_marks(
     (tmp_path / ".000000002000.writing").mkdir()
     (tmp_path / "notes.txt").touch()
 
-    # The run stands at 1000: one beyond it was damaged, and does not count.
+    # The run is at 1000 images: the checkpoint at 3000 was damaged and is ignored.
     checkpoint.delete_old(tmp_path, images=1000, keep_last=2, keep_every=every)
 
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [*for_good, "000000000100", "000000001000", "000000003000", "notes.txt"]
 
 
-def test_a_small_file_is_replaced_at_once(tmp_path: Path) -> None:
+def test_write_text_replaces_a_file_atomically(tmp_path: Path) -> None:
     path = tmp_path / "run" / "config.json"
 
     atomic_io.write_text(path, "old")

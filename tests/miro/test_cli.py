@@ -1,8 +1,10 @@
-"""The command line as a user meets it: every stage on their own folder, and what errors say."""
+"""The command line: every stage on a user's own folder, and its error messages."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,19 +24,19 @@ def run(*words: object) -> None:
     main([str(word) for word in words])
 
 
-def fails(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
-    """Exit status and what was printed of a command that must fail."""
-    with pytest.raises(SystemExit) as stop:
+def run_failing(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
+    """Run a command that must fail; return its exit status and output."""
+    with pytest.raises(SystemExit) as exit_:
         run(*words)
-    assert stop.value.code, "it did not fail"
+    assert exit_.value.code, "the command did not fail"
     printed = capsys.readouterr()
-    return int(stop.value.code), " ".join((printed.out + printed.err).split())
+    return int(exit_.value.code), " ".join((printed.out + printed.err).split())
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's own folder of captioned images, taken through all stages to a trained run."""
-    folder = tmp_path_factory.mktemp("own")
+def user_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's folder of captioned images after all stages, with a trained run."""
+    folder = tmp_path_factory.mktemp("user")
     rng = np.random.default_rng(0)
     (folder / "photos").mkdir()
     for number in range(40):
@@ -49,16 +51,16 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_folder_of_photos_goes_through_all_stages(own: Path):
-    assert (own / "run" / "weights" / "000000000128" / "manifest.json").exists()
-    rejected = (own / "scored" / "rejected.jsonl").read_text().splitlines()
+def test_a_folder_of_photos_passes_all_stages(user_folder: Path):
+    assert (user_folder / "run" / "weights" / "000000000128" / "manifest.json").exists()
+    rejected = (user_folder / "scored" / "rejected.jsonl").read_text().splitlines()
     assert len(rejected) == 1 and "broken" in rejected[0]
 
 
-def test_sampling_writes_images_and_the_best_of_several(own: Path, tmp_path: Path):
-    ask = ["--reward", "colourfulness=0.6", "--negative", "sharpness=0.2", "--reward-scale", 1]
-    run("sample", own / "run", "--prompt", "photo number 3", "photo number 5", *ask, "--steps", 2,
-        "--count", 2, "--best-of", 2, "--best-by", "sharpness", "--out", tmp_path)  # fmt: skip
+def test_sampling_writes_images_and_the_best_of_several(user_folder: Path, tmp_path: Path):
+    targets = ["--reward", "colourfulness=0.6", "--negative", "sharpness=0.2", "--reward-scale", 1]
+    run("sample", user_folder / "run", "--prompt", "photo number 3", "photo number 5", *targets,
+        "--steps", 2, "--count", 2, "--best-of", 2, "--best-by", "sharpness", "--out", tmp_path)  # fmt: skip
     images = sorted(tmp_path.glob("*.png"))
     assert len(images) == 4
     assert Image.open(images[0]).size == (32, 32)
@@ -66,24 +68,33 @@ def test_sampling_writes_images_and_the_best_of_several(own: Path, tmp_path: Pat
     assert record["prompt"] == "photo number 3"
 
 
-def test_evaluate_and_report_read_the_run(own: Path, tmp_path: Path):
+def test_evaluate_and_report_read_the_run(user_folder: Path, tmp_path: Path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("photo number 1\n\nphoto number 2\n")
-    run("evaluate", own / "run", "--prompts", prompts, "--rewards", "sharpness", "--steps", 2)
-    record = json.loads((own / "run" / "evaluation.json").read_text())
+    run(
+        "evaluate",
+        user_folder / "run",
+        "--prompts",
+        prompts,
+        "--rewards",
+        "sharpness",
+        "--steps",
+        2,
+    )
+    record = json.loads((user_folder / "run" / "evaluation.json").read_text())
     assert record["prompts"] == 2 and np.isfinite(record["mean_scores"]["sharpness"])
-    run("report", own / "run")
-    assert "sharpness" in (own / "run" / "report.html").read_text()
+    run("report", user_folder / "run")
+    assert "sharpness" in (user_folder / "run" / "report.html").read_text()
 
 
-def test_a_finished_run_is_not_trained_again(own: Path):
-    log = (own / "run" / "metrics.jsonl").read_text()
-    run("train", "demo", "--run", own / "run", "--data", own / "encoded", *TINY)
-    assert (own / "run" / "metrics.jsonl").read_text() == log
+def test_a_finished_run_is_not_trained_again(user_folder: Path):
+    log = (user_folder / "run" / "metrics.jsonl").read_text()
+    run("train", "demo", "--run", user_folder / "run", "--data", user_folder / "encoded", *TINY)
+    assert (user_folder / "run" / "metrics.jsonl").read_text() == log
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["trian"], "did you mean 'train'"),
         (["train", "dmeo", "--run", "x"], "did you mean 'demo'"),
@@ -97,20 +108,20 @@ def test_a_finished_run_is_not_trained_again(own: Path):
         (["report", "nowhere"], "nowhere"),
     ],
 )
-def test_an_error_is_one_clear_message(
+def test_an_error_is_one_message_with_a_remedy(
     words: list[str],
-    said: str,
+    message: str,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.chdir(tmp_path)
-    _, printed = fails(capsys, *words)
-    assert said in printed and "Traceback" not in printed
+    _, printed = run_failing(capsys, *words)
+    assert message in printed and "Traceback" not in printed
 
 
 @pytest.mark.parametrize(
-    ("ask", "said"),
+    ("options", "message"),
     [
         (["--reward", "sharpnes=1"], "did you mean 'sharpness'"),
         (["--reward", "sharpness=1.5"], "from 0 (worst of the data) to 1 (best), got 1.5"),
@@ -119,36 +130,66 @@ def test_an_error_is_one_clear_message(
         (["--steps", "0"], "at least 1 step"),
     ],
 )
-def test_an_impossible_wish_is_refused(
-    own: Path, ask: list[str], said: str, capsys: pytest.CaptureFixture[str]
+def test_invalid_sampling_options_are_refused(
+    user_folder: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ):
-    _, printed = fails(capsys, "sample", own / "run", "--prompt", "a frog", *ask)
-    assert said in printed
+    _, printed = run_failing(capsys, "sample", user_folder / "run", "--prompt", "a frog", *options)
+    assert message in printed
 
 
-def test_an_empty_prompt_is_refused(own: Path, capsys: pytest.CaptureFixture[str]):
-    _, printed = fails(capsys, "sample", own / "run", "--prompt", " ")
+def test_an_empty_prompt_is_refused(user_folder: Path, capsys: pytest.CaptureFixture[str]):
+    _, printed = run_failing(capsys, "sample", user_folder / "run", "--prompt", " ")
     assert "a prompt is empty" in printed
 
 
-def test_another_configuration_in_a_run_s_folder_is_refused(
-    own: Path, capsys: pytest.CaptureFixture[str]
+def test_another_configuration_in_the_folder_of_a_run_is_refused(
+    user_folder: Path, capsys: pytest.CaptureFixture[str]
 ):
-    words = ["train", "demo", "--run", own / "run", "--data", own / "encoded", *TINY, "seed=5"]
-    _, printed = fails(capsys, *words)
+    words = [
+        "train",
+        "demo",
+        "--run",
+        user_folder / "run",
+        "--data",
+        user_folder / "encoded",
+        *TINY,
+        "seed=5",
+    ]
+    _, printed = run_failing(capsys, *words)
     assert "seed: 5 here, 0 there" in printed
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit) as exit_:
         main(["--help"])
-    assert stop.value.code == 0
+    assert exit_.value.code == 0
     printed = capsys.readouterr()
     assert all(name in printed.out + printed.err for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_summary_of_a_command_is_the_first_line_of_its_docstring(name: str):
+    docstring = COMMANDS[name].load().__doc__ or ""
+
+    assert docstring.splitlines()[0] == COMMANDS[name].summary
+
+
+def test_help_imports_neither_torch_nor_transformers():
+    code = (
+        "import sys\n"
+        "from miro.cli.main import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'tyro', 'rich'} & sys.modules.keys()))"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_without_a_command_the_usage_is_shown_and_the_status_is_2(
     capsys: pytest.CaptureFixture[str],
 ):
-    status, printed = fails(capsys)
+    status, printed = run_failing(capsys)
     assert status == 2 and "usage: miro" in printed

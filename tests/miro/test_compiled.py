@@ -1,4 +1,4 @@
-"""The compiled step of a CPU: one block is translated for all, and little is kept for backward."""
+"""Compilation on a CPU: one block is compiled for all, and few activations are saved."""
 
 import functools
 from typing import Any
@@ -37,8 +37,8 @@ def compiled() -> Engine:
 
 
 @pytest.mark.parametrize("batch", [5, 7])
-def test_all_blocks_compute_what_they_compute_uncompiled(compiled: Engine, batch: int) -> None:
-    """Each with weights of its own; also on a batch of another size than it was translated for."""
+def test_the_gradients_of_all_blocks_equal_those_of_eager(compiled: Engine, batch: int) -> None:
+    """Each block has its own weights; also for a batch size other than the first compiled."""
     plain = engine(model=deep())
 
     for made in (compiled, plain):
@@ -50,7 +50,7 @@ def test_all_blocks_compute_what_they_compute_uncompiled(compiled: Engine, batch
         torch.testing.assert_close(grad, param.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_a_block_translated_once_takes_any_batch_and_grid(compiled: Engine) -> None:
+def test_a_compiled_block_takes_any_batch_and_grid(compiled: Engine) -> None:
     plain = engine(model=deep())
 
     for size in ((3, 8, 32), (6, 24, 12)):
@@ -59,26 +59,26 @@ def test_a_block_translated_once_takes_any_batch_and_grid(compiled: Engine) -> N
         )
 
 
-def test_what_is_cheap_is_computed_again_and_not_kept(compiled: Engine) -> None:
-    """Neither the normed tokens nor SwiGLU's output: 2 · HIDDEN is its input, the packed halves."""
-    kept: dict[int, int] = {}
+def test_what_is_cheap_is_computed_again_and_not_saved(compiled: Engine) -> None:
+    """Not saved are the normalized tokens and SwiGLU's output; 2 · HIDDEN is SwiGLU's input."""
+    saved: dict[int, int] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
+    def save(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     batch = 7
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
+    with saved_tensors_hooks(save, lambda tensor: tensor):
         predict(compiled, batch)
 
     for param in compiled.parameters.values():
-        kept.pop(param.untyped_storage().data_ptr(), None)
+        saved.pop(param.untyped_storage().data_ptr(), None)
     a_block = 4 * batch * TOKENS * (12.5 * CHANNELS + 2 * HIDDEN)
-    assert 0.8 < sum(kept.values()) / (DEPTH * a_block) < 1
+    assert 0.8 < sum(saved.values()) / (DEPTH * a_block) < 1
 
 
-def test_one_block_is_translated_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_block_is_compiled_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs: list[fx.GraphModule] = []
 
     def watch(graph: fx.GraphModule, _: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The time a run waits for its data, as it is measured, written and shown."""
+"""The time a run waits for data: measured, written and shown."""
 
 import itertools
 import time
@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from miro.cli.train import told
+from miro.cli.train import progress_detail
 from miro.data.reader import EncodedDataset
-from miro.training import metrics as meter
+from miro.training import metrics
 from miro.training.checkpoint import RunFolder
 from miro.training.config import TrainConfig
 from miro.training.loop import train
@@ -20,14 +20,14 @@ from miro.training.metrics_log import read_metrics
 
 
 class Clock:
-    """A clock that only moves when it is told to."""
+    """A fake clock that moves when `now` is set."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        monkeypatch.setattr(meter.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(metrics.time, "perf_counter", lambda: self.now)
 
 
-def test_a_loader_much_slower_than_the_step_is_told(
+def test_a_loader_much_slower_than_the_step_is_reported(
     training: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = EncodedDataset.latent
@@ -40,12 +40,12 @@ def test_a_loader_much_slower_than_the_step_is_told(
 
     train(replace(training, images=24, report_every=8, ema_weights_at=()), tmp_path)
 
-    # The first is left out: its first batch could not be made ahead.
+    # Without the first report, whose first batch could not be prefetched.
     waits = [line["data_wait"] for line in read_metrics(RunFolder(tmp_path).metrics)][1:]
     assert len(waits) == 2 and all(0.5 < share <= 1 for share in waits)
 
 
-def test_only_the_wait_for_a_visit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_wait_for_a_batch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
 
     def loader() -> Iterator[int]:
@@ -54,9 +54,9 @@ def test_only_the_wait_for_a_visit_counts(monkeypatch: pytest.MonkeyPatch) -> No
             yield number
 
     wait = DataWait(torch.device("cpu"))
-    visits = wait.timed(loader())
+    batches = wait.timed(loader())
     for _ in range(3):
-        next(visits)
+        next(batches)
         clock.now += 7.0  # a step
 
     assert wait.read() == pytest.approx(0.75)
@@ -64,9 +64,9 @@ def test_only_the_wait_for_a_visit_counts(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
-    ("share", "said"), [(0.0, ""), (0.02, ""), (0.021, "2% waiting"), (0.5, "50% waiting")]
+    ("fraction", "message"), [(0.0, ""), (0.02, ""), (0.021, "2% waiting"), (0.5, "50% waiting")]
 )
-def test_the_screen_shows_a_wait_that_matters(share: float, said: str) -> None:
+def test_the_screen_shows_a_wait_above_two_percent(fraction: float, message: str) -> None:
     progress = TrainingProgress(
         images=1,
         total=2,
@@ -74,10 +74,10 @@ def test_the_screen_shows_a_wait_that_matters(share: float, said: str) -> None:
         gradient_norm=1.0,
         images_per_second=10.0,
         seconds_left=1.0,
-        data_wait=share,
+        data_wait=fraction,
         mfu=None,
     )
 
-    shown = told(progress)
+    shown = progress_detail(progress)
 
-    assert (said in shown) and ("waiting" in shown) == bool(said)
+    assert (message in shown) and ("waiting" in shown) == bool(message)

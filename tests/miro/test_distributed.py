@@ -1,4 +1,4 @@
-"""Who a process is, as launchers say it."""
+"""The rank of a process, from the variables of launchers."""
 
 import pytest
 import torch
@@ -20,7 +20,9 @@ from miro.utils.distributed import DistEnv, dist_env
     ],
     ids=["nothing", "torchrun", "srun", "a shell in an allocation", "torchrun in an allocation"],
 )
-def test_launchers_are_understood(environment: dict[str, str], expected: DistEnv) -> None:
+def test_the_variables_of_launchers_are_read(
+    environment: dict[str, str], expected: DistEnv
+) -> None:
     assert dist_env(environment) == expected
 
 
@@ -33,18 +35,18 @@ def test_launchers_are_understood(environment: dict[str, str], expected: DistEnv
         {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "1"},
     ],
 )
-def test_half_of_an_answer_is_refused(environment: dict[str, str]) -> None:
+def test_incomplete_or_invalid_variables_are_refused(environment: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="RANK"):
         dist_env(environment)
 
 
-def test_a_device_is_a_processs_own() -> None:
+def test_each_local_rank_has_its_own_gpu() -> None:
     assert DistEnv(5, 8, 5).device("cpu") == torch.device("cpu")
     if not torch.cuda.is_available():
         assert DistEnv(5, 8, 1).device("cuda") == torch.device("cuda", 1)
 
 
-def test_alone_everything_is_agreed() -> None:
+def test_collectives_of_one_process_are_local() -> None:
     done = []
     DistEnv().on_first(lambda: done.append(1))
     assert done == [1] and DistEnv().all_true(True) and not DistEnv().all_true(False)

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from helpers.multirank import Together
+from helpers.multirank import MultiRank
 from test_annotate import contents, make_folder
 
 from miro.data.reader import EncodedDataset
@@ -28,10 +28,10 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "scored"
 
 
-def by_ranks(world: int, source: Path, dest: Path) -> Together:
+def by_ranks(world: int, source: Path, dest: Path) -> MultiRank:
     """One rank too in a process like theirs: threads decide in which order numbers are added."""
     action = partial(encode, config=CONFIG)
-    return Together(world, dest.with_name(f"{dest.name}-logs"), source, dest, action=action)
+    return MultiRank(world, dest.with_name(f"{dest.name}-logs"), source, dest, action=action)
 
 
 def made(folder: Path) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""The engine: precision, decay, clipping, the laws of rate and average, and its state."""
+"""The engine: precision, weight decay, clipping, schedules of learning rate and EMA, state."""
 
 import math
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def loss(engine: Engine, seed: int, captioned: bool = True) -> Tensor:
 
 
 def gradients(engine: Engine, seed: int) -> list[Tensor]:
-    """Those of `loss`, from the network itself."""
+    """Gradients of `loss` by autograd on the network itself."""
     x, t, rewards, text = inputs(seed)
     out = engine.model(x, t, rewards, engine.model.encode_context(text))
     error = (out - x.flip(0)).square().mean()
@@ -35,14 +35,14 @@ Read = Callable[[str, ShardSlice], Tensor]
 
 
 def saved(engine: Engine) -> tuple[Read, dict[str, Any]]:
-    """A copy of its state, as a checkpoint gives it back."""
-    pieces, numbers = engine.checkpoint_state()
-    held = {
-        (key, piece.name): tensor.clone()
-        for piece in pieces
-        for key, tensor in piece.tensors.items()
+    """A copy of the engine's state, in the form of `load_state`'s arguments."""
+    shards, state = engine.checkpoint_state()
+    copies = {
+        (key, shard.name): tensor.clone()
+        for shard in shards
+        for key, tensor in shard.tensors.items()
     }
-    return lambda key, piece: held[key, piece.name], numbers
+    return lambda key, shard: copies[key, shard.name], state
 
 
 def weights(engine: Engine) -> dict[str, Tensor]:
@@ -54,7 +54,7 @@ def weights(engine: Engine) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("matrices", ["adamw", "muon"])
-def test_training_lowers_the_loss_of_what_it_sees(precision: Any, matrices: Any) -> None:
+def test_training_lowers_the_loss_of_its_batch(precision: Any, matrices: Any) -> None:
     trained = engine(replace(CONFIG, name=matrices), precision=precision)
     before = loss(trained, 1).item()
 
@@ -64,7 +64,7 @@ def test_training_lowers_the_loss_of_what_it_sees(precision: Any, matrices: Any)
     assert loss(trained, 1).item() < 0.7 * before
 
 
-def test_bf16_keeps_the_weights_that_were_never_rounded() -> None:
+def test_bf16_has_unrounded_fp32_master_weights() -> None:
     initial = dict(build().named_parameters())
 
     made = engine(precision="bf16")
@@ -84,16 +84,16 @@ def test_matrices_decay_and_gains_offsets_and_biases_do_not(precision: Any, matr
 
     learn(made, 0 * loss(made, 1), images=0)
 
-    kept = 1 - CONFIG.learning_rate * CONFIG.weight_decay
+    decayed = 1 - CONFIG.learning_rate * CONFIG.weight_decay
     for name, after in weights(made).items():
-        spared = name.endswith(("bias", "norm")) or after.ndim == 1 or name == "offsets"
-        torch.testing.assert_close(after, before[name] * (1 if spared else kept), msg=name)
+        undecayed = name.endswith(("bias", "norm")) or after.ndim == 1 or name == "offsets"
+        torch.testing.assert_close(after, before[name] * (1 if undecayed else decayed), msg=name)
     assert {n for n in before if n.startswith("table.")} == {
         "table.hidden", "table.hidden_bias", "table.out", "table.out_bias"
     }  # fmt: skip
 
 
-def test_gradients_are_clipped_together_and_their_norm_is_told() -> None:
+def test_gradients_are_clipped_by_their_global_norm_which_is_returned() -> None:
     made = engine(OptimizerConfig(max_grad_norm=1e-3))
     grads = gradients(made, 1)
     expected = torch.stack([grad.norm() for grad in grads]).norm()
@@ -110,7 +110,7 @@ def test_gradients_are_clipped_together_and_their_norm_is_told() -> None:
     assert all(param.grad is None for param in made.parameters.values())
 
 
-def test_gradients_below_the_limit_are_left_as_they_are() -> None:
+def test_gradients_below_the_limit_are_unchanged() -> None:
     made = engine(OptimizerConfig(max_grad_norm=1e6))
     expected = gradients(made, 1)
 
@@ -120,26 +120,26 @@ def test_gradients_below_the_limit_are_left_as_they_are() -> None:
         torch.testing.assert_close(made.optimizer.state[param]["exp_avg"], 0.1 * grad)
 
 
-def test_the_average_follows_the_weights() -> None:
+def test_the_ema_weights_follow_the_weights() -> None:
     made = engine()
-    average = weights(made)
+    ema = weights(made)
 
     for images in (0, 4, 8):
         learn(made, loss(made, images), images)
         decay = ema_decay(CONFIG, images, 4)
-        average = {n: decay * average[n] + (1 - decay) * w for n, w in weights(made).items()}
+        ema = {n: decay * ema[n] + (1 - decay) * w for n, w in weights(made).items()}
 
     for name, tensor in made.ema_state_dict().items():
-        torch.testing.assert_close(tensor, average[name])
+        torch.testing.assert_close(tensor, ema[name])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("matrices", ["adamw", "muon"])
-def test_a_saved_state_goes_on_bit_for_bit(precision: Any, matrices: Any) -> None:
+def test_a_loaded_state_continues_bit_for_bit(precision: Any, matrices: Any) -> None:
     config = replace(CONFIG, name=matrices)
     first = engine(config, precision=precision)
     for images in range(0, 20, 4):
-        # At some steps all texts are withheld, and their weights have no gradient.
+        # At one step all captions are dropped, and the weights of the text have no gradient.
         learn(first, loss(first, images, captioned=images != 8), images)
     state = saved(first)
     again = engine(config, precision=precision)
@@ -172,7 +172,7 @@ def test_the_state_of_another_network_is_refused(other: FlowTransformer) -> None
         theirs.load_state(*saved(engine()))
 
 
-def test_the_rate_rises_linearly_stays_and_falls_to_zero() -> None:
+def test_the_learning_rate_warms_up_stays_constant_and_decays_to_zero() -> None:
     config = OptimizerConfig(warmup_images=100, decay_from=0.8)
 
     factors = [lr_multiplier(config, images, 1000) for images in range(1000)]
@@ -184,11 +184,11 @@ def test_the_rate_rises_linearly_stays_and_falls_to_zero() -> None:
     assert factors[800:] == sorted(factors[800:], reverse=True)
 
 
-def test_without_warmup_and_decay_the_rate_is_constant() -> None:
+def test_without_warmup_and_decay_the_learning_rate_is_constant() -> None:
     assert {lr_multiplier(OptimizerConfig(), images, 100) for images in range(100)} == {1.0}
 
 
-def test_the_rate_reaches_the_optimizer() -> None:
+def test_the_learning_rate_reaches_the_optimizer() -> None:
     made = engine(OptimizerConfig(learning_rate=0.01, decay_from=0.5))
 
     learn(made, loss(made, 1), images=300)
@@ -197,7 +197,7 @@ def test_the_rate_reaches_the_optimizer() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 64, 500])
-def test_a_weights_share_in_the_average_halves_over_the_half_life(batch: int) -> None:
+def test_the_ema_decays_to_one_half_over_its_half_life(batch: int) -> None:
     config = OptimizerConfig(ema_halflife_images=10_000, ema_rampup_ratio=0.05)
 
     steps = 10_000 // batch
@@ -206,7 +206,7 @@ def test_a_weights_share_in_the_average_halves_over_the_half_life(batch: int) ->
     assert abs(math.prod(late) - 0.5) < 1e-3
 
 
-def test_a_young_average_is_young() -> None:
+def test_the_half_life_ramps_up_with_the_images() -> None:
     config = OptimizerConfig(ema_halflife_images=10_000, ema_rampup_ratio=0.05)
 
     # After 2,000 images the half-life is 5 % of them.
@@ -216,33 +216,41 @@ def test_a_young_average_is_young() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("learning_rate", 0.0), ("learning_rate", float("nan")), ("max_grad_norm", 0.0), ("ema_halflife_images", -1.0),
-     ("ema_rampup_ratio", 0.0), ("decay_from", 1.5), ("decay_from", -0.1), ("warmup_images", -5),
-     ("weight_decay", -0.1), ("beta1", 1.0), ("beta2", 1.5), ("eps", 0.0)],
+    [("learning_rate", 0.0), ("learning_rate", float("nan")), ("max_grad_norm", 0.0),
+     ("ema_halflife_images", -1.0), ("ema_rampup_ratio", 0.0), ("decay_from", 1.5),
+     ("decay_from", -0.1), ("warmup_images", -5), ("weight_decay", -0.1), ("beta1", 1.0), ("beta2", 1.5), ("eps", 0.0)],
 )  # fmt: skip
-def test_impossible_values_are_named(name: str, value: Any) -> None:
+def test_invalid_values_are_named(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"optimizer\.{name}.*got {value}"):
         OptimizerConfig(**{name: value})
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_step_without_a_number_is_skipped_and_counted(stage: Any, precision: Any) -> None:
+def test_a_step_with_nan_gradients_is_skipped_and_counted(stage: Any, precision: Any) -> None:
     made = engine(plan=replace(PLAN, stage=stage), precision=precision)
     learn(made, loss(made, 1), images=0)
     before = {name: tensor.clone() for name, tensor in saved_tensors(made).items()}
 
     learn(made, loss(made, 1) * torch.nan, images=4)
 
-    assert made.gradient_clipper.state_dict() | {"mean": 0} == {"mean": 0, "in_row": 1, "longest": 1, "total": 1}
+    assert made.gradient_clipper.state_dict() | {"mean": 0} == {
+        "mean": 0,
+        "in_row": 1,
+        "longest": 1,
+        "total": 1,
+    }
     for name, tensor in saved_tensors(made).items():
         assert torch.equal(tensor, before[name]), name
     learn(made, loss(made, 1), images=8)
-    assert made.gradient_clipper.state_dict()["in_row"] == 0 and made.gradient_clipper.state_dict()["total"] == 1
+    assert (
+        made.gradient_clipper.state_dict()["in_row"] == 0
+        and made.gradient_clipper.state_dict()["total"] == 1
+    )
     assert not torch.equal(saved_tensors(made)["master/out.bias"], before["master/out.bias"])
 
 
-def test_an_exploding_step_is_skipped_and_a_large_one_is_not() -> None:
+def test_a_gradient_spike_is_skipped_and_a_large_gradient_is_not() -> None:
     made = engine(replace(CONFIG, skip_threshold=10.0))
     skipped = []
     for factor in (1.0, 5.0, 100.0, 1.0):
@@ -254,7 +262,7 @@ def test_an_exploding_step_is_skipped_and_a_large_one_is_not() -> None:
 
 def saved_tensors(engine: Engine) -> dict[str, Tensor]:
     return {
-        f"{key}/{piece.name}": tensor
-        for piece in engine.checkpoint_state()[0]
-        for key, tensor in piece.tensors.items()
+        f"{key}/{shard.name}": tensor
+        for shard in engine.checkpoint_state()[0]
+        for key, tensor in shard.tensors.items()
     }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.multirank import train_together
+from helpers.multirank import train_multirank
 
 from miro.sampling.export import export
 from miro.sampling.pipeline import Pipeline
@@ -30,7 +30,7 @@ def test_the_newest_weights_are_exported_and_load_by_themselves(
 
 def test_a_checkpoint_of_several_ranks_is_merged(training: TrainConfig, tmp_path: Path) -> None:
     config = replace(training, sharding=ShardingConfig("3"))
-    train_together(2, config, tmp_path / "run")
+    train_multirank(2, config, tmp_path / "run")
     run = RunFolder(tmp_path / "run")
     expected, state = checkpoint.load(run.weights_at(96))
     shutil.rmtree(run.weights)

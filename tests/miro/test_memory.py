@@ -1,4 +1,4 @@
-"""What a rank takes of memory, as estimated and as measured in real processes."""
+"""The memory of a rank, estimated and measured in processes."""
 
 import ctypes
 import gc
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.multirank import Together
+from helpers.multirank import MultiRank
 
 import miro.training.batch_plan
 from miro.model.packed_text import empty_text
@@ -25,60 +25,60 @@ from miro.training.optimizer import OptimizerConfig
 from miro.training.presets import preset
 from miro.utils.distributed import DistEnv, init_distributed
 
-# 21 million parameters, few tokens: what is measured is the state.
+# 21 million parameters and few tokens, so that the state outweighs the activations.
 MODEL, LATENT, TEXT, REWARDS = ModelConfig(512, 5, 4, 1024, 4), (1, 8, 8), 16, 2
 
 
 def memory(line: str) -> int:
-    """VmRSS, bytes of this process in memory, or VmHWM, the most since `reset_peak`."""
+    """VmRSS, resident bytes of this process, or VmHWM, their peak since `reset_peak`."""
     with open("/proc/self/status") as file:
         (found,) = (row for row in file if row.startswith(f"{line}:"))
     return 1024 * int(found.split()[1])
 
 
 def reset_peak() -> None:
-    """Give back what is free, and forget the most there was."""
+    """Return free heap memory to the kernel and reset VmHWM."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def measure(config: ModelConfig, layout: BatchPlan, precision: Any, bucket: int, out: Path) -> None:
-    """Write the most that this rank holds from its second step's forward to its gradients."""
+def measure(config: ModelConfig, plan: BatchPlan, precision: Any, bucket: int, out: Path) -> None:
+    """Write this rank's peak memory in forward and backward of its second step."""
     miro.training.batch_plan.BUCKET = bucket
-    # Every tensor gets pages of its own: the holes that others leave in glibc's heap, up to half as
-    # much again at stage 3, are no part of what the engine holds, nor of a device's memory.
+    # mmap every tensor: fragmentation of glibc's heap, up to half of the state at stage 3, is not
+    # memory of the engine, and a device has another allocator.
     M_MMAP_THRESHOLD = -3
     assert ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 2**17)
     torch.set_num_threads(1)
     ranks = init_distributed("cpu")
-    bins = torch.zeros(layout.micro_batch, REWARDS, dtype=torch.int64)
+    bins = torch.zeros(plan.micro_batch, REWARDS, dtype=torch.int64)
     rewards = RewardCond(torch.linspace(0, 1, 4), bins, bins.bool())
-    x, t = torch.zeros(layout.micro_batch, *LATENT), torch.zeros(layout.micro_batch)
+    x, t = torch.zeros(plan.micro_batch, *LATENT), torch.zeros(plan.micro_batch)
     small = FlowTransformer(ModelConfig(16, 1, 1, 16, 4), LATENT, TEXT, REWARDS)
-    held, before = 0, 0
+    peak, before = 0, 0
     for model in (small, None):
-        # The first time, small, loads what is loaded once: code, and DeepSpeed's own.
+        # A small model first loads code and DeepSpeed's global state.
         if model is None:
             reset_peak()
             before = memory("VmRSS")
             torch.manual_seed(0)
             model = FlowTransformer(config, LATENT, TEXT, REWARDS)
         engine = Engine(
-            model, OptimizerConfig(), layout, total_images=100, precision=precision, env=ranks
+            model, OptimizerConfig(), plan, total_images=100, precision=precision, env=ranks
         )
         for step in range(2):
             reset_peak()
-            for _ in range(layout.accumulation):
-                out_ = engine.predict(x, t, rewards, empty_text(layout.micro_batch, TEXT))
+            for _ in range(plan.accumulation):
+                out_ = engine.predict(x, t, rewards, empty_text(plan.micro_batch, TEXT))
                 engine.backward(out_.square().mean())
                 del out_
             if step:
-                held = memory("VmHWM") - before
+                peak = memory("VmHWM") - before
             engine.step(0)
         engine.deepspeed.destroy()
         del engine, model
-    (out / f"{ranks.rank}.json").write_text(json.dumps(held))
+    (out / f"{ranks.rank}.json").write_text(json.dumps(peak))
 
 
 LONG = pytest.mark.long
@@ -101,21 +101,21 @@ def test_memory_of_a_rank_falls_with_the_stage_as_estimated(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With buckets small beside the weights, as they are beside those of a large model, and not."""
+    """With buckets much smaller than the weights, as for a large model, and with larger ones."""
     monkeypatch.setattr("miro.training.memory.BUCKET", bucket)
     model = replace(MODEL, depth=depth)
     parameters = parameter_count(model, LATENT, TEXT, REWARDS)
     measured = []
     for stage in stages:
-        layout = BatchPlan(stage, world=2, micro_batch=1, accumulation=1)  # type: ignore[arg-type]
+        plan = BatchPlan(stage, world=2, micro_batch=1, accumulation=1)  # type: ignore[arg-type]
         folder = tmp_path / f"{stage}"
-        together = Together(2, folder, model, layout, precision, bucket, folder, action=measure)
-        assert together.wait() == [0, 0], together.said()
-        held = max(json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1))
-        expected = estimate(parameters, layout, precision).total
-        assert abs(held - expected) < 0.15 * expected, f"stage {stage}: {held} is not {expected}"
-        measured.append(held)
-    # In bf16 stage 2 adds up in fp32: in two halves that is what stage 1 keeps whole.
+        processes = MultiRank(2, folder, model, plan, precision, bucket, folder, action=measure)
+        assert processes.wait() == [0, 0], processes.log_text()
+        peak = max(json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1))
+        expected = estimate(parameters, plan, precision).total
+        assert abs(peak - expected) < 0.15 * expected, f"stage {stage}: {peak} is not {expected}"
+        measured.append(peak)
+    # In bf16 stage 2 accumulates in fp32: half of it is as large as stage 1's bf16 gradients.
     if bucket == 2**20 and precision == "fp32":
         assert measured == sorted(measured, reverse=True)
 
@@ -123,31 +123,31 @@ def test_memory_of_a_rank_falls_with_the_stage_as_estimated(
 LARGE = preset("large")
 
 
-def layout_of(stage: Any, world: int = 8, **options: Any) -> BatchPlan:
+def plan_of(stage: Any, world: int = 8, **options: Any) -> BatchPlan:
     return BatchPlan(stage, world, micro_batch=32, accumulation=8, **options)
 
 
-def test_each_stage_cuts_what_it_says() -> None:
-    stages = [estimate(2 * 10**9, layout_of(stage), "bf16") for stage in (0, 1, 2, 3)]
+def test_each_stage_shards_its_part_of_the_state() -> None:
+    stages = [estimate(2 * 10**9, plan_of(stage), "bf16") for stage in (0, 1, 2, 3)]
     whole = stages[0]
 
     assert whole.weights == 4e9 and whole.masters + whole.moments + whole.average == 32e9
-    for cut in stages[1:]:
-        assert cut.masters + cut.moments + cut.average == 32e9 / 8
-    # Stage 1 holds them whole; stage 2 its part, as reduced and in fp32.
+    for sharded in stages[1:]:
+        assert sharded.masters + sharded.moments + sharded.average == 32e9 / 8
+    # Stage 1 has all gradients in bf16; stage 2 a shard in bf16 and one in fp32.
     assert stages[1].gradients == 4e9 and stages[2].gradients == 1.5e9
     assert stages[2].weights == 4e9 and stages[3].weights == 0.5e9
-    host = estimate(2 * 10**9, layout_of(2, offload="optimizer"), "bf16")
+    host = estimate(2 * 10**9, plan_of(2, offload="optimizer"), "bf16")
     assert host.masters + host.moments + host.average == 0
 
 
-def test_recomputing_keeps_an_eighth_of_the_activations() -> None:
-    kept = activation_bytes(LARGE.model, (4, 32, 32), layout_of(1), "bf16")
-    again = activation_bytes(
-        LARGE.model, (4, 32, 32), layout_of(1, activation_checkpointing=True), "bf16"
+def test_activation_checkpointing_saves_seven_eighths_of_the_activations() -> None:
+    saved = activation_bytes(LARGE.model, (4, 32, 32), plan_of(1), "bf16")
+    recomputed = activation_bytes(
+        LARGE.model, (4, 32, 32), plan_of(1, activation_checkpointing=True), "bf16"
     )
 
-    assert kept > 1e9 and again < kept / 7
+    assert saved > 1e9 and recomputed < saved / 7
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_auto_takes_the_lowest_stage_that_fits_and_says_why(
     assert f"sharding.stage=auto takes {stage}" in caplog.text and "stage 0:" in caplog.text
 
 
-def test_a_stage_that_is_given_is_taken_and_one_process_shards_nothing(
+def test_a_configured_stage_is_returned_and_one_process_does_not_shard(
     training: TrainConfig,
 ) -> None:
     given = replace(training, sharding=ShardingConfig("3"))
@@ -176,7 +176,7 @@ def test_a_stage_that_is_given_is_taken_and_one_process_shards_nothing(
     assert choose_stage(training, (3, 32, 32), 384, 2, DistEnv(), device) == 0
 
 
-def test_parameters_are_counted_without_making_them() -> None:
+def test_parameters_are_counted_without_allocating_them() -> None:
     made = FlowTransformer(replace(MODEL, depth=1), LATENT, TEXT, REWARDS)
 
     counted = parameter_count(replace(MODEL, depth=1), LATENT, TEXT, REWARDS)
@@ -185,7 +185,7 @@ def test_parameters_are_counted_without_making_them() -> None:
     assert 0.34e9 < parameter_count(preset("small").model, (4, 32, 32), 2048, 7) < 0.38e9
 
 
-def test_the_plan_for_clusters_says_that_it_is_a_projection(tmp_path: Path) -> None:
+def test_the_plan_for_clusters_is_labelled_a_projection(tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "profiling" / "scale_plan.py"
 
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line a report, also after a stop."""
+"""metrics.jsonl has one line per report, also after an interruption."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ def images_in(folder: Path) -> list[int]:
     return [line["images"] for line in read_metrics(folder / "run" / "metrics.jsonl")]
 
 
-def test_reports_are_read_back(tmp_path: Path) -> None:
+def test_written_reports_are_read(tmp_path: Path) -> None:
     write(tmp_path, 0, 10, 20)
 
     first, second = read_metrics(tmp_path / "run" / "metrics.jsonl")
@@ -29,7 +29,7 @@ def test_reports_are_read_back(tmp_path: Path) -> None:
     assert list((tmp_path / "run" / "board").glob("events.*")), "TensorBoard has them too"
 
 
-def test_a_report_can_be_read_while_the_run_goes_on(tmp_path: Path) -> None:
+def test_a_report_can_be_read_while_the_run_continues(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "board", 0)
     writer.write(10, {"loss": 1.0})
 
@@ -37,7 +37,7 @@ def test_a_report_can_be_read_while_the_run_goes_on(tmp_path: Path) -> None:
     writer.close()
 
 
-def test_a_resumed_run_takes_back_what_it_will_write_again(tmp_path: Path) -> None:
+def test_a_resumed_run_removes_the_lines_after_its_checkpoint(tmp_path: Path) -> None:
     write(tmp_path, 0, 10, 20, 30)
 
     write(tmp_path, 20, 30, 40)
@@ -45,7 +45,7 @@ def test_a_resumed_run_takes_back_what_it_will_write_again(tmp_path: Path) -> No
     assert images_in(tmp_path) == [10, 20, 30, 40]
 
 
-def test_a_line_cut_short_by_a_stop_is_left_out_and_said(
+def test_a_truncated_line_is_skipped_and_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write(tmp_path, 0, 10, 20)
@@ -53,13 +53,13 @@ def test_a_line_cut_short_by_a_stop_is_left_out_and_said(
     path.write_text(path.read_text()[:-9])
 
     assert images_in(tmp_path) == [10]
-    assert "metrics.jsonl" in caplog.text and "cut short" in caplog.text
+    assert "metrics.jsonl" in caplog.text and "truncated" in caplog.text
     write(tmp_path, 10, 20)
     assert images_in(tmp_path) == [10, 20]
     assert [json.loads(line)["images"] for line in path.read_text().splitlines()] == [10, 20]
 
 
-def test_reports_that_find_no_room_wait_for_it(
+def test_reports_on_a_full_disk_are_written_once_there_is_space(
     small_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path, filler = small_disk / "metrics.jsonl", small_disk / "filler"
@@ -78,5 +78,5 @@ def test_reports_that_find_no_room_wait_for_it(
     assert [line["images"] for line in read_metrics(path)] == list(range(10, 1001, 10))
 
 
-def test_no_metrics_yet_are_no_lines(tmp_path: Path) -> None:
+def test_an_absent_file_has_no_lines(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.jsonl") == []

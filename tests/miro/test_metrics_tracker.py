@@ -1,4 +1,4 @@
-"""What a run reports of itself, and that it costs the steps nothing."""
+"""The metrics of a run, which add no operation and no host sync to its steps."""
 
 import itertools
 import math
@@ -27,7 +27,7 @@ from miro.training.presets import demo
 from miro_kernels.lab.eager import FREE
 
 
-def seen(losses: Tensor, t: Tensor, bins: Tensor, keep: Tensor, levels: int) -> list[StepRecord]:
+def records(losses: Tensor, t: Tensor, bins: Tensor, keep: Tensor, levels: int) -> list[StepRecord]:
     """Two micro-batches of unequal size."""
     rewards = [RewardCond(torch.linspace(0, 1, levels), bins[p], keep[p]) for p in (PART, REST)]
     return [StepRecord(losses[p], t[p], r, 1.0) for p, r in zip((PART, REST), rewards, strict=True)]
@@ -36,14 +36,14 @@ def seen(losses: Tensor, t: Tensor, bins: Tensor, keep: Tensor, levels: int) -> 
 PART, REST = slice(0, 30), slice(30, None)
 
 
-def test_losses_are_summed_by_noise_and_by_what_each_reward_was_told() -> None:
+def test_losses_are_summed_by_timestep_and_by_bins_of_each_reward() -> None:
     generator = torch.Generator().manual_seed(1)
     losses, t = torch.rand(100, generator=generator), torch.rand(100, generator=generator)
     bins = torch.randint(64, (100, 2), generator=generator)
     keep = torch.rand(100, 2, generator=generator) < 0.7
     losses[7], losses[50], t[3] = math.nan, math.inf, 1.0
 
-    sums, counts = loss_sums(seen(losses, t, bins, keep, 64)).tolist()
+    sums, counts = loss_sums(records(losses, t, bins, keep, 64)).tolist()
 
     expected: dict[str, list[float]] = {name: [] for name in loss_groups(("red", "big"))}
     for n in range(100):
@@ -61,50 +61,50 @@ def test_losses_are_summed_by_noise_and_by_what_each_reward_was_told() -> None:
 
 
 @pytest.mark.parametrize(
-    ("levels", "told"),
+    ("levels", "thirds"),
     [(2, {0: "low", 1: "high"}), (3, {0: "low", 1: "middle", 2: "high"})],
 )
-def test_the_lowest_and_the_highest_of_few_bins_are_told_apart(
-    levels: int, told: dict[int, str]
+def test_the_lowest_and_the_highest_of_few_bins_are_in_different_thirds(
+    levels: int, thirds: dict[int, str]
 ) -> None:
-    for number, third in told.items():
+    for number, third in thirds.items():
         bins = torch.full((40, 1), number)
-        sums = loss_sums(seen(torch.ones(40), torch.rand(40), bins, bins >= 0, levels))
+        sums = loss_sums(records(torch.ones(40), torch.rand(40), bins, bins >= 0, levels))
 
         counts = dict(zip(loss_groups(["red"]), sums[1].tolist(), strict=True))
         assert counts[f"loss_by_reward/red/{third}"] == 40
         assert sum(counts[f"loss_by_reward/red/{name}"] for name in ("low", "middle", "high")) == 40
 
 
-def test_without_rewards_only_the_noise_tells_losses_apart() -> None:
+def test_without_rewards_losses_are_grouped_by_timestep_only() -> None:
     nothing = torch.zeros(40, 0, dtype=torch.int64)
 
-    sums = loss_sums(seen(torch.ones(40), torch.rand(40), nothing, nothing.bool(), 64))
+    sums = loss_sums(records(torch.ones(40), torch.rand(40), nothing, nothing.bool(), 64))
 
     assert sums.shape == (2, 11) and sums[1, 1:].sum() == 40
 
 
-def test_a_run_reports_where_its_loss_is(undisturbed: RunFolder) -> None:
+def test_a_run_reports_its_loss_by_timestep_and_reward(undisturbed: RunFolder) -> None:
     lines = read_metrics(undisturbed.metrics)
 
     names = {name for line in lines for name in line}
-    told = {name for name in names if name.startswith("loss")}
-    # 96 times of this law are seldom near an end.
+    losses = {name for name in names if name.startswith("loss")}
+    # 96 timesteps of this distribution are seldom near 0 or 1.
     rare = {"loss_by_t/0.05", "loss_by_t/0.95"}
-    assert told | rare == set(loss_groups(("colourfulness", "sharpness")))
+    assert losses | rare == set(loss_groups(("colourfulness", "sharpness")))
     for line in lines:
         assert all(math.isfinite(value) for value in line.values())
         at = [value for name, value in line.items() if name.startswith("loss_by_t/")]
         assert min(at) <= line["loss"] <= max(at)
         assert line["memory/resident_gib"] > 0.05 and 0 <= line["logging_fraction"] < 1
-    # What a CPU reaches at most is not known, and it has no driver to ask.
+    # A CPU has no known peak FLOP/s and no NVML.
     assert not names & {"mfu", "gpu/power_watts"}
     board = EventAccumulator(str(undisturbed.tensorboard))
     board.Reload()
     assert set(board.Tags()["scalars"]) == names - {"images", "time"}
 
 
-def test_what_a_run_is_not_told_it_does_not_report(training: TrainConfig, tmp_path: Path) -> None:
+def test_inactive_rewards_are_not_reported(training: TrainConfig, tmp_path: Path) -> None:
     conditioning = ConditioningConfig(rewards=("sharpness",))
     train(replace(training, images=16, conditioning=conditioning, ema_weights_at=()), tmp_path)
 
@@ -117,7 +117,7 @@ def test_what_a_run_is_not_told_it_does_not_report(training: TrainConfig, tmp_pa
 def test_mfu_is_useful_flops_over_the_peak(
     training: TrainConfig, encoded: Path, tmp_path: Path, micro_batch: int
 ) -> None:
-    """Without texts every step takes the same."""
+    """Without captions every step has the same FLOPs."""
     config = replace(
         training, images=16, peak_flops=1e12, ema_weights_at=(),
         conditioning=ConditioningConfig(drop_text=1.0),
@@ -132,12 +132,12 @@ def test_mfu_is_useful_flops_over_the_peak(
         assert line["mfu"] * 1e12 == pytest.approx(line["images_per_second"] * an_image, rel=1e-6)
 
 
-def test_a_peak_below_nothing_is_refused(training: TrainConfig) -> None:
+def test_a_negative_peak_is_refused(training: TrainConfig) -> None:
     with pytest.raises(ValueError, match="peak_flops must be above 0, got -1"):
         replace(training, peak_flops=-1.0)
 
 
-def test_the_time_of_a_report_is_told_and_counts_in_the_rate(
+def test_the_time_of_a_report_is_measured_and_included_in_the_rate(
     training: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = MetricsWriter.write
@@ -157,7 +157,7 @@ def test_the_time_of_a_report_is_told_and_counts_in_the_rate(
 
 
 class Operations(TorchDispatchMode):
-    """Counts what torch computes, views apart."""
+    """Counts operations of torch, without views."""
 
     count = 0
 
@@ -167,7 +167,7 @@ class Operations(TorchDispatchMode):
 
 
 class HostReads(TorchFunctionMode):
-    """Counts what waits for a device: values brought to the host."""
+    """Counts host syncs: values copied to the host."""
 
     NAMES = {"tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__"}
     count = 0
@@ -177,10 +177,10 @@ class HostReads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_reports_are_under_a_hundredth_of_what_is_computed_and_steps_compute_nothing_for_them(
+def test_reports_are_under_a_hundredth_of_all_operations_and_steps_add_none(
     encoded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counted at the demo's network and interval; what a batch holds changes no count."""
+    """Counted with the demo's network and interval; the batch size changes no count."""
     with Operations() as operations, HostReads() as reads:
         counted: dict[str, list[tuple[int, int, int]]] = {"add": [], "log": []}
 

@@ -1,4 +1,4 @@
-"""Muon: its updates are orthogonal, those of torch's own, and its average and masters are kept."""
+"""Muon: orthogonal updates, equal to torch.optim.Muon's, with fp32 master and EMA weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from miro.training.muon import MuonEMA, orthogonalize
 def test_singular_values_are_moved_near_one(shape: tuple[int, int, int]):
     torch.manual_seed(0)
     values = torch.linalg.svdvals(orthogonalize(torch.randn(shape) * 7))
-    # Five steps leave the smallest values of a square matrix behind; those of others arrive.
+    # Five steps are too few for the smallest singular values of a square matrix.
     assert values.max() < 1.3
     assert shape[1] == shape[2] or values.min() > 0.5
 
@@ -42,7 +42,7 @@ def test_the_updates_are_those_of_torch_muon():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_average_and_master_are_kept_in_fp32(dtype: torch.dtype):
+def test_ema_and_master_weights_are_fp32(dtype: torch.dtype):
     torch.manual_seed(0)
     param = torch.nn.Parameter(torch.randn(8, 4).to(dtype))
     optimizer = MuonEMA([{"params": [param], "use_muon": True}], lr=0.01, ema_decay=0.5)
@@ -69,6 +69,6 @@ def test_other_groups_are_adamw():
     torch.testing.assert_close(ours, theirs)
 
 
-def test_a_vector_cannot_be_orthogonal():
+def test_a_vector_is_refused():
     with pytest.raises(ValueError, match=r"Muon takes matrices, got a parameter \(3,\)"):
         MuonEMA([{"params": [torch.nn.Parameter(torch.zeros(3))], "use_muon": True}])

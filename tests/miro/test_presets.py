@@ -1,4 +1,4 @@
-"""The presets: the sizes they promise, and what a run's configuration refuses."""
+"""The sizes of the presets, and the validation of TrainConfig."""
 
 from dataclasses import replace
 from typing import Any
@@ -12,7 +12,7 @@ from miro.training.presets import demo, large, preset, small
 
 
 def billions(config: ModelConfig, text: int = 2048) -> float:
-    """Parameters for latents of 4 x 32 x 32, FLAN-T5 XL's states and seven rewards."""
+    """Billions of parameters for latents of 4 x 32 x 32, FLAN-T5 XL's states and seven rewards."""
     with torch.device("meta"):
         model = FlowTransformer(config, (4, 32, 32), text, rewards=7)
     return sum(param.numel() for param in model.parameters()) / 1e9
@@ -39,7 +39,7 @@ def test_presets_on_latents_have_256_tokens() -> None:
         assert len(model.cos) == 256
 
 
-def test_an_unknown_preset_offers_the_nearest() -> None:
+def test_an_unknown_preset_suggests_the_nearest() -> None:
     with pytest.raises(ValueError, match="unknown preset 'smal'; did you mean 'small'.*demo"):
         preset("smal")
 
@@ -58,6 +58,6 @@ def test_an_unknown_preset_offers_the_nearest() -> None:
         ({"images": 640, "ema_weights_at": (1280,)}, "ema_weights_at: 1280.*images=640"),
     ],
 )
-def test_impossible_values_are_named(bad: dict[str, Any], words: str) -> None:
+def test_invalid_values_are_named(bad: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         TrainConfig(**{"model": demo().model, "report_every": 64, "checkpoint_every": 64, **bad})

@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed, damaged or out of room, and resumed bit for bit."""
+"""Runs that are interrupted, killed, damaged or out of disk space resume bit for bit."""
 
 import shutil
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def losses(run: RunFolder) -> list[tuple[int, float]]:
 
 
 def assert_same_run(folder: Path, undisturbed: RunFolder) -> None:
-    """Every weight, average and moment is equal bit for bit, and so is every report."""
+    """Assert equal weights, EMA weights, moments and losses, bit for bit."""
     run = RunFolder(folder)
     assert run.checkpoint(80).is_dir() and not list(run.root.rglob("*.writing"))
     assert [images for images, _ in run.weights_written()] == [40, 96]
@@ -47,7 +47,7 @@ def stop_at(images: int) -> Callable[[TrainingProgress], None]:
 
 
 @pytest.mark.parametrize("images", [8, 16, 40, 88])
-def test_a_run_stopped_by_hand_and_resumed_equals_an_undisturbed_one(
+def test_an_interrupted_run_resumes_bit_for_bit(
     training: TrainConfig, undisturbed: RunFolder, tmp_path: Path, images: int
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
@@ -59,10 +59,10 @@ def test_a_run_stopped_by_hand_and_resumed_equals_an_undisturbed_one(
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_bf16_resumes_bit_for_bit_too(
+def test_a_bf16_run_resumes_bit_for_bit(
     training: TrainConfig, tmp_path: Path, compiled: bool
 ) -> None:
-    """As the demo trains. Compiled code must not depend on where a run began."""
+    """Compiled code must not depend on the step at which a run started."""
     training = replace(training, precision="bf16", compile=compiled)
     train(training, tmp_path / "undisturbed")
     with pytest.raises(KeyboardInterrupt):
@@ -102,7 +102,7 @@ def test_a_killed_run_resumes_bit_for_bit(
 
 
 @pytest.mark.parametrize("saved", ["checkpoints", "weights"])
-def test_a_run_killed_from_outside_during_a_save_resumes_bit_for_bit(
+def test_a_run_killed_during_a_save_resumes_bit_for_bit(
     training: TrainConfig, undisturbed: RunFolder, tmp_path: Path, saved: str
 ) -> None:
     def writing() -> bool:
@@ -115,7 +115,7 @@ def test_a_run_killed_from_outside_during_a_save_resumes_bit_for_bit(
     assert_same_run(tmp_path, undisturbed)
 
 
-def test_a_finished_run_is_not_run_again(
+def test_a_finished_run_is_not_trained_again(
     training: TrainConfig, undisturbed: RunFolder, tmp_path: Path
 ) -> None:
     shutil.copytree(undisturbed.root, tmp_path / "run")
@@ -127,7 +127,7 @@ def test_a_finished_run_is_not_run_again(
     assert_same_run(tmp_path / "run", undisturbed)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
+def test_a_damaged_checkpoint_is_logged_and_the_previous_one_is_loaded(
     training: TrainConfig, undisturbed: RunFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = RunFolder(tmp_path / "run")
@@ -142,7 +142,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     assert_same_run(run.root, undisturbed)
 
 
-def test_a_damaged_newer_checkpoint_never_costs_a_whole_one(
+def test_a_damaged_newer_checkpoint_does_not_cause_a_complete_one_to_be_deleted(
     training: TrainConfig, undisturbed: RunFolder, tmp_path: Path
 ) -> None:
     run = RunFolder(tmp_path / "run")
@@ -175,7 +175,7 @@ def test_another_configuration_in_the_same_folder_is_refused(
     assert key in str(error.value) and str(undisturbed.root) in str(error.value)
 
 
-def test_intervals_and_the_place_of_the_data_may_change_on_resume(
+def test_intervals_and_the_path_of_the_data_may_change_on_resume(
     training: TrainConfig, undisturbed: RunFolder, tmp_path: Path
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
@@ -191,15 +191,15 @@ def test_intervals_and_the_place_of_the_data_may_change_on_resume(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_never_resuming_refuses_a_folder_with_a_run(
+def test_resume_never_refuses_a_folder_with_a_run(
     training: TrainConfig, undisturbed: RunFolder
 ) -> None:
-    with pytest.raises(ValueError, match="holds a run already"):
+    with pytest.raises(ValueError, match="has a run already"):
         train(training, undisturbed.root, resume="never")
 
 
 @pytest.mark.parametrize("left", [0, 200_000])
-def test_a_full_disk_stops_the_run_and_it_resumes_once_there_is_room(
+def test_a_run_stopped_by_a_full_disk_resumes_once_there_is_space(
     training: TrainConfig, undisturbed: RunFolder, small_disk: Path, left: int
 ) -> None:
     run, filler = RunFolder(small_disk / "run"), small_disk / "filler"
@@ -218,10 +218,12 @@ def test_a_full_disk_stops_the_run_and_it_resumes_once_there_is_room(
     assert_same_run(run.root, undisturbed)
 
 
-def test_a_foreign_checkpoint_is_named_and_the_one_before_is_taken(
+def test_a_checkpoint_of_another_network_is_logged_and_the_previous_one_is_loaded(
     training: TrainConfig, undisturbed: RunFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    wider = replace(training, model=replace(training.model, hidden=48), images=16, ema_weights_at=())
+    wider = replace(
+        training, model=replace(training.model, hidden=48), images=16, ema_weights_at=()
+    )
     train(wider, tmp_path / "other")
     run = RunFolder(tmp_path / "run")
     shutil.copytree(undisturbed.root, run.root)
@@ -234,7 +236,7 @@ def test_a_foreign_checkpoint_is_named_and_the_one_before_is_taken(
     assert_same_run(run.root, undisturbed)
 
 
-def test_a_run_may_go_on_without_a_checkpoint_that_found_no_room(
+def test_a_run_may_continue_without_a_checkpoint_that_did_not_fit_on_the_disk(
     training: TrainConfig,
     undisturbed: RunFolder,
     small_disk: Path,
@@ -251,7 +253,7 @@ def test_a_run_may_go_on_without_a_checkpoint_that_found_no_room(
     config = replace(training, on_failed_save="continue", ema_weights_at=())
     train(config, run.root, report=fill)
 
-    assert "could not write" in caplog.text and "the run goes on" in caplog.text
+    assert "could not write" in caplog.text and "the run continues" in caplog.text
     assert [images for images, _ in checkpoint.list_checkpoints(run.checkpoints)] == [80, 96]
     ours, theirs = (checkpoint.load(r.checkpoint(96))[0] for r in (run, undisturbed))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

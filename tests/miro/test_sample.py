@@ -342,7 +342,9 @@ def test_prompts_are_truncated_to_the_length_of_the_training_captions(
     encoded: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     encode(encoded.parent / "scored", tmp_path / "short", config=EncodeConfig(max_tokens=5))
-    config = replace(TRAINING, data=tmp_path / "short", images=8, checkpoint_every=8, ema_weights_at=())
+    config = replace(
+        TRAINING, data=tmp_path / "short", images=8, checkpoint_every=8, ema_weights_at=()
+    )
     train(config, tmp_path / "run")
 
     text = Pipeline.load(tmp_path / "run").encode_prompts(["a red frog beside a blue fish"])

@@ -1,4 +1,4 @@
-"""Configurations as records: what comes back, and what is refused."""
+"""Configurations to and from JSON, and refused records."""
 
 import json
 from dataclasses import dataclass, field, replace
@@ -14,7 +14,7 @@ from miro.utils.serialize import differences, from_dict, to_dict, unknown_name
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_survives_json(name: str) -> None:
+def test_a_preset_is_unchanged_by_json(name: str) -> None:
     config = replace(
         preset(name),
         data=Path("some/data"),
@@ -27,7 +27,7 @@ def test_a_preset_survives_json(name: str) -> None:
     assert again == config
 
 
-def test_what_a_record_leaves_out_keeps_its_default() -> None:
+def test_an_absent_key_has_its_default() -> None:
     config = from_dict(TrainConfig, {"model": to_dict(demo().model), "seed": 5})
 
     assert config == TrainConfig(model=demo().model, seed=5)
@@ -45,26 +45,26 @@ class Outer:
     inner: Inner = field(default_factory=Inner)
 
 
-def test_an_unknown_key_is_refused_with_the_nearest() -> None:
+def test_an_unknown_key_is_refused_and_the_nearest_suggested() -> None:
     with pytest.raises(ValueError, match="'inner.rat'.*did you mean 'inner.rate'.*inner.law"):
         from_dict(Outer, {"size": 1, "inner": {"rat": 1.0}})
     with pytest.raises(ValueError, match="'sizes'.*did you mean 'size'"):
         from_dict(Outer, {"sizes": 1})
 
 
-def test_a_value_that_is_no_choice_is_refused_with_the_nearest() -> None:
+def test_an_invalid_choice_is_refused_and_the_nearest_suggested() -> None:
     with pytest.raises(ValueError, match="value of inner.law 'sin'; did you mean 'sine'"):
         from_dict(Outer, {"size": 1, "inner": {"law": "sin"}})
 
 
-def test_a_record_that_lacks_a_needed_key_is_refused() -> None:
+def test_a_record_without_a_required_key_is_refused() -> None:
     with pytest.raises(ValueError, match="lacks size"):
         from_dict(Outer, {})
     with pytest.raises(ValueError, match="lacks model.channels"):
         from_dict(TrainConfig, {"model": {}})
 
 
-def test_values_are_checked_when_read() -> None:
+def test_values_are_validated_when_loaded() -> None:
     record = to_dict(demo())
     record["optimizer"]["learning_rate"] = -1.0
 
@@ -90,7 +90,7 @@ def test_a_key_only_one_record_has_is_a_difference(ours: dict[str, Any], theirs:
     assert len(found := differences(ours, theirs)) == 1 and found[0].startswith("new: ")
 
 
-def test_an_unknown_name_offers_the_nearest_and_lists_all() -> None:
+def test_an_unknown_name_suggests_the_nearest_and_lists_all() -> None:
     error = unknown_name("reward", "colorfulness", ["sharpness", "colourfulness"])
 
     assert str(error) == (
@@ -99,5 +99,5 @@ def test_an_unknown_name_offers_the_nearest_and_lists_all() -> None:
     )
 
 
-def test_nothing_is_offered_for_a_name_like_no_other() -> None:
+def test_nothing_is_suggested_for_a_dissimilar_name() -> None:
     assert "did you mean" not in str(unknown_name("reward", "xyz", ["sharpness"]))

@@ -1,4 +1,4 @@
-"""Runs of several real ranks: what is learned does not depend on how it is cut."""
+"""Runs of several processes: the result does not depend on the sharding."""
 
 import math
 import random
@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers.corrupt import flip_a_byte
 from helpers.kill import train_until
-from helpers.multirank import Together, train_together
+from helpers.multirank import MultiRank, train_multirank
 from torch import Tensor
 
 from miro.training import checkpoint
@@ -23,26 +23,28 @@ from miro.training.metrics import loss_groups
 from miro.training.metrics_log import read_metrics
 from miro.utils.distributed import EXIT_STOPPED
 
-# Stage, ranks, and micro-batches a rank accumulates; `make test-long` tries all of them.
-CUTS = [(stage, world, times) for stage in (0, 1, 2, 3) for world in (1, 2, 4) for times in (1, 4)]
+# ZeRO stage, ranks, and accumulated micro-batches; `make test-long` runs all of them.
+PLANS = [(stage, world, times) for stage in (0, 1, 2, 3) for world in (1, 2, 4) for times in (1, 4)]
 SHORT = [(0, 2, 1), (1, 2, 1), (2, 2, 4), (3, 2, 1), (2, 1, 1), (3, 4, 4)]
 
 
-def cut(config: TrainConfig, stage: int, world: int, times: int = 1, **options: Any) -> TrainConfig:
+def shard(
+    config: TrainConfig, stage: int, world: int, times: int = 1, **options: Any
+) -> TrainConfig:
     micro = config.batch // world // times
     sharding = ShardingConfig(stage=str(stage), micro_batch=micro, **options)  # type: ignore[arg-type]
     return replace(config, sharding=sharding)
 
 
 def losses(folder: Path) -> Tensor:
-    """Of each report: the mean loss, and those of its parts, 0 where there was none."""
+    """(reports, groups): the mean loss of each group, 0 for empty groups."""
     names = loss_groups(("colourfulness", "sharpness"))
     lines = read_metrics(RunFolder(folder).metrics)
     return torch.tensor([[line.get(name, 0.0) for name in names] for line in lines])
 
 
 def state_at(folder: Path, images: int) -> dict[str, Tensor]:
-    """Masters, averages and moments by name, put together from all ranks' parts."""
+    """Master weights, EMA weights and moments by name, unsharded."""
     reader = CheckpointReader(RunFolder(folder).checkpoint(images))
     reader.check()
     return {
@@ -54,7 +56,7 @@ def state_at(folder: Path, images: int) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def long(training: TrainConfig) -> TrainConfig:
-    """50 steps of 16 images, each reported; two checkpoints are kept."""
+    """50 steps of 16 images, each reported, with two checkpoints."""
     return replace(
         training, images=800, batch=16, report_every=16, checkpoint_every=400, ema_weights_at=()
     )
@@ -62,9 +64,9 @@ def long(training: TrainConfig) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def reference(long: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Stage 0 on one rank, nothing accumulated."""
+    """Stage 0 on one rank without accumulation."""
     folder = tmp_path_factory.mktemp("reference") / "run"
-    train_together(1, cut(long, 0, 1), folder)
+    train_multirank(1, shard(long, 0, 1), folder)
     return folder
 
 
@@ -72,14 +74,14 @@ def reference(long: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Pa
     ("stage", "world", "times"),
     [
         pytest.param(*c, marks=() if c in SHORT else pytest.mark.long)
-        for c in CUTS
+        for c in PLANS
         if c != (0, 1, 1)
     ],
 )
-def test_the_same_is_learned_at_every_stage_on_any_ranks(
+def test_losses_and_ema_weights_do_not_depend_on_stage_ranks_or_accumulation(
     long: TrainConfig, reference: Path, tmp_path: Path, stage: int, world: int, times: int
 ) -> None:
-    train_together(world, cut(long, stage, world, times), tmp_path / "run")
+    train_multirank(world, shard(long, stage, world, times), tmp_path / "run")
 
     found, expected = losses(tmp_path / "run"), losses(reference)
     assert len(found) == 50 and expected[-1, 0] < 0.9 * expected[0, 0]
@@ -91,20 +93,20 @@ def test_the_same_is_learned_at_every_stage_on_any_ranks(
 
 
 @pytest.mark.parametrize("stage", [1, 2, pytest.param(3, marks=pytest.mark.long)])
-def test_a_run_goes_on_at_other_world_sizes(
+def test_a_run_resumes_at_other_world_sizes(
     long: TrainConfig, reference: Path, tmp_path: Path, stage: int
 ) -> None:
     """Two ranks, then one, then four."""
     config = replace(long, checkpoint_every=16, keep_checkpoints=100)
     for world, images in ((2, 256), (1, 512), (4, 800)):
-        together = Together(
-            world, tmp_path / f"{world}", cut(config, stage, world), tmp_path / "run"
+        processes = MultiRank(
+            world, tmp_path / f"{world}", shard(config, stage, world), tmp_path / "run"
         )
         run = RunFolder(tmp_path / "run")
         if images < 800:
-            together.wait(lambda: run.checkpoint(images).exists(), kill=world - 1)  # noqa: B023
+            processes.wait(lambda: run.checkpoint(images).exists(), kill=world - 1)  # noqa: B023
         else:
-            assert together.wait() == [0] * world, together.said()
+            assert processes.wait() == [0] * world, processes.log_text()
 
     torch.testing.assert_close(losses(run.root), losses(reference), rtol=1e-5, atol=0)
     expected = state_at(reference, 800)
@@ -119,9 +121,9 @@ def saving(folder: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def pair(training: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`training` on two ranks at stage 2, to its end. Do not write."""
+    """A finished run of `training` on two ranks at stage 2. Do not write."""
     folder = tmp_path_factory.mktemp("pair") / "run"
-    train_together(2, cut(training, 2, 2), folder)
+    train_multirank(2, shard(training, 2, 2), folder)
     return folder
 
 
@@ -138,7 +140,7 @@ def assert_same_end(folder: Path, undisturbed: Path) -> None:
 
 
 def moments(count: int) -> list[tuple[int, float, int]]:
-    """(reports to wait for, seconds more, rank to kill), ever the same; every third in a save."""
+    """(reports to wait for, seconds more, rank to kill), seeded; every third during a save."""
     draw = random.Random(5)
     return [
         (-1 if n % 3 == 2 else draw.randrange(12), draw.random() * 0.05, draw.randrange(2))
@@ -154,7 +156,7 @@ def test_a_run_whose_rank_is_killed_resumes_bit_for_bit(
     training: TrainConfig, pair: Path, tmp_path: Path, moment: tuple[int, float, int]
 ) -> None:
     reports, seconds, rank = moment
-    config, folder = cut(training, 2, 2), tmp_path / "run"
+    config, folder = shard(training, 2, 2), tmp_path / "run"
     metrics = RunFolder(folder).metrics
 
     def seen() -> bool:
@@ -165,10 +167,10 @@ def test_a_run_whose_rank_is_killed_resumes_bit_for_bit(
         time.sleep(seconds)
         return True
 
-    codes = Together(2, tmp_path / "logs", config, folder).wait(seen, kill=rank)
+    codes = MultiRank(2, tmp_path / "logs", config, folder).wait(seen, kill=rank)
     assert codes != [0, 0] or reports >= 0
 
-    train_together(2, config, folder)
+    train_multirank(2, config, folder)
 
     assert_same_end(folder, pair)
 
@@ -184,36 +186,36 @@ def test_a_run_whose_rank_is_killed_resumes_bit_for_bit(
 def test_a_run_whose_first_rank_is_killed_at_the_rename_resumes_bit_for_bit(
     training: TrainConfig, pair: Path, tmp_path: Path, moment: tuple[str, str]
 ) -> None:
-    config, folder = cut(training, 2, 2), tmp_path / "run"
+    config, folder = shard(training, 2, 2), tmp_path / "run"
 
-    codes = Together(2, tmp_path / "logs", config, folder, moment, action=train_until).wait()
+    codes = MultiRank(2, tmp_path / "logs", config, folder, moment, action=train_until).wait()
     assert codes[0] == -9
 
-    train_together(2, config, folder)
+    train_multirank(2, config, folder)
 
     assert_same_end(folder, pair)
 
 
-def test_a_run_told_to_stop_saves_exits_with_its_code_and_goes_on(
+def test_sigterm_saves_a_checkpoint_exits_with_75_and_the_run_resumes(
     training: TrainConfig, pair: Path, tmp_path: Path
 ) -> None:
-    config, folder = cut(replace(training, checkpoint_every=96), 2, 2), tmp_path / "run"
-    run, together = RunFolder(folder), Together(2, tmp_path / "logs", config, folder)
-    while len(read_metrics(run.metrics)) < 2 and together.ranks[0].is_alive():
+    config, folder = shard(replace(training, checkpoint_every=96), 2, 2), tmp_path / "run"
+    run, processes = RunFolder(folder), MultiRank(2, tmp_path / "logs", config, folder)
+    while len(read_metrics(run.metrics)) < 2 and processes.ranks[0].is_alive():
         time.sleep(0.002)
-    together.terminate()
+    processes.terminate()
 
-    assert together.wait() == [EXIT_STOPPED] * 2, together.said()
+    assert processes.wait() == [EXIT_STOPPED] * 2, processes.log_text()
     saved = [images for images, _ in checkpoint.list_checkpoints(run.checkpoints)]
     assert len(saved) == 1 and 16 <= saved[0] < 96
     assert run.latest.read_text() == f"{saved[0]:012d}\n"
 
-    train_together(2, config, folder)
+    train_multirank(2, config, folder)
 
     assert_same_end(folder, pair)
 
 
-def test_one_damaged_part_costs_the_checkpoint_on_all_ranks(
+def test_all_ranks_skip_a_checkpoint_with_one_damaged_file(
     training: TrainConfig, pair: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
@@ -221,28 +223,30 @@ def test_one_damaged_part_costs_the_checkpoint_on_all_ranks(
     part = RunFolder(folder).checkpoint(96) / checkpoint.RANK_FILE.format(1)
     flip_a_byte(part)
 
-    together = Together(2, tmp_path / "logs", cut(training, 2, 2), folder)
-    assert together.wait() == [0, 0]
+    processes = MultiRank(2, tmp_path / "logs", shard(training, 2, 2), folder)
+    assert processes.wait() == [0, 0]
 
-    assert f"{part} is damaged" in together.said()
+    assert f"{part} is damaged" in processes.log_text()
     assert_same_end(folder, pair)
 
 
-def test_a_disk_that_fills_is_told_by_all_ranks_and_the_run_goes_on_once_there_is_room(
+def test_a_full_disk_stops_all_ranks_and_the_run_resumes_once_there_is_space(
     training: TrainConfig, pair: Path, small_disk: Path, tmp_path: Path
 ) -> None:
-    config, folder = cut(training, 2, 2), small_disk / "run"
+    config, folder = shard(training, 2, 2), small_disk / "run"
     run, filler = RunFolder(folder), small_disk / "filler"
-    together = Together(2, tmp_path / "logs", config, folder)
-    while not run.checkpoint(16).exists() and together.ranks[0].is_alive():
+    processes = MultiRank(2, tmp_path / "logs", config, folder)
+    while not run.checkpoint(16).exists() and processes.ranks[0].is_alive():
         time.sleep(0.001)
     filler.write_bytes(bytes(max(0, shutil.disk_usage(small_disk).free - 4096)))
 
-    assert together.wait() == [1, 1]
-    assert "make room and resume" in together.said() and "could not write" in together.said()
+    assert processes.wait() == [1, 1]
+    assert (
+        "make room and resume" in processes.log_text() and "could not write" in processes.log_text()
+    )
     found = checkpoint.open_newest(run.checkpoints)
     assert found is not None
 
     filler.unlink()
-    train_together(2, config, folder)
+    train_multirank(2, config, folder)
     assert_same_end(folder, pair)

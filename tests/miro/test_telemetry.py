@@ -1,4 +1,4 @@
-"""What a GPU says of itself through NVML, its driver being made up, and the peaks of devices."""
+"""NVML readings of a GPU with a fake driver, memory statistics, and peak FLOP/s of devices."""
 
 import logging
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ class Driver:
     """NVML's library as pynvml calls it: it writes through pointers and returns a code."""
 
     def __init__(self, **codes: int) -> None:
-        """codes: what the functions named return instead of 0."""
+        """codes: return values of functions by name, instead of 0."""
         self.codes = codes
 
     def function(self, name: str) -> Any:
@@ -65,7 +65,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Any:
     return put
 
 
-def test_a_gpu_is_read_by_its_uuid(install: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_gpu_is_found_by_its_uuid(install: Any, caplog: pytest.LogCaptureFixture) -> None:
     install(Driver())
 
     assert Nvml(CUDA).read() == {
@@ -77,7 +77,7 @@ def test_a_gpu_is_read_by_its_uuid(install: Any, caplog: pytest.LogCaptureFixtur
     assert not caplog.records
 
 
-def test_what_a_gpu_does_not_tell_is_left_out_and_said_once(
+def test_an_unsupported_value_is_omitted_and_logged_once(
     install: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     install(Driver(nvmlDeviceGetPowerUsage=pynvml.NVML_ERROR_NOT_SUPPORTED))
@@ -98,7 +98,7 @@ def test_what_a_gpu_does_not_tell_is_left_out_and_said_once(
         (Driver(), "f00dfeed-1234-5678-9abc-def012345678", "Not Found"),
     ],
 )
-def test_a_gpu_that_nvml_does_not_know_is_said(
+def test_a_gpu_unknown_to_nvml_is_logged(
     install: Any, caplog: pytest.LogCaptureFixture, driver: Driver, uuid: str, reason: str
 ) -> None:
     install(driver, uuid)
@@ -108,10 +108,10 @@ def test_a_gpu_that_nvml_does_not_know_is_said(
     assert record.levelno == logging.WARNING and reason in record.getMessage()
 
 
-def test_without_its_library_nvml_is_said_to_be_absent(
+def test_an_absent_nvml_library_is_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The real one: where it is, it does not know the made-up GPU."""
+    """With the real library where it is installed, which does not know the fake GPU."""
     properties = SimpleNamespace(uuid=UUID)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
 
@@ -119,29 +119,29 @@ def test_without_its_library_nvml_is_said_to_be_absent(
     assert "Not Found" in caplog.text
 
 
-def test_a_cpu_is_asked_for_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cpu_is_not_queried(caplog: pytest.LogCaptureFixture) -> None:
     assert Nvml(torch.device("cpu")).read() == {}
     assert peak_flops(torch.device("cpu"), "bf16") is None
     assert not caplog.records
 
 
-def test_the_memory_of_a_process_is_what_it_holds() -> None:
+def test_the_memory_of_a_process_grows_by_its_tensors() -> None:
     before = memory_stats(torch.device("cpu"))["memory/resident_gib"]
-    held = torch.ones(2**26)
+    stats = torch.ones(2**26)
 
     after = memory_stats(torch.device("cpu"))["memory/resident_gib"]
 
-    assert after - before == pytest.approx(held.nbytes / 2**30, abs=0.02)
+    assert after - before == pytest.approx(stats.nbytes / 2**30, abs=0.02)
 
 
-def test_the_peaks_of_a_gpu_begin_anew_at_each_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    held = {"allocated": 5 * 2**30, "reserved": 7 * 2**30}
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: held["allocated"])
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: held["reserved"])
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: held.clear())
+def test_peak_memory_is_reset_at_each_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    stats = {"allocated": 5 * 2**30, "reserved": 7 * 2**30}
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: stats["allocated"])
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: stats["reserved"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: stats.clear())
 
     assert memory_stats(CUDA) == {"memory/allocated_gib": 5.0, "memory/reserved_gib": 7.0}
-    assert held == {}
+    assert stats == {}
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_the_peaks_of_a_gpu_begin_anew_at_each_report(monkeypatch: pytest.Monkey
         ("NVIDIA H1000", "bf16", None),
     ],
 )
-def test_a_peak_is_that_of_the_very_device_or_none(
+def test_a_peak_is_found_by_the_full_name_of_the_device(
     name: str,
     precision: str,
     peak: float | None,

@@ -1,4 +1,4 @@
-"""parallel_map: the same as a loop, by several threads, also after a fork."""
+"""parallel_map equals a loop, on several threads and after a fork."""
 
 import multiprocessing
 import threading
@@ -24,12 +24,12 @@ def squares(count: int) -> list[int]:
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 17, 100])
 @pytest.mark.usefixtures("four_cores")
-def test_it_gives_what_a_loop_gives_in_its_order(count: int) -> None:
+def test_results_are_those_of_a_loop_in_order(count: int) -> None:
     assert squares(count) == [n * n for n in range(count)]
 
 
 @pytest.mark.usefixtures("four_cores")
-def test_all_threads_work_at_once() -> None:
+def test_all_threads_run_concurrently() -> None:
     all_four = threading.Barrier(4, timeout=30)
 
     assert sorted(parallel_map(lambda _: all_four.wait(), range(4))) == [0, 1, 2, 3]
@@ -42,7 +42,7 @@ def test_an_error_is_raised() -> None:
 
 
 @pytest.mark.usefixtures("four_cores")
-def test_a_fork_has_threads_of_its_own() -> None:
+def test_a_forked_process_has_its_own_pool() -> None:
     assert squares(9) == [n * n for n in range(9)]
     forked = multiprocessing.get_context("fork").Pool(1)
 

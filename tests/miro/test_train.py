@@ -1,4 +1,4 @@
-"""Training runs: what they write, what they learn from, and what they refuse."""
+"""Training runs: their files, their data, and refused configurations."""
 
 import json
 import math
@@ -27,7 +27,7 @@ from miro.training.optimizer import OptimizerConfig
 Weights = dict[str, Tensor]
 
 
-def test_a_run_writes_what_it_is_and_what_it_measured(undisturbed: RunFolder) -> None:
+def test_a_run_writes_its_configuration_bins_versions_and_metrics(undisturbed: RunFolder) -> None:
     assert json.loads(undisturbed.config.read_text())["images"] == 96
     assert set(json.loads(undisturbed.bins.read_text())["edges"]) == {"colourfulness", "sharpness"}
     assert json.loads(undisturbed.versions.read_text())["torch"]
@@ -38,7 +38,7 @@ def test_a_run_writes_what_it_is_and_what_it_measured(undisturbed: RunFolder) ->
     assert list(undisturbed.tensorboard.glob("events.*"))
 
 
-def test_weights_hold_all_that_sampling_needs(undisturbed: RunFolder, encoded: Path) -> None:
+def test_saved_weights_have_all_that_sampling_needs(undisturbed: RunFolder, encoded: Path) -> None:
     tensors, state = checkpoint.load(undisturbed.weights_at(96))
 
     assert state["images"] == 96 and state["config"]["model"]["channels"] == 32
@@ -49,7 +49,9 @@ def test_weights_hold_all_that_sampling_needs(undisturbed: RunFolder, encoded: P
 def test_training_reduces_the_loss(training: TrainConfig, tmp_path: Path) -> None:
     reports: list[TrainingProgress] = []
 
-    longer = replace(training, images=960, report_every=240, checkpoint_every=960, ema_weights_at=())
+    longer = replace(
+        training, images=960, report_every=240, checkpoint_every=960, ema_weights_at=()
+    )
     final = train(longer, tmp_path, report=reports.append)
 
     assert [report.images for report in reports] == [240, 480, 720, 960]
@@ -72,7 +74,7 @@ def rescored(source: Path, dest: Path, change: Callable[[dict], dict]) -> Path:
     return dest
 
 
-def test_a_run_is_not_resumed_on_other_scores(
+def test_resuming_on_other_scores_is_refused(
     training: TrainConfig, undisturbed: RunFolder, encoded: Path, tmp_path: Path
 ) -> None:
     data = rescored(encoded, tmp_path / "data", lambda c: {n: v * 2 for n, v in c.items()})
@@ -83,13 +85,14 @@ def test_a_run_is_not_resumed_on_other_scores(
 
 def initial_and_final(training: TrainConfig, folder: Path) -> tuple[Weights, Weights]:
     train(
-        replace(training, images=32, checkpoint_every=8, keep_checkpoints=9, ema_weights_at=()), folder
+        replace(training, images=32, checkpoint_every=8, keep_checkpoints=9, ema_weights_at=()),
+        folder,
     )
     run = RunFolder(folder)
     return checkpoint.load(run.checkpoint(8))[0], checkpoint.load(run.weights_at(32))[0]
 
 
-def test_baseline_specialist_and_all_build_the_same_network_from_the_same_weights(
+def test_baseline_specialist_and_miro_start_from_the_same_weights(
     training: TrainConfig, tmp_path: Path
 ) -> None:
     runs = {}
@@ -101,8 +104,7 @@ def test_baseline_specialist_and_all_build_the_same_network_from_the_same_weight
 
     shapes = [{n: w.shape for n, w in final.items()} for _, final in runs.values()]
     assert shapes[0] == shapes[1] == shapes[2]
-    # After one step, before which the networks ignored their rewards, only the reward's own
-    # weights can differ.
+    # Reward conditioning is zero-initialized, so after one step only reward weights can differ.
     for first, _ in runs.values():
         differing = {n for n in first if not torch.equal(first[n], runs["miro"][0][n])}
         assert not {n for n in differing if "master/patches" in n}
@@ -124,7 +126,7 @@ def test_data_without_rewards_trains_a_baseline(
     assert checkpoint.load(final)[0]["table.out"].shape[0] == 0
 
 
-def test_a_reward_without_scores_can_be_left_out_as_the_error_says(
+def test_a_reward_without_scores_can_be_excluded_as_the_error_says(
     training: TrainConfig, encoded: Path, tmp_path: Path
 ) -> None:
     data = rescored(
@@ -140,13 +142,13 @@ def test_a_reward_without_scores_can_be_left_out_as_the_error_says(
     assert checkpoint.load(final)[0]["table.out"].shape[0] == 2
 
 
-def test_a_baseline_starts_before_a_reward_is_scored_and_resumes_after_it_was(
+def test_a_baseline_resumes_bit_for_bit_after_an_inactive_reward_was_scored(
     training: TrainConfig, encoded: Path, tmp_path: Path
 ) -> None:
-    """It has a place for the reward, as the runs that are told it; it learns nothing of it."""
+    """reward_slots gives it the parameters of the reward; inactive, they learn nothing."""
     early = rescored(encoded, tmp_path / "early", lambda c: {"sharpness": c["sharpness"]})
-    places = ConditioningConfig(rewards=(), reward_slots=("colourfulness", "sharpness"))
-    training = replace(training, conditioning=places, images=32, ema_weights_at=())
+    slots = ConditioningConfig(rewards=(), reward_slots=("colourfulness", "sharpness"))
+    training = replace(training, conditioning=slots, images=32, ema_weights_at=())
 
     whole = train(replace(training, data=encoded), tmp_path / "whole")
     train(replace(training, data=early), tmp_path / "halves")
@@ -175,7 +177,7 @@ def test_a_run_needs_data(training: TrainConfig, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("report_every", [8, 96])
-def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_checkpoints(
+def test_a_diverged_run_stops_and_its_checkpoints_stay_finite(
     training: TrainConfig, tmp_path: Path, report_every: int
 ) -> None:
     training = replace(
@@ -194,30 +196,30 @@ def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_checkpoints(
     assert all(math.isfinite(line["loss"]) for line in read_metrics(run.metrics))
 
 
-def spoiled(source: Path, dest: Path, sample: int) -> str:
-    """A copy of an encoded dataset whose sample has a latent that is not a number; its key."""
+def with_nan_sample(source: Path, dest: Path, sample: int) -> str:
+    """Copy an encoded dataset, set a latent of `sample` to NaN, and return the sample's key."""
     shutil.copytree(source, dest)
     key = EncodedDataset(dest).keys[sample]
     for path in sorted((dest / "shards").glob("*.tar")):
         with tarfile.open(path) as tar:
-            places = {member.name: member.offset_data for member in tar}
-        if (at := places.get(f"{key}.latent.npy")) is not None:
+            offsets = {member.name: member.offset_data for member in tar}
+        if (offset := offsets.get(f"{key}.latent.npy")) is not None:
             with open(path, "r+b") as file:
-                file.seek(at + 128)  # Behind the array's own header.
+                file.seek(offset + 128)  # past the .npy header
                 file.write(np.array([np.nan], np.float16).tobytes())
             return key
     raise AssertionError(key)
 
 
-def test_a_sample_that_is_not_a_number_costs_its_steps_and_no_more(
+def test_only_the_steps_with_a_nan_sample_are_skipped(
     training: TrainConfig, encoded: Path, tmp_path: Path
 ) -> None:
-    spoiled(encoded, tmp_path / "data", 5)
+    with_nan_sample(encoded, tmp_path / "data", 5)
 
     final = train(replace(training, data=tmp_path / "data", ema_weights_at=()), tmp_path / "run")
 
     lines = read_metrics(RunFolder(tmp_path / "run").metrics)
-    # 64 samples in 96 visits: the one is seen once or twice.
+    # 64 samples, 96 images: each is used once or twice.
     assert lines[-1]["skipped_steps"] in (1, 2)
     assert all(tensor.isfinite().all() for tensor in checkpoint.load(final)[0].values())
 
@@ -225,7 +227,7 @@ def test_a_sample_that_is_not_a_number_costs_its_steps_and_no_more(
 def test_too_many_skipped_steps_stop_the_run_and_name_the_samples(
     training: TrainConfig, encoded: Path, tmp_path: Path
 ) -> None:
-    key = spoiled(encoded, tmp_path / "data", 5)
+    key = with_nan_sample(encoded, tmp_path / "data", 5)
     optimizer = replace(training.optimizer, max_skipped_steps=1)
     config = replace(training, data=tmp_path / "data", ema_weights_at=(), optimizer=optimizer)
 
