@@ -255,9 +255,9 @@ def _encode(config: DemoConfig, report: Report) -> None:
 
 def _train(config: DemoConfig, model: str, report: Report) -> None:
     from miro.training.loop import train
-    from miro.training.metrics import Progress
+    from miro.training.metrics import TrainingProgress
 
-    def show(progress: Progress) -> None:
+    def show(progress: TrainingProgress) -> None:
         detail = f"loss {progress.loss:.4f}  {progress.images_per_second:,.0f} images/s"
         report(progress.images, progress.total, detail)
 

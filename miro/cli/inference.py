@@ -72,14 +72,14 @@ def sample(
         out: folder for the PNG files; RUN/samples if not given.
         device: where to compute.
     """
-    from miro.sampling.command import draw
+    from miro.sampling.command import sample_images
 
     guided = sampling.negative or sampling.reward_scale
-    written = draw(
+    written = sample_images(
         run,
         prompt,
-        wanted=_levels(sampling.reward, "--reward"),
-        unwanted=_levels(sampling.negative, "--negative") if guided else None,
+        positive=_levels(sampling.reward, "--reward"),
+        negative=_levels(sampling.negative, "--negative") if guided else None,
         reward_scale=sampling.reward_scale,
         text_scale=sampling.text_scale,
         steps=sampling.steps,
@@ -119,8 +119,8 @@ def evaluate(
         rewards=rewards,
         prompts=prompts,
         count=count,
-        wanted=_levels(sampling.reward, "--reward"),
-        unwanted=_levels(sampling.negative, "--negative"),
+        positive=_levels(sampling.reward, "--reward"),
+        negative=_levels(sampling.negative, "--negative"),
         reward_scale=sampling.reward_scale,
         text_scale=sampling.text_scale,
         steps=sampling.steps,

@@ -53,14 +53,14 @@ class Loader:
         dataset: the training data.
         seed: seed of the run.
         batch: global batch size; may be None if all samples have one latent shape.
-        mirror: flip half of the images horizontally, chosen by (seed, position); needs images that
+        horizontal_flip: flip half of the images horizontally, chosen by (seed, position); needs images that
             are encoded on the fly.
     """
 
     def __init__(
-        self, dataset: Dataset, seed: int, batch: int | None = None, mirror: bool = False
+        self, dataset: Dataset, seed: int, batch: int | None = None, horizontal_flip: bool = False
     ) -> None:
-        self.dataset, self.seed, self.mirror = dataset, seed, mirror
+        self.dataset, self.seed, self.horizontal_flip = dataset, seed, horizontal_flip
         buckets = build_buckets(dataset.shape_index, dataset.source_ranges)
         self._sampler = IndexSampler(buckets, seed, batch)
 
@@ -101,7 +101,7 @@ class Loader:
 
     def _flip(self, position: int, size: int) -> np.ndarray | None:
         """Which images are flipped horizontally, bool (size,)."""
-        if not self.mirror:
+        if not self.horizontal_flip:
             return None
         seeds = (seed_from(self.seed, "mirror", position + n) for n in range(size))
         return np.array([bool(seed & 1) for seed in seeds])

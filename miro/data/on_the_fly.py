@@ -20,7 +20,7 @@ from miro.encoders.encoder import EncodingConfig, FrozenEncoders
 from miro.images.buckets import nearest
 from miro.images.decoder import DecodeError, Decoder
 from miro.images.open_decoder import build_decoder
-from miro.images.pillow import IMAGE_EXTENSIONS, picture_size
+from miro.images.pillow import IMAGE_EXTENSIONS, image_size
 from miro.sources.sample import RawSample, read_sample
 
 TEXT_CACHE_BYTES = 1 << 28
@@ -66,7 +66,7 @@ class OnTheFlyDataset(FolderDataset):
         self._images = _ImagesFolder(folder, index, shared)
         self._encoders = encoders = shared.encoders
         # Without encode.size, the first image decides the latent shape of all.
-        first = encoders.encoding.fit(self._images.decode([0])[0])
+        first = encoders.encoding.center_crop(self._images.decode([0])[0])
         super().__init__(
             folder,
             manifest,
@@ -84,7 +84,7 @@ class OnTheFlyDataset(FolderDataset):
             ValueError: an image cannot be decoded, or its latent has another shape.
         """
         shape = self.shapes[self.shape_index[samples[0]]]
-        images = self._encoders.encoding.fit_all(self._images.decode(samples))
+        images = self._encoders.encoding.center_crop_all(self._images.decode(samples))
         if flip is not None:
             images = [x.flip(2) if mirror else x for x, mirror in zip(images, flip, strict=True)]
         for sample, image in zip(samples, images, strict=True):
@@ -141,7 +141,7 @@ class _ImagesFolder:
 
     def latent_shape(self, sample: int) -> LatentShape:
         """The latent shape of the aspect bucket nearest to the image, from its header alone."""
-        width, height = picture_size(self._bytes(sample), upright=True)
+        width, height = image_size(self._bytes(sample), upright=True)
         encoders = self._shared.encoders
         side = nearest(encoders.encoding.bucket_sizes(), width / height)
         return encoders.codec.latent_shape(*side)

@@ -178,7 +178,9 @@ class _Work:
         if new:
             image = self._first_image()
             for folder in new:
-                folder.begin(self._encoders.record(folder.encoding, folder.encoding.fit(image)))
+                folder.begin(
+                    self._encoders.record(folder.encoding, folder.encoding.center_crop(image))
+                )
         lacking = {
             position: [folder for folder in self._folders if folder.made(position) is None]
             for position in positions
@@ -240,7 +242,8 @@ class _Work:
         for batch in decode_ahead(items, image_of, self._config.batch_size, self._decoder):
             source_manifest = [image for _, image in batch if isinstance(image, Tensor)]
             fitted = zip(
-                *(folder.encoding.fit_all(source_manifest) for folder in folders), strict=True
+                *(folder.encoding.center_crop_all(source_manifest) for folder in folders),
+                strict=True,
             )
             for item, image in batch:
                 if isinstance(item, RejectedSample):

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from miro import flow
 from miro.conditioning import Bins, keep_rewards, keep_text
+from miro.data.dataset_base import Dataset
 from miro.data.loader import Loader, prefetch
-from miro.data.mixture import TrainingData
 from miro.model.packed_text import PackedText
 from miro.model.transformer import RewardCond
 from miro.training.batch_plan import BatchPlan
@@ -57,7 +57,7 @@ class BatchBuilder:
     def __init__(
         self,
         config: TrainConfig,
-        dataset: TrainingData,
+        dataset: Dataset,
         active: Tensor,
         scores: np.ndarray,
         bins: Bins,
@@ -65,7 +65,7 @@ class BatchBuilder:
         self.config, self.dataset, self.active = config, dataset, active
         self.loader = Loader(dataset, config.seed, config.batch, config.horizontal_flip)
         self.binned, self.known = (t.view(dataset.scores.shape) for t in bins.assign(scores))
-        self.levels = bins.levels()
+        self.levels = bins.quantile_levels()
 
     def build(self, position: int, size: int) -> TrainBatch:
         """Build the batch of `size` samples from `position` on, in host memory."""

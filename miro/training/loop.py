@@ -17,7 +17,8 @@ import torch
 
 from miro import flow
 from miro.conditioning import Bins, conditioned_rewards
-from miro.data.mixture import TrainingData, open_data
+from miro.data.dataset_base import Dataset
+from miro.data.mixture import open_data
 from miro.data.on_the_fly import OnTheFlyEncoders
 from miro.encoders.encoder import EncodingConfig
 from miro.model.transformer import FlowTransformer
@@ -78,8 +79,8 @@ def train(
     plan = _make_plan(config, dataset, env, device)
     run = RunFolder(folder)
     with use_backend(config.kernels), ExitStack() as stack:
-        backend.ready(device)
-        _prewarm(config, dataset, plan, len(bins.levels()), device)
+        backend.check_backend(device)
+        _prewarm(config, dataset, plan, len(bins.quantile_levels()), device)
         init_distributed(config.device)
 
         def claim_folder() -> None:
@@ -97,7 +98,7 @@ def train(
 def _train(
     config: TrainConfig,
     run: RunFolder,
-    dataset: TrainingData,
+    dataset: Dataset,
     bins: Bins,
     engine: Engine,
     builder: BatchBuilder,
@@ -185,7 +186,7 @@ def _forward_backward(config: TrainConfig, engine: Engine, batch: TrainBatch) ->
     return StepRecord(losses.detach(), t, rewards, flops)
 
 
-def _open_dataset(config: TrainConfig, folder: Path, device: torch.device) -> TrainingData:
+def _open_dataset(config: TrainConfig, folder: Path, device: torch.device) -> Dataset:
     """Open the data, and check its encoding and shapes against the configuration."""
     encoders = OnTheFlyEncoders(config.encode, device) if config.on_the_fly else None
     dataset = open_data(folder, config.conditioning.reward_slots, encoders)
@@ -199,7 +200,7 @@ def _open_dataset(config: TrainConfig, folder: Path, device: torch.device) -> Tr
     return dataset
 
 
-def _mask_inactive_scores(dataset: TrainingData, active: torch.Tensor) -> np.ndarray:
+def _mask_inactive_scores(dataset: Dataset, active: torch.Tensor) -> np.ndarray:
     """Return (captions, R) scores, NaN for inactive rewards.
 
     So annotating an inactive reward later changes neither bins.json nor a resumed run.
@@ -210,17 +211,17 @@ def _mask_inactive_scores(dataset: TrainingData, active: torch.Tensor) -> np.nda
 
 
 def _fit_bins(
-    config: TrainConfig, dataset: TrainingData, active: torch.Tensor, scores: np.ndarray
+    config: TrainConfig, dataset: Dataset, active: torch.Tensor, scores: np.ndarray
 ) -> Bins:
     inactive = [n for n, used in zip(dataset.rewards, active.tolist(), strict=True) if not used]
     conditioning = config.conditioning
     return Bins.fit(
-        scores, dataset.rewards, conditioning.bins, conditioning.bin_law, optional=inactive
+        scores, dataset.rewards, conditioning.bins, conditioning.binning, optional=inactive
     )
 
 
 def _make_plan(
-    config: TrainConfig, dataset: TrainingData, env: DistEnv, device: torch.device
+    config: TrainConfig, dataset: Dataset, env: DistEnv, device: torch.device
 ) -> BatchPlan:
     largest = max(dataset.shapes, key=math.prod)
     stage = choose_stage(config, largest, dataset.text_dim, len(dataset.rewards), env, device)
@@ -228,7 +229,7 @@ def _make_plan(
 
 
 def _prewarm(
-    config: TrainConfig, dataset: TrainingData, plan: BatchPlan, levels: int, device: torch.device
+    config: TrainConfig, dataset: Dataset, plan: BatchPlan, levels: int, device: torch.device
 ) -> None:
     """Compile the Triton kernels before the first collective, whose time-out could expire.
 
@@ -249,7 +250,7 @@ def _prewarm(
 
 
 def _make_engine(
-    config: TrainConfig, dataset: TrainingData, plan: BatchPlan, device: torch.device, env: DistEnv
+    config: TrainConfig, dataset: Dataset, plan: BatchPlan, device: torch.device, env: DistEnv
 ) -> Engine:
     """Build the engine with the same initial weights on every rank."""
     torch.manual_seed(seed_from(config.seed, "weights"))

@@ -8,7 +8,7 @@ import platform
 from typing import Any, Literal
 
 from miro.conditioning import Bins
-from miro.data.mixture import TrainingData
+from miro.data.dataset_base import Dataset
 from miro.training.checkpoint import RunFolder
 from miro.training.config import TrainConfig
 from miro.utils.atomic_io import write_text
@@ -32,7 +32,7 @@ def open_run(
     run: RunFolder,
     config: TrainConfig,
     bins: Bins,
-    dataset: TrainingData,
+    dataset: Dataset,
     resume: Literal["auto", "never"],
 ) -> None:
     """Record a new run, or check that the run to resume has the same configuration and scores.
@@ -73,7 +73,7 @@ def _versions() -> dict[str, str]:
 
 
 def inference_state(
-    config: TrainConfig, dataset: TrainingData, bins: Bins, images: int
+    config: TrainConfig, dataset: Dataset, bins: Bins, images: int
 ) -> dict[str, Any]:
     """Return what sampling needs besides the EMA weights, in plain JSON types."""
     return {

@@ -23,7 +23,7 @@ from miro.model.embeddings import pos_embed_2d_sincos, rope_angles
 from miro.model.packed_text import pack
 from miro.model.transformer import FlowTransformer, ModelConfig, RewardCond
 from miro.prepare.encode import EncodeConfig, encode
-from miro.sampling.command import draw
+from miro.sampling.command import sample_images
 from miro.training import checkpoint
 from miro.training.batch_plan import ShardingConfig
 from miro.training.checkpoint import RunFolder
@@ -285,17 +285,17 @@ def test_images_are_sampled_in_the_nearest_trained_aspect(
     sizes = {None: (32, 32), "16:9": (40, 24), "1:1": (32, 32), "1:4": (24, 40)}
 
     for number, (aspect, size) in enumerate(sizes.items()):
-        (path,) = draw(
+        (path,) = sample_images(
             uninterrupted.root,
             ["apples"],
-            wanted={},
+            positive={},
             steps=1,
             aspect=aspect,
             out=tmp_path / str(number),
         )
         assert Image.open(path).size == size
     with pytest.raises(ValueError, match="an aspect is WIDTH:HEIGHT"):
-        draw(uninterrupted.root, ["apples"], wanted={}, aspect="wide")
+        sample_images(uninterrupted.root, ["apples"], positive={}, aspect="wide")
 
 
 def test_a_patch_that_does_not_divide_every_bucket_raises(
