@@ -1,4 +1,4 @@
-"""From captioned images to a dataset folder with raw scores: shards, Parquet, what was set aside.
+"""`miro annotate`: captioned images to a dataset folder of shards and raw scores.
 
 SOURCE is a folder, tars or a table that others made, or a dataset folder of ours. The former are
 read in units (miro.sources.source), each of which becomes a shard with its scores; the manifest lists

@@ -240,9 +240,9 @@ class _Work:
             return item.image if isinstance(item, RawSample) else None
 
         for batch in decode_ahead(items, image_of, self._config.batch_size, self._decoder):
-            source_manifest = [image for _, image in batch if isinstance(image, Tensor)]
+            images = [image for _, image in batch if isinstance(image, Tensor)]
             fitted = zip(
-                *(folder.encoding.center_crop_all(source_manifest) for folder in folders),
+                *(folder.encoding.center_crop_all(images) for folder in folders),
                 strict=True,
             )
             for item, image in batch:

@@ -109,7 +109,7 @@ def test_latents_and_text_states_equal_the_stored_ones(scored: Path, tmp_path: P
 
 def test_half_of_the_images_are_flipped_by_their_position(scored: Path) -> None:
     dataset = OnTheFlyDataset(scored, None, OnTheFlyEncoders(SQUARE, "cpu"))
-    plain, mirror = Loader(dataset, 0), Loader(dataset, 0, mirror=True)
+    plain, mirror = Loader(dataset, 0), Loader(dataset, 0, horizontal_flip=True)
 
     original, flipped = plain.batch_at(0, 200).latents, mirror.batch_at(0, 200).latents
     again = mirror.batch_at(120, 30).latents
@@ -123,7 +123,7 @@ def test_half_of_the_images_are_flipped_by_their_position(scored: Path) -> None:
 
 
 def test_a_killed_run_on_flipped_images_resumes_bit_for_bit(scored: Path, tmp_path: Path) -> None:
-    config = replace(config_of(scored), mirror=True)
+    config = replace(config_of(scored), horizontal_flip=True)
     train(config, tmp_path / "uninterrupted")
 
     killed = tmp_path / "killed"
@@ -146,7 +146,7 @@ def test_a_killed_run_with_all_features_resumes_bit_for_bit(tmp_path: Path) -> N
     encoding = replace(SQUARE, buckets=("1:1", "2:1", "1:2"), multiple=8)
     config = replace(
         config_of(tmp_path / "mixture.json", encoding),
-        mirror=True, precision="bf16", compile=True,
+        horizontal_flip=True, precision="bf16", compile=True,
     )  # fmt: skip
     assert len(open_data(config.data, None, OnTheFlyEncoders(encoding, "cpu")).shapes) == 3
     train(config, tmp_path / "uninterrupted")
@@ -197,5 +197,5 @@ def test_contradicting_settings_raise(scored: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="set encode.size"):
         unresized = replace(config_of(scored, EncodingConfig()), model=replace(SMALL, patch=2))
         train(unresized, tmp_path / "run")
-    with pytest.raises(ValueError, match="mirror=True needs on_the_fly=True"):
-        replace(config_of(stored, on_the_fly=False), mirror=True)
+    with pytest.raises(ValueError, match="horizontal_flip=True needs on_the_fly=True"):
+        replace(config_of(stored, on_the_fly=False), horizontal_flip=True)
