@@ -25,7 +25,7 @@ ABSENT = "is missing"
 
 @dataclass(frozen=True)
 class RawSample:
-    """An encoded image with at least one caption."""
+    """An image file, not decoded, with at least one caption."""
 
     origin: str  # file, member or row it was read from, for messages
     key: str  # unique in its source
