@@ -16,7 +16,6 @@
 #SBATCH --output=miro-%j.log
 set -euo pipefail
 SETUP=${SETUP:-". .venv/bin/activate"}
-eval "$SETUP"
 
 nodes=${SLURM_JOB_NODELIST:-localhost}
 MASTER_ADDR=$(scontrol show hostnames "$nodes" 2> /dev/null | head -n 1 || echo "$nodes")
@@ -27,6 +26,7 @@ if [ -n "${DRY_RUN:-}" ]; then
     echo "MASTER_ADDR=$MASTER_ADDR MASTER_PORT=$MASTER_PORT srun --kill-on-bad-exit miro train $*"
     exit
 fi
+eval "$SETUP"
 status=0
 srun --kill-on-bad-exit miro train "$@" || status=$?
 # Exit status 75: SIGTERM was received and a checkpoint was saved.

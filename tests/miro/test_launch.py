@@ -163,7 +163,7 @@ def test_a_dry_run_prints_the_commands_of_each_script(capfd: pytest.CaptureFixtu
     printed = capfd.readouterr().out
     for part in (
         "miro annotate PHOTOS RUN/scored",
-        "torchrun --standsingle --nproc-per-node gpu --module -- miro.cli train PRESET --run DIR",
+        "torchrun --standalone --nproc-per-node gpu --module -- miro.cli train PRESET --run DIR",
         "--nnodes 2 --node-rank 1 --nproc-per-node 8 --master-addr node-0",
         "srun --kill-on-bad-exit miro train PRESET",
     ):
