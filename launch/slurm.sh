@@ -16,6 +16,7 @@
 #SBATCH --output=miro-%j.log
 set -euo pipefail
 SETUP=${SETUP:-". .venv/bin/activate"}
+[ -n "${DRY_RUN:-}" ] || eval "$SETUP"
 
 nodes=${SLURM_JOB_NODELIST:-localhost}
 MASTER_ADDR=$(scontrol show hostnames "$nodes" 2> /dev/null | head -n 1 || echo "$nodes")
@@ -26,7 +27,6 @@ if [ -n "${DRY_RUN:-}" ]; then
     echo "MASTER_ADDR=$MASTER_ADDR MASTER_PORT=$MASTER_PORT srun --kill-on-bad-exit miro train $*"
     exit
 fi
-eval "$SETUP"
 status=0
 srun --kill-on-bad-exit miro train "$@" || status=$?
 # Exit status 75: SIGTERM was received and a checkpoint was saved.
