@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Annotate, caption or encode on the GPUs of this machine, each of which has its share of the shards.
+# Annotate, caption or encode with one process per GPU of this machine; each takes some of the shards.
 #
 #   launch/data.sh COMMAND SOURCE DEST [options of miro COMMAND]
 #
-# The processes never meet, so on several machines `srun miro COMMAND SOURCE DEST` does the same.
-# Edit: GPUS, if not all of them are to be used; DEVICE=cpu where there are none.
+# The processes do not communicate, so on several machines `srun miro COMMAND SOURCE DEST` also works.
+# Edit: GPUS, to use fewer than all; DEVICE=cpu without GPUs.
 set -euo pipefail
 . "$(dirname "$0")/dry_run.sh"
 GPUS=${GPUS:-gpu}

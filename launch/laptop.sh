@@ -3,8 +3,8 @@
 #
 #   launch/laptop.sh PHOTOS RUN [options of miro train]
 #
-# Edit: REWARDS, what the pairs are scored by; SIZE, the pictures' side in pixels; PRESET.
-# Stopped and started again with the same arguments it goes on where it was.
+# Edit: REWARDS, the reward models; SIZE, the side of an image in pixels; PRESET.
+# Run again with the same arguments it resumes.
 set -euo pipefail
 . "$(dirname "$0")/dry_run.sh"
 REWARDS="colourfulness sharpness"
@@ -13,7 +13,7 @@ PRESET=demo
 
 photos=$1 run=$2
 shift 2
-# shellcheck disable=SC2086  # one word a reward
+# shellcheck disable=SC2086  # REWARDS splits into words
 run miro annotate "$photos" "$run/scored" --rewards $REWARDS
 run miro encode "$run/scored" "$run/encoded" --size "$SIZE"
 run miro train "$PRESET" --run "$run/model" --data "$run/encoded" "$@"

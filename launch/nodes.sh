@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# Train on the GPUs of many machines that reach one another by ssh and share the run's folder.
+# Train on several machines that have ssh to each other and share the run's folder.
 #
 #   launch/nodes.sh HOSTFILE PRESET --run DIR --data DIR [options of miro train]
 #
-# HOSTFILE has a line a machine, as DeepSpeed's: HOST slots=GPUS. The first one is where all meet.
-# Edit: PORT, one that is free there; SETUP, what a shell of those machines needs before `miro`;
-# and, in SETUP, the network of the collectives: NCCL_SOCKET_IFNAME, NCCL_IB_HCA.
+# HOSTFILE has one line per machine, in DeepSpeed's format: HOST slots=GPUS. The first is MASTER_ADDR.
+# Edit: PORT, a free port of the first machine; SETUP, commands before `miro` in each machine's shell,
+# such as the network interfaces of NCCL: export NCCL_SOCKET_IFNAME=... NCCL_IB_HCA=...
 set -euo pipefail
 PORT=${PORT:-29500}
 SETUP=${SETUP:-"cd $(printf %q "$PWD") && . .venv/bin/activate"}
-# With -tt the end of the ssh is the end of what it started.
+# -tt: ending ssh also ends the remote command.
 SSH=${SSH:-ssh -tt -o BatchMode=yes}
 
 hostfile=$1
 shift
 mapfile -t hosts < <(sed 's/#.*//' "$hostfile" | awk 'NF {split($2, s, "="); print $1, s[2]}')
 read -r first _ <<< "${hosts[0]}"
-# One machine's end ends the others, so that none waits for it until the time-out.
+# If one machine fails, end the others, which would wait for the collectives' time-out.
 trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
 trap 'exit 75' TERM
 for node in "${!hosts[@]}"; do

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Train under SLURM, one task a GPU. A job that reaches its time limit saves and queues again.
+# Train under SLURM, one task per GPU. A job that reaches its time limit saves and is requeued.
 #
 #   sbatch launch/slurm.sh PRESET --run DIR --data DIR [options of miro train]
 #
-# Edit: the lines of #SBATCH to your cluster (partition, account, GPUs a machine), and SETUP.
+# Edit: the #SBATCH lines for your cluster (partition, account, GPUs per machine), and SETUP.
 #SBATCH --job-name=miro
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8
@@ -16,7 +16,7 @@
 #SBATCH --output=miro-%j.log
 set -euo pipefail
 SETUP=${SETUP:-". .venv/bin/activate"}
-eval "$SETUP"
+[ -n "${DRY_RUN:-}" ] || eval "$SETUP"
 
 nodes=${SLURM_JOB_NODELIST:-localhost}
 MASTER_ADDR=$(scontrol show hostnames "$nodes" 2> /dev/null | head -n 1 || echo "$nodes")
@@ -29,6 +29,6 @@ if [ -n "${DRY_RUN:-}" ]; then
 fi
 status=0
 srun --kill-on-bad-exit miro train "$@" || status=$?
-# 75 is the exit of a run that was told to stop, and saved.
+# Exit status 75: SIGTERM was received and a checkpoint was saved.
 if [ "$status" = 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$status"

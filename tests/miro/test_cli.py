@@ -59,8 +59,9 @@ def test_a_folder_of_photos_passes_all_stages(user_folder: Path):
 
 def test_sampling_writes_images_and_the_best_of_several(user_folder: Path, tmp_path: Path):
     targets = ["--reward", "colourfulness=0.6", "--negative", "sharpness=0.2", "--reward-scale", 1]
-    run("sample", user_folder / "run", "--prompt", "photo number 3", "photo number 5", *targets,
-        "--steps", 2, "--count", 2, "--best-of", 2, "--best-by", "sharpness", "--out", tmp_path)  # fmt: skip
+    options = ["--steps", 2, "--count", 2, "--best-of", 2, "--best-by", "sharpness"]
+    prompts = ["photo number 3", "photo number 5"]
+    run("sample", user_folder / "run", "--prompt", *prompts, *targets, *options, "--out", tmp_path)
     images = sorted(tmp_path.glob("*.png"))
     assert len(images) == 4
     assert Image.open(images[0]).size == (32, 32)

@@ -218,7 +218,8 @@ def test_the_half_life_ramps_up_with_the_images() -> None:
     ("name", "value"),
     [("learning_rate", 0.0), ("learning_rate", float("nan")), ("max_grad_norm", 0.0),
      ("ema_halflife_images", -1.0), ("ema_rampup_ratio", 0.0), ("decay_from", 1.5),
-     ("decay_from", -0.1), ("warmup_images", -5), ("weight_decay", -0.1), ("beta1", 1.0), ("beta2", 1.5), ("eps", 0.0)],
+     ("decay_from", -0.1), ("warmup_images", -5), ("weight_decay", -0.1), ("beta1", 1.0),
+     ("beta2", 1.5), ("eps", 0.0)],
 )  # fmt: skip
 def test_invalid_values_are_named(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"optimizer\.{name}.*got {value}"):

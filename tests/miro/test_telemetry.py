@@ -127,11 +127,11 @@ def test_a_cpu_is_not_queried(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_the_memory_of_a_process_grows_by_its_tensors() -> None:
     before = memory_stats(torch.device("cpu"))["memory/resident_gib"]
-    stats = torch.ones(2**26)
+    tensor = torch.ones(2**26)
 
     after = memory_stats(torch.device("cpu"))["memory/resident_gib"]
 
-    assert after - before == pytest.approx(stats.nbytes / 2**30, abs=0.02)
+    assert after - before == pytest.approx(tensor.nbytes / 2**30, abs=0.02)
 
 
 def test_peak_memory_is_reset_at_each_report(monkeypatch: pytest.MonkeyPatch) -> None:
