@@ -1,7 +1,7 @@
 """Reward conditioning: raw scores to bins and quantile levels, dropout, and inference targets.
 
 A score s_r is fed as its quantile level: K equal-population bins per reward, bin k as k / (K − 1)
-(MIRO, arXiv 2510.25897, section 3). A missing or NaN score and a dropped one are masked alike, so
+(MIRO, arXiv 2510.25897, section 3). Missing, NaN and dropped scores are all masked, so
 one network samples with any subset of the rewards, and with none is its own baseline.
 """
 

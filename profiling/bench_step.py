@@ -9,7 +9,7 @@ batch, the image tokens, and each sample's text tokens. Ours and the released st
 bf16, eager and compiled; the ratio is of each one's best. The released code pads texts to 256,
 which is measured beside it. The width of both networks is divided by `scale`, which a CPU needs.
 
-MFU is useful FLOPs over the peak: of miro/training/flops.py in bf16, or as --peak says; without either there
+MFU is useful FLOPs over the peak of the device in bf16, or over --peak; without either there
 is none. Peak memory on a CPU is of the whole process; what its libraries take, the compiler among
 them, is beside it.
 

@@ -3,7 +3,7 @@
     python profiling/kernel_report.py [--out profiling/results] [--ops adaln swiglu]
 
 Bytes are counted in Triton's interpreter at the shapes of the 0.36 B preset, on a few samples and
-carried on to its batch (lab/case_metrics.py), in sectors of 32 bytes of every load and store, nothing
+extrapolated to its batch, in sectors of 32 bytes of every load and store, nothing
 cached (`distinct`: each sector of a launch once); over the least
 possible, over what eager torch moves and over what Inductor would. Errors are the largest of the
 results' against an fp64 oracle, over eager's. Resources are those of the shipped tiles: the worst

@@ -8,7 +8,7 @@ for pytorch.org/memory_viz. Ranges are data, forward, backward, optimizer, meter
 Nsight Systems shows as well (NVTX). What keeps the host waiting is counted: `host_reads` are values
 taken from a device, `waits` the runtime's calls that return when the device is done. On a GPU
 neither may occur in a step, of which data, loss and report are no part; on a CPU the references of
-the kernels read their arguments, which stops nothing (tests/miro/test_batch_plan.py holds everything
+the kernels read their arguments, which stops nothing (tests/miro/test_batch_plan.py holds all
 else to none). `operations` are torch's, of a step and of the report, with what those are a share of
 between two reports of the preset.
 """

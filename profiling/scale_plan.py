@@ -2,8 +2,8 @@
 
     python profiling/scale_plan.py [--out profiling/results]
 
-For each preset, number of GPUs and stage of ZeRO: bytes on each GPU (`miro.training.memory.estimate`), bytes
-each sends per step (ring collectives), and a step time from ASSUMPTIONS. FLOPs are counted by
+For each preset, number of GPUs and stage of ZeRO: bytes on each GPU (`memory.estimate`), bytes each
+sends per step (ring collectives), and a step time from ASSUMPTIONS. FLOPs are counted by
 torch on the meta device. Writes scale_plan.json, a table to the screen, and scale_plan.svg.
 """
 

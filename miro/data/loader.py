@@ -53,8 +53,8 @@ class Loader:
         dataset: the training data.
         seed: seed of the run.
         batch: global batch size; may be None if all samples have one latent shape.
-        horizontal_flip: flip half of the images horizontally, chosen by (seed, position); needs images that
-            are encoded on the fly.
+        horizontal_flip: flip half of the images, chosen by (seed, position); needs images that are
+            encoded on the fly.
     """
 
     def __init__(

@@ -35,7 +35,7 @@ class Decoder(Protocol):
         ...
 
     def close(self) -> None:
-        """Give up what was begun and let go of threads and memory."""
+        """Cancel pending batches and release threads and memory."""
         ...
 
 

@@ -1,10 +1,9 @@
 """`miro annotate`: captioned images to a dataset folder of shards and raw scores.
 
-SOURCE is a folder, tars or a table that others made, or a dataset folder of ours. The former are
-read in units (miro.sources.source), each of which becomes a shard with its scores; the manifest lists
-it last, so a stop at any moment loses the unit under way and no more. A dataset folder is linked,
-not copied, and only scored. Scoring looks at what a shard's table lacks: that is how a reward is
-added later, and how a scoring that was stopped goes on.
+SOURCE is anything `miro.sources` reads, or a dataset folder. A source is read in partitions, each
+of which becomes one shard with its scores; the manifest lists it last, so an interruption loses
+only the partition in progress. A dataset folder is linked, not copied, and only scored. Only
+missing scores are computed, so a reward can be added later and an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -67,8 +66,8 @@ class AnnotateConfig:
     """How to annotate. Three batches of decoded images are in memory."""
 
     batch_size: int = 64
-    samples_per_shard: int = 5_000  # of the source, those set aside included
-    max_rejected: float = 0.5  # stop above this share of samples set aside ...
+    samples_per_shard: int = 5_000  # of the source, skipped ones included
+    max_rejected: float = 0.5  # stop above this share of skipped samples ...
     max_rejected_after: int = 100  # ... once so many were looked at
     workers: int = 0  # threads that decode; 0: one per core, at most 16
     decoder: DecoderName = "auto"  # DALI where it is installed, Pillow elsewhere
@@ -196,7 +195,7 @@ class _Work:
         self._ranks, self._rejected, self._progress = ranks, rejected, progress
         self._scoring = scoring
         self._total: int | None = None
-        self._set_aside = 0
+        self._skipped = 0
 
     def ingest(self, path: Path, source: Source) -> None:
         """Make the shards that this process's groups of `source` still lack, with their scores."""
@@ -267,7 +266,7 @@ class _Work:
                     rejection = RejectedSample(item.origin, "scores", "every reward gave NaN")
                 if rejection is not None:
                     rejections.append(rejection)
-                    self._set_aside += rejection.whole
+                    self._skipped += rejection.whole
                 elif item and scores is not None:
                     rows.add(item, scores)
                     content = json.dumps({"captions": item.captions, **item.extra})
@@ -348,7 +347,7 @@ class _Work:
             for outcome in batch:
                 if outcome.rejection is not None:
                     self._rejected.add(*outcome.rejection.line)
-                    self._set_aside += outcome.rejection.whole
+                    self._skipped += outcome.rejection.whole
                 if (item := outcome.sample) is not None:
                     # The shard stays as it is: a bad image keeps its rows, not known.
                     unknown = np.full((len(item.captions), len(rewards)), np.nan, np.float32)
@@ -357,15 +356,15 @@ class _Work:
         rows.add_to(scores_path(self._dest, shard))
 
     def _looked_at(self, batch: list[Outcome], last: RejectedSample | None) -> None:
-        """Report progress; ValueError where the share of what was set aside is too large."""
+        """Report progress; ValueError if the share of skipped samples is too large."""
         self.looked_at += sum(outcome.whole for outcome in batch)
         if self._progress is not None:
             self._progress(self.looked_at, self._total)
-        share, limit = self._set_aside / max(self.looked_at, 1), self._config.max_rejected
+        share, limit = self._skipped / max(self.looked_at, 1), self._config.max_rejected
         if self.looked_at >= self._config.max_rejected_after and share > limit:
             said = f", last: {last.source}: {last.reason}" if last else ""
             raise ValueError(
-                f"{self._set_aside} of the first {self.looked_at} samples were set aside, more than"
+                f"{self._skipped} of the first {self.looked_at} samples were skipped, more than"
                 f" the share of {limit:g} allowed by max_rejected; {self._rejected.path} says why"
                 f"{said}"
             )

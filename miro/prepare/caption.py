@@ -130,10 +130,10 @@ def caption(
 ) -> CaptionSummary:
     """Make or complete `dest`: the images and captions of the dataset `source`, and new captions.
 
-    A caption that is empty or missing is set aside in `rejected.jsonl`; its sample is kept with its
-    others. ValueError before any work where `source` is no dataset of images or has captions of
+    A caption that is empty or missing is listed in `rejected.jsonl`; its sample keeps its other
+    captions. ValueError before any work where `source` is no dataset of images or has captions of
     these kinds already, the model or the table cannot be used, the table names a sample that does
-    not exist or one twice, or `dest` was made otherwise. OSError where the disk is full. All that
+    not exist or one twice, or `dest` was made with other settings. OSError where the disk is full. All that
     was complete is kept, and the same call goes on.
     """
     started = time.perf_counter()
@@ -215,8 +215,8 @@ def _check_same_encoding(
     differ = differences(settings, there["settings"])
     if differ:
         raise ValueError(
-            f"{dest}: was captioned otherwise ({'; '.join(differ)}); ask for the same, or choose a"
-            " new folder"
+            f"{dest}: was captioned with other settings ({'; '.join(differ)}); use the same "
+            "settings, or choose a new folder"
         )
     for position, shard in enumerate(manifest.shards):
         now = source_manifest.shards[position] if position < len(source_manifest.shards) else None

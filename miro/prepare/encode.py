@@ -110,8 +110,8 @@ def encode(
     """Encode the images folder `source` into `dest`, or go on with what is there.
 
     ValueError before any work where `source` is no images folder, an encoder's name is not known,
-    or `dest` was made otherwise (the message names the difference); later where images differ in
-    size and no size was given, or too many cannot be decoded. OSError where the disk is full. All
+    or `dest` was made with other settings (the message names them); later where images differ
+    in size and no size was given, or too many cannot be decoded. OSError where the disk is full. All
     that was complete is kept, and the same call goes on.
     """
     started = time.perf_counter()
@@ -206,7 +206,7 @@ class _Work:
                     if isinstance(item, RawSample):
                         return decode(item.image)
                 except DecodeError:
-                    continue  # it is set aside in its turn
+                    continue  # it is skipped when its batch is decoded
         raise ValueError(f"{self._source}: none of its images can be decoded")
 
     def _remember(self, position: int) -> None:

@@ -131,11 +131,11 @@ class EncodedFolder:
             )
 
     def check_share(self, most: float) -> None:
-        """ValueError where more than a share of the source was set aside."""
+        """Raise ValueError if too large a share of the source was skipped."""
         share = len(self.rejected) / self.images.samples
         if share > most:
             raise ValueError(
-                f"{len(self.rejected)} of {self.images.samples} samples were set aside, more "
+                f"{len(self.rejected)} of {self.images.samples} samples were skipped, more "
                 f"than the share of {most:g} allowed by max_rejected; "
                 f"{self.rejected.path} says why, last: {self.rejected.last}"
             )
@@ -147,8 +147,8 @@ class EncodedFolder:
             raise ValueError(f"{dest}: holds images, not latents; choose a new folder")
         if differ := self.encoding.diff(manifest.encoding):
             raise ValueError(
-                f"{dest}: was encoded otherwise ({'; '.join(differ)}); ask for the same, or choose "
-                "a new folder"
+                f"{dest}: was encoded with other settings ({'; '.join(differ)}); use the same "
+                "settings, or choose a new folder"
             )
         made_from = manifest.source.get("encoded_from", {})
         for position, shard in enumerate(manifest.shards):

@@ -1,4 +1,4 @@
-"""rejected.jsonl: what was set aside, and why; a line for each, once, whoever stops the run.
+"""rejected.jsonl: one line per skipped sample with the reason, once, however often a run restarts.
 
 Several processes may write one log: each line is added under a lock, after those of others.
 """

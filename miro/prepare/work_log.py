@@ -2,12 +2,12 @@
 
 A unit of the source becomes a shard and its scores, and last of all gets a record:
 
-    DEST/units/00003.json    the shard, its captions, what was set aside, and whether it is
+    DEST/units/00003.json    the shard, its captions, what was skipped, and whether it is
                              the last unit of its group
 
 Whoever has written a record extends the manifest by all units that are done, in order, up to the
 first that is not. So the manifest is always what a single process would have written by then; there
-is nobody who has to collect, and a process that dies leaves the unit it was at, and no more.
+is no coordinator, and a process that dies loses only the unit in progress.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def begin(dest: Path, name: str, fingerprint: str) -> Manifest:
     name and fingerprint are the source's.
 
     Raises:
-        ValueError: DEST was made from something else, or holds shards of nobody knows what.
+        ValueError: DEST was made from something else, or holds shards without a record.
     """
     with blocking_lock(dest):
         if (dest / "manifest.json").is_file():

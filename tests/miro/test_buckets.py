@@ -127,7 +127,7 @@ def test_a_bucket_without_images_is_not_among_the_shapes(images: Path, tmp_path:
 
 def test_other_buckets_are_another_encoding(images: Path, bucketed: Path) -> None:
     for config in (replace(CONFIG, buckets=("1:1",)), replace(CONFIG, buckets=())):
-        with pytest.raises(ValueError, match="encoded otherwise .buckets"):
+        with pytest.raises(ValueError, match="encoded with other settings .buckets"):
             encode(images, bucketed, config=config)
 
 

@@ -179,7 +179,7 @@ def test_a_finished_folder_needs_no_model(source: Path, llava: str, tmp_path: Pa
     assert contents(tmp_path / "out") == before
 
 
-def test_an_empty_caption_is_set_aside_and_its_sample_kept(
+def test_an_empty_caption_is_skipped_and_its_sample_kept(
     source: Path, llava: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from miro.rewards.vlm import VisionLanguage
@@ -254,7 +254,7 @@ def test_captions_are_taken_from_a_table(source: Path, tmp_path: Path, ending: s
     }
 
 
-def test_what_a_table_lacks_is_set_aside(source: Path, tmp_path: Path) -> None:
+def test_what_a_table_lacks_is_skipped(source: Path, tmp_path: Path) -> None:
     rows: list[tuple[str, str, str | None]] = [(key, "long", "said") for key in KEYS[:-1]]
     rows[2] = (KEYS[2], "long", None)
     rows[3] = (KEYS[3], "long", "  ")
@@ -312,7 +312,7 @@ def test_a_folder_made_otherwise_is_left_alone(source: Path, tmp_path: Path) -> 
     before = contents(dest)
 
     write_table(table, [(key, "long", "said otherwise") for key in KEYS])
-    with pytest.raises(ValueError, match="captioned otherwise"):
+    with pytest.raises(ValueError, match="captioned with other settings"):
         caption(source, dest, config=CaptionConfig(table=table))
     with pytest.raises(ValueError, match="was not made by `miro caption`"):
         caption(dest, source, config=CaptionConfig(table=write_table(table, [("00", "x", "y")])))

@@ -197,7 +197,7 @@ def test_a_small_cache_encodes_the_same(images, encoded, tmp_path):
         np.testing.assert_allclose(ours.text(i, 1), theirs.text(i, 1), atol=2e-3)
 
 
-def test_a_broken_image_is_set_aside_with_its_scores(tmp_path):
+def test_a_broken_image_is_skipped_with_its_scores(tmp_path):
     source = make_images(tmp_path / "images", k5=b"<html>not found</html>")
     summary = encode(source, tmp_path / "dest", config=CONFIG)
     assert (summary.samples, summary.rejected) == (11, 1)
@@ -229,7 +229,9 @@ def test_images_of_several_sizes_need_a_size(tmp_path):
 
 
 def test_another_configuration_is_refused_with_the_difference(images, encoded):
-    with pytest.raises(ValueError, match=r"encoded otherwise \(size: 4 here, None there\)"):
+    with pytest.raises(
+        ValueError, match=r"encoded with other settings \(size: 4 here, None there\)"
+    ):
         encode(images, encoded, config=replace(CONFIG, size=4))
     with pytest.raises(ValueError, match="text_encoder: 'other/encoder' here, 'minilm' there"):
         encode(images, encoded, config=replace(CONFIG, text="other/encoder"))

@@ -160,7 +160,7 @@ def test_without_scores_the_page_says_how_to_add_them(tmp_path: Path) -> None:
     assert (record["pairs"], record["rewards"], record["rejected"]) == (None, [], None)
 
 
-def test_what_annotate_set_aside_is_on_the_page(tmp_path: Path) -> None:
+def test_what_annotate_skipped_is_on_the_page(tmp_path: Path) -> None:
     for i in range(8):
         (tmp_path / "in").mkdir(exist_ok=True)
         data = png(shade(i))
@@ -173,7 +173,7 @@ def test_what_annotate_set_aside_is_on_the_page(tmp_path: Path) -> None:
 
     assert record["rejected"]["lines"] == 3
     assert sum(count for *_, count in record["rejected"]["reasons"]) == 3
-    assert "0.png" in text_of(html) and "Set aside 3 lines" in text_of(html)
+    assert "0.png" in text_of(html) and "Skipped 3 lines" in text_of(html)
     assert read_scores(tmp_path / "out").keys == ["3", "4", "5", "6", "7"]
 
 

@@ -11,7 +11,7 @@ from torch._C import DispatchKey, DispatchKeySet
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# They give another view of the memory they are given, or memory that nobody has written.
+# Views of their input, or uninitialised memory: no bytes are moved.
 FREE = {
     "_reshape_alias", "_unsafe_view", "alias", "as_strided", "chunk", "detach", "empty",
     "empty_like", "empty_strided", "expand", "new_empty", "new_empty_strided", "permute", "reshape",
