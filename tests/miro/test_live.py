@@ -194,7 +194,7 @@ def test_what_does_not_go_together_is_refused(scored: Path, tmp_path: Path) -> N
         train(config_of(scored, on_the_fly=False), tmp_path / "run")
     with pytest.raises(ValueError, match="is encoded already; train on it without live"):
         train(config_of(stored), tmp_path / "run")
-    with pytest.raises(ValueError, match=r"was encoded otherwise \(size: 32 here, 16 there"):
+    with pytest.raises(ValueError, match=r"another encoding than the configuration \(size: 32 here, 16 there"):
         train(config_of(stored, EncodingConfig(size=32), on_the_fly=False), tmp_path / "run")
     with pytest.raises(ValueError, match="set encode.size"):
         as_they_are = replace(config_of(scored, EncodingConfig()), model=replace(SMALL, patch=2))
