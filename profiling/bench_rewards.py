@@ -313,7 +313,7 @@ def timed(batch: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, default=96)
     parser.add_argument("--mfu", type=float, default=0.4, help="share of peak that is assumed")

@@ -227,7 +227,7 @@ def text_lengths(batch: int, longest: int) -> list[int]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--released", type=Path, help="folder with the package miro-t2i")
     parser.add_argument("--scale", type=int, default=4, help="divides the width of both")
     parser.add_argument("--batch", type=int, default=4)

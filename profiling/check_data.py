@@ -52,7 +52,7 @@ def difference(images: list[bytes], workers: int) -> tuple[int, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--workers", type=int, default=min(16, len(os.sched_getaffinity(0))))
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()

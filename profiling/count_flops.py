@@ -197,7 +197,7 @@ def table(rows: list[Counted]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--released", type=Path, help="folder with the package miro-t2i")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     given = parser.parse_args()

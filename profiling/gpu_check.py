@@ -337,7 +337,7 @@ def output_of(*command: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "profiling" / "results")
     parser.add_argument(
         "--commit", default=commit(),

@@ -197,7 +197,7 @@ def with_figures(text: str, rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     names = [case.op for case in CASES]
     parser.add_argument("--ops", nargs="*", choices=names, default=names)
     parser.add_argument("--out", type=Path, default=ROOT / "profiling" / "results")

@@ -136,7 +136,7 @@ def idle_share(events: Sequence[Any]) -> float | None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--scale", type=int, default=1, help="divides the width")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--text", type=int, default=65, help="tokens of every text")

@@ -65,7 +65,7 @@ def write_report(results: Path, path: Path) -> Path:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--results", type=Path, default=HERE / "results", help="folder of JSON files"
     )

@@ -154,7 +154,7 @@ def draw(rows: list[Row]) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     out = parser.parse_args().out
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # It tells every font it lacks.

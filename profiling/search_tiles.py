@@ -121,7 +121,7 @@ def measure(search: Search, clock: Clock) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     names = [search.kernel for search in SEARCHES]
     parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"of {', '.join(names)}")
     parser.add_argument("--out", type=Path, default=ROOT / "profiling" / "results")

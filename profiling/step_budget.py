@@ -168,7 +168,7 @@ def table(variants: dict[str, list[Row]], batch: int, useful: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--preset", default="small")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--text", type=int, default=65, help="tokens of every text")

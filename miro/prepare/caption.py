@@ -133,8 +133,8 @@ def caption(
     A caption that is empty or missing is listed in `rejected.jsonl`; its sample keeps its other
     captions. ValueError before any work where `source` is no dataset of images or has captions of
     these kinds already, the model or the table cannot be used, the table names a sample that does
-    not exist or one twice, or `dest` was made with other settings. OSError where the disk is full. All that
-    was complete is kept, and the same call goes on.
+    not exist or one twice, or `dest` was made with other settings. OSError if the disk is
+    full. Completed shards remain, and the same call resumes.
     """
     started = time.perf_counter()
     source, dest, config = Path(source), Path(dest), config or CaptionConfig()

@@ -111,8 +111,8 @@ def encode(
 
     ValueError before any work where `source` is no images folder, an encoder's name is not known,
     or `dest` was made with other settings (the message names them); later where images differ
-    in size and no size was given, or too many cannot be decoded. OSError where the disk is full. All
-    that was complete is kept, and the same call goes on.
+    in size and no size was given, or too many cannot be decoded. OSError if the disk is full.
+    Completed shards remain, and the same call resumes.
     """
     started = time.perf_counter()
     source, dest, config = Path(source), Path(dest), config or EncodeConfig()

@@ -31,7 +31,7 @@ class EncodedFolder:
     """An encoded folder that is being made from the images folder `source`, by this process's rank.
 
     Raises:
-        ValueError: what `dest` holds was made otherwise; the message names the difference.
+        ValueError: `dest` was made with other settings; the message names them.
     """
 
     def __init__(

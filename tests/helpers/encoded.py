@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from miro.data.npy import npy_bytes
 from miro.data.shards import Manifest, scores_path, write_scores, write_shard
+from miro.model.packed_text import PackedText
 
 Shape = tuple[int, int, int]
 SQUARE, WIDE, TALL = (2, 4, 4), (2, 4, 6), (2, 6, 4)
@@ -86,3 +88,9 @@ def _sample_of(sides: Sequence[tuple[int, int]]) -> Callable[[int], tuple[str, d
         return f"k{n}", {"png": file.getvalue(), "json": record}
 
     return sample
+
+
+def text_at(packed: PackedText, index: int) -> Tensor:
+    """The states (length, dim) of one text of a batch."""
+    start, stop = packed.offsets[index : index + 2].tolist()
+    return packed.states[start:stop]

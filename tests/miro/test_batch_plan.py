@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.encoded import text_at
 from helpers.engines import CONFIG, PLAN, engine, inputs, learn
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -167,6 +168,6 @@ def test_every_plan_learns_what_the_unsharded_one_does(plan: BatchPlan, precisio
 def part_of_loss(engine: Engine, full: Any, part: slice) -> Tensor:
     x, t, rewards, text = full
     some = RewardCond(rewards.levels, rewards.bins[part], rewards.keep[part])
-    texts = pack([text.text(n) for n in range(len(text))][part])
+    texts = pack([text_at(text, n) for n in range(len(text))][part])
     predicted = engine.predict(x[part], t[part], some, texts)
     return (predicted - x.flip(0)[part]).square().mean()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.encoded import SQUARE, WIDE, write_encoded
+from helpers.encoded import SQUARE, WIDE, text_at, write_encoded
 
 from miro.data.index_sampler import IndexSampler, SourceRange, apportion, build_buckets
 from miro.data.loader import Loader
@@ -169,7 +169,7 @@ def test_samples_of_equal_keys_in_two_sources_stay_distinct(tmp_path: Path) -> N
         source, n = own["ab".index(name)], int(number)
         assert np.array_equal(latent, source.latent(n).astype(np.float32))
         own_caption = source.caption_types.index(data.caption_types[caption])
-        assert np.array_equal(batch.text.text(text), source.text(n, own_caption))
+        assert np.array_equal(text_at(batch.text, text), source.text(n, own_caption))
 
 
 def test_a_mixture_of_one_source_has_the_order_of_that_source(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The launch scripts, run for real where this machine can, and printed where it cannot."""
+"""The launch scripts, run on this machine where possible, else printed."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ from miro.training.loop import train
 from miro.training.metrics_log import read_metrics
 
 LAUNCH = Path(__file__).parents[2] / "launch"
-# The run of `training` in the words of a command line.
+# The `training` fixture as command-line options.
 WORDS = (
     "demo images=96 batch=8 threads=1 precision=fp32 compile=False report_every=8 "
     "checkpoint_every=96 model.channels=32 model.depth=1 model.heads=2 model.hidden=32 "
@@ -47,9 +47,9 @@ def shell(command: Sequence[str | Path], **environment: str) -> subprocess.Compl
 
 
 @pytest.fixture(scope="module")
-def alone(training: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
+def single(training: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
     """The losses of the run on one process."""
-    folder = tmp_path_factory.mktemp("alone")
+    folder = tmp_path_factory.mktemp("single")
     train(replace(training, checkpoint_every=96, ema_weights_at=()), folder)
     return losses(folder)
 
@@ -58,8 +58,8 @@ def losses(folder: Path) -> torch.Tensor:
     return torch.tensor([line["loss"] for line in read_metrics(RunFolder(folder).metrics)])
 
 
-def test_one_machine_trains_on_all_its_processes(
-    training: TrainConfig, alone: torch.Tensor, tmp_path: Path
+def test_node_sh_trains_on_all_processes_of_a_machine(
+    training: TrainConfig, single: torch.Tensor, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
 
@@ -70,7 +70,7 @@ def test_one_machine_trains_on_all_its_processes(
 
     assert done.returncode == 0, done.stderr
     assert '"stage": 2' in RunFolder(run).deepspeed.read_text()
-    torch.testing.assert_close(losses(run), alone, rtol=1e-5, atol=0)
+    torch.testing.assert_close(losses(run), single, rtol=1e-5, atol=0)
 
 
 def hostfile(folder: Path, hosts: Sequence[str]) -> Path:
@@ -80,15 +80,15 @@ def hostfile(folder: Path, hosts: Sequence[str]) -> Path:
 
 
 def remote(folder: Path, line: str) -> str:
-    """Something to call instead of ssh: it runs the command it is given on this machine."""
+    """A replacement for ssh that runs its command on this machine."""
     path = folder / "remote"
     path.write_text(f"#!/bin/sh\n{line}\n")
     path.chmod(0o755)
     return str(path)
 
 
-def test_two_launchers_on_loopback_are_two_machines(
-    training: TrainConfig, alone: torch.Tensor, tmp_path: Path
+def test_nodes_sh_trains_with_two_launchers_on_loopback(
+    training: TrainConfig, single: torch.Tensor, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
 
@@ -99,12 +99,12 @@ def test_two_launchers_on_loopback_are_two_machines(
     )  # fmt: skip
 
     assert done.returncode == 0, done.stderr
-    torch.testing.assert_close(losses(run), alone, rtol=1e-5, atol=0)
+    torch.testing.assert_close(losses(run), single, rtol=1e-5, atol=0)
 
 
 @pytest.fixture
 def networks() -> Iterator[list[str]]:
-    """The addresses of two network namespaces joined by a cable; skips where they cannot be had."""
+    """Addresses of two connected network namespaces; skips without the permission."""
     names, addresses = ["miro-a", "miro-b"], ["10.77.0.1", "10.77.0.2"]
     commands = [f"ip netns add {name}" for name in names]
     commands += ["ip link add miro-a type veth peer name miro-b"]
@@ -127,8 +127,8 @@ def networks() -> Iterator[list[str]]:
 
 
 @pytest.mark.skipif(shutil.which("ip") is None, reason="iproute2 is not installed")
-def test_two_machines_with_addresses_of_their_own_train_together(
-    training: TrainConfig, alone: torch.Tensor, tmp_path: Path, networks: list[str]
+def test_nodes_sh_trains_across_two_network_namespaces(
+    training: TrainConfig, single: torch.Tensor, tmp_path: Path, networks: list[str]
 ) -> None:
     run = tmp_path / "run"
     inside = f'''case $1 in {networks[0]}) name=miro-a;; *) name=miro-b;; esac
@@ -142,10 +142,10 @@ exec ip netns exec $name bash -c "$2"'''
     )  # fmt: skip
 
     assert done.returncode == 0, done.stderr
-    torch.testing.assert_close(losses(run), alone, rtol=1e-5, atol=0)
+    torch.testing.assert_close(losses(run), single, rtol=1e-5, atol=0)
 
 
-def test_a_machine_that_fails_ends_the_others(training: TrainConfig, tmp_path: Path) -> None:
+def test_a_failed_machine_ends_the_others(training: TrainConfig, tmp_path: Path) -> None:
     run = tmp_path / "run"
 
     done = shell(
@@ -157,8 +157,8 @@ def test_a_machine_that_fails_ends_the_others(training: TrainConfig, tmp_path: P
     assert done.returncode == 3, done.stderr
 
 
-def test_a_dry_run_prints_what_each_script_would_do(capfd: pytest.CaptureFixture[str]) -> None:
-    assert launch(LAUNCH, [], dry_run=True) == 0
+def test_a_dry_run_prints_the_commands_of_each_script(capfd: pytest.CaptureFixture[str]) -> None:
+    launch(LAUNCH, dry_run=True)
 
     printed = capfd.readouterr().out
     for part in (
@@ -170,8 +170,8 @@ def test_a_dry_run_prints_what_each_script_would_do(capfd: pytest.CaptureFixture
         assert part in printed, printed
 
 
-def test_a_slurm_job_that_was_told_to_stop_queues_again(tmp_path: Path) -> None:
-    """With stand-ins for SLURM's commands, which this machine has not."""
+def test_a_slurm_job_that_exits_with_75_is_requeued(tmp_path: Path) -> None:
+    """With fakes of SLURM's commands."""
     for name, line in {
         "srun": "exit $CODE",
         "scontrol": f"[ $1 = requeue ] && echo $2 >> {tmp_path}/requeued || echo node-7",
@@ -191,7 +191,7 @@ def test_a_slurm_job_that_was_told_to_stop_queues_again(tmp_path: Path) -> None:
     assert (tmp_path / "requeued").read_text() == "1075\n"
 
 
-def test_a_dataset_is_made_by_all_processes_of_a_machine(tmp_path: Path) -> None:
+def test_data_sh_writes_a_dataset_with_all_processes_of_a_machine(tmp_path: Path) -> None:
     source, scored, encoded = make_folder(tmp_path / "in", 23), tmp_path / "a", tmp_path / "b"
     rewards = ["--rewards", "sharpness", "--samples-per-shard", "5"]
     many = {"GPUS": "2", "DEVICE": "cpu"}
@@ -203,4 +203,4 @@ def test_a_dataset_is_made_by_all_processes_of_a_machine(tmp_path: Path) -> None
     assert made.returncode == 0, made.stderr
     assert Manifest.read(encoded).samples == Manifest.read(scored).samples == 19
     assert Manifest.read(encoded).rewards == ("sharpness",)
-    assert annotated.stderr.count("19 samples") <= 1, "one process speaks"
+    assert annotated.stderr.count("19 samples") <= 1, "only rank 0 prints"
