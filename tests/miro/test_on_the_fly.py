@@ -193,7 +193,7 @@ def test_contradicting_settings_raise(scored: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is encoded already; train on it without --on"):
         train(config_of(stored), tmp_path / "run")
     with pytest.raises(
-        ValueError, match=r"was encoded with other settings \(size: 32 here, 16 there"
+        ValueError, match=r"has another encoding .*\(size: 32 here, 16 there"
     ):
         train(config_of(stored, EncodingConfig(size=32), on_the_fly=False), tmp_path / "run")
     with pytest.raises(ValueError, match="set encode.size"):
