@@ -43,9 +43,10 @@ def attention_reference(
     text_offsets: Tensor,
     longest_text: int,
 ) -> Tensor:
+    """Compute `attention` in plain torch, on padded texts with a mask; arguments as there."""
     if longest_text == 0 or len(text_k) == 0:
-        # Nothing is added, but as in the kernels the text has a gradient: zeros, and not none,
-        # on which ranks that reduce gradients together would disagree.
+        # The text gets zero gradients instead of None, as from the kernels: ranks that all-reduce
+        # gradients must agree on which exist.
         k, v = k + text_k[:0].sum(), v + text_v[:0].sum()
         mask = None
     else:
@@ -55,7 +56,7 @@ def attention_reference(
         rows = owner.long() * longest_text + place
 
         def padded(text: Tensor) -> Tensor:
-            # Zeros, and not another sample's tokens: a NaN among them would outlive the mask.
+            # Pad with zeros, not with another sample's tokens: a NaN would survive the mask.
             empty = text.new_zeros(len(q) * longest_text, *text.shape[1:])
             return empty.index_copy(0, rows, text).unflatten(0, (len(q), longest_text))
 
@@ -82,6 +83,7 @@ def attention_op(
     q: Tensor, k: Tensor, v: Tensor, text_k: Tensor, text_v: Tensor, text_offsets: Tensor,
     longest_text: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the output and the log-sum-exp of the logits, fp32 (B, heads, N)."""
     q, k, v, text_k, text_v = map(_side_by_side, (q, k, v, text_k, text_v))
     return attention_forward(q, k, v, text_k, text_v, text_offsets.contiguous())
 
@@ -99,6 +101,7 @@ def attention_backward_op(
     q: Tensor, k: Tensor, v: Tensor, text_k: Tensor, text_v: Tensor, text_offsets: Tensor,
     longest_text: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of q, k, v, text_k and text_v."""
     dout, q, k, v, text_k, text_v = map(_side_by_side, (dout, q, k, v, text_k, text_v))
     text_offsets = text_offsets.contiguous()
     return attention_backward(dout, out, lse, q, k, v, text_k, text_v, text_offsets, longest_text)
@@ -196,22 +199,25 @@ def attention(
     text_offsets: Tensor,
     longest_text: int | None = None,
 ) -> Tensor:
-    """Attention of q over [k, this sample's text_k].
+    """Compute attention of image queries over the image keys and the sample's text keys.
 
     Args:
-        q, k, v: (B, N, heads, head size); views of one packed projection are read in place.
-        text_k, text_v: (T, heads, head size), the texts of the batch end to end.
+        q: Queries (B, N, heads, head size). Views of one packed projection are read in place.
+        k: Image keys, shaped as q.
+        v: Image values, shaped as q.
+        text_k: Text keys (T, heads, head size), the texts of the batch concatenated.
+        text_v: Text values, shaped as text_k.
         text_offsets: (B + 1,) int32; sample b's text is rows offsets[b] to offsets[b + 1].
-        longest_text: a bound on every text's length. Read from the offsets, which waits for the
-            device, where it is not given; then, and on a CPU, the offsets are checked too. Inside
-            torch.compile nothing is read, and T is the bound where none is given.
+        longest_text: A bound on every text's length. Without it the offsets are read (a sync on a
+            GPU) and checked, as they always are on a CPU. Inside torch.compile nothing is read, and
+            the default bound is T.
 
     Returns:
         (B, N, heads, head size) in q's dtype.
 
     Raises:
         ValueError: a shape, dtype, device or offset does not fit, the message names the argument;
-            or the backend asked for cannot be had.
+            or the requested backend is unavailable.
     """
     op = "attention"
     check_rank(op, "q", q, "B N heads head_size")

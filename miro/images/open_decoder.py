@@ -24,10 +24,16 @@ DALI_INSTALL = "pip install 'miro-trainer[dali]'"
 def build_decoder(
     name: DecoderName, device: str | torch.device = "cpu", batch_size: int = 64, workers: int = 0
 ) -> Decoder:
-    """A decoder of batches of at most `batch_size`, with `workers` threads (0: one per core, at
-    most 16). "auto" is DALI where it is installed, on a GPU or a CPU, and Pillow elsewhere.
+    """Build an image decoder.
 
-    ValueError where "dali" is asked for and not installed.
+    Args:
+        name: "auto" is DALI where it is installed, on a GPU or a CPU, and Pillow elsewhere.
+        device: Where DALI decodes, and where images are returned.
+        batch_size: Largest batch.
+        workers: Threads; 0 for one per core, at most 16.
+
+    Raises:
+        ValueError: DALI is requested and not installed.
     """
     workers = workers or default_num_workers()
     if name == "pillow":

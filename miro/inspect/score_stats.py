@@ -22,8 +22,12 @@ BEYOND = 1000  # one in so many at either end may lie beyond the bars, so that t
 
 @dataclass(frozen=True)
 class Columns:
-    """`values[reward]`: float32 (pairs,), NaN where not known. `starts[s]`: first pair of shard s,
-    and at the end the number of pairs."""
+    """Scores of a dataset as columns.
+
+    Attributes:
+        starts: Index of the first pair of each shard, and the number of pairs at the end.
+        values: float32 (pairs,) by reward; NaN where a score is missing.
+    """
 
     starts: np.ndarray
     values: Mapping[str, np.ndarray]

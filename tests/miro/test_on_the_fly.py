@@ -192,9 +192,7 @@ def test_contradicting_settings_raise(scored: Path, tmp_path: Path) -> None:
         train(config_of(scored, on_the_fly=False), tmp_path / "run")
     with pytest.raises(ValueError, match="is encoded already; train on it without --on"):
         train(config_of(stored), tmp_path / "run")
-    with pytest.raises(
-        ValueError, match=r"has another encoding .*\(size: 32 here, 16 there"
-    ):
+    with pytest.raises(ValueError, match=r"has another encoding .*\(size: 32 here, 16 there"):
         train(config_of(stored, EncodingConfig(size=32), on_the_fly=False), tmp_path / "run")
     with pytest.raises(ValueError, match="set encode.size"):
         unresized = replace(config_of(scored, EncodingConfig()), model=replace(SMALL, patch=2))
