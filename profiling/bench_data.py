@@ -3,9 +3,9 @@
     python profiling/bench_data.py [--rounds 5] [--workers 2] [--side 256]
 
 Decoding alone, and decoding with a resize of the whole picture to 256 x 256 (bicubic, antialiased),
-by Pillow, torchvision and DALI as their manuals have it, and by ours: `decode_ahead` with either
-decoder, and the squares that a reward looks at. Each has two workers: threads, DALI's own where it
-is DALI; our squares are made by all cores. All are warmed up and take turns, round by round.
+by Pillow, torchvision and DALI as their manuals have it, and by ours: `prefetch_decoded` with
+either decoder, and the squares that a reward looks at. Each has two workers: threads, DALI's own
+where it is DALI; our squares are made by all cores. All are warmed up and take turns, round by round.
 
 The pictures are made: noise whose amplitude falls as 1/f^1.15, about as in photographs, with
 objects that have edges, at qualities 85 to 92; and the photograph that lies in matplotlib, cropped
@@ -41,7 +41,7 @@ from miro.data.loader import Loader, prefetch
 from miro.data.npy import npy_bytes
 from miro.data.reader import EncodedDataset
 from miro.data.shards import Manifest, scores_path, write_scores, write_shard
-from miro.images.decoder import decode_ahead
+from miro.images.decoder import prefetch_decoded
 from miro.images.open_decoder import build_decoder
 from miro.images.transforms import ImageTransform
 from miro.rewards.image_batch import ImageBatch
@@ -147,7 +147,7 @@ def by_us(name: Any, workers: int, side: int | None) -> Run:
     decoder = build_decoder(name, "cpu", batch_size=BATCH, workers=workers)
 
     def run(images: Sequence[bytes]) -> None:
-        for batch in decode_ahead(images, lambda data: data, BATCH, decoder):
+        for batch in prefetch_decoded(images, lambda data: data, BATCH, decoder):
             pictures = [image for _, image in batch if isinstance(image, torch.Tensor)]
             assert len(pictures) == len(batch)
             if side is not None:

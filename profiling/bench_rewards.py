@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from miro.data.shards import read_scores
-from miro.images.decoder import decode_ahead
+from miro.images.decoder import prefetch_decoded
 from miro.images.open_decoder import build_decoder
 from miro.images.transforms import ImageTransform
 from miro.prepare.annotate import AnnotateConfig, annotate
@@ -81,7 +81,7 @@ class StandIn(DualEncoderReward):
 def decoding_seconds(images: Sequence[bytes]) -> float:
     with closing(build_decoder("auto", "cpu", 16, 2)) as decoder:
         started = time.perf_counter()
-        for _ in decode_ahead(images, lambda data: data, 16, decoder):
+        for _ in prefetch_decoded(images, lambda data: data, 16, decoder):
             pass
         return time.perf_counter() - started
 

@@ -2,8 +2,8 @@
 
     python profiling/check_data.py [--workers 16] [--rounds 5]
 
-DALI with nvJPEG and Pillow take turns, in batches of 64 through `decode_ahead`. Prints a line for
-each size. Exits 2 on a machine without a GPU, or where DALI is not installed.
+DALI with nvJPEG and Pillow take turns, in batches of 64 through `prefetch_decoded`. Prints a line
+for each size. Exits 2 on a machine without a GPU, or where DALI is not installed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bench_data import SIZES, jpegs
 from measured import quantiles
 from torch import Tensor
 
-from miro.images.decoder import decode_ahead
+from miro.images.decoder import prefetch_decoded
 from miro.images.open_decoder import DALI_INSTALL, DecoderName, build_decoder
 from miro.images.pillow import decode
 
@@ -33,7 +33,7 @@ def rate(name: DecoderName, images: list[bytes], workers: int, rounds: int) -> d
     with closing(build_decoder(name, "cuda", BATCH, workers)) as decoder:
         for _ in range(rounds + 1):
             started = time.perf_counter()
-            for batch in decode_ahead(images, lambda data: data, BATCH, decoder):
+            for batch in prefetch_decoded(images, lambda data: data, BATCH, decoder):
                 assert all(isinstance(image, Tensor) for _, image in batch)
             torch.cuda.synchronize()
             rates.append(len(images) / (time.perf_counter() - started))

@@ -17,7 +17,7 @@ from miro.data.dataset_base import FolderDataset, LatentShape
 from miro.data.reader import RECORD
 from miro.data.shards import Manifest, ShardIndex
 from miro.encoders.encoder import EncodingConfig, FrozenEncoders
-from miro.images.buckets import nearest
+from miro.images.buckets import nearest_bucket
 from miro.images.decoder import DecodeError, Decoder
 from miro.images.open_decoder import build_decoder
 from miro.images.pillow import IMAGE_EXTENSIONS, image_size
@@ -143,7 +143,7 @@ class _ImagesFolder:
         """The latent shape of the aspect bucket nearest to the image, from its header alone."""
         width, height = image_size(self._bytes(sample), upright=True)
         encoders = self._shared.encoders
-        side = nearest(encoders.encoding.bucket_sizes(), width / height)
+        side = nearest_bucket(encoders.encoding.bucket_sizes(), width / height)
         return encoders.codec.latent_shape(*side)
 
     def _bytes(self, sample: int) -> bytes:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from miro.encoders.text import build_text_encoder
 from miro.encoders.vae import build_codec
-from miro.images.buckets import aspect, nearest
-from miro.images.transforms import center_crop_resize, for_each
+from miro.images.buckets import aspect_ratio, nearest_bucket
+from miro.images.transforms import center_crop_resize, map_images
 from miro.utils.serialize import differences
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -81,7 +81,7 @@ class EncodingConfig:
             return [(self.size, self.size)]
         found: dict[tuple[int, int], str] = {}
         for name in self.buckets:
-            root = math.sqrt(aspect(name))
+            root = math.sqrt(aspect_ratio(name))
             height, width = (
                 max(1, round(side / self.multiple)) * self.multiple
                 for side in (self.size / root, self.size * root)
@@ -102,11 +102,11 @@ class EncodingConfig:
         """
         if not (sides := self.bucket_sizes()):
             return image
-        return center_crop_resize(image, *nearest(sides, image.shape[2] / image.shape[1]))
+        return center_crop_resize(image, *nearest_bucket(sides, image.shape[2] / image.shape[1]))
 
     def center_crop_all(self, images: Sequence[Tensor]) -> list[Tensor]:
         """`center_crop` of images on one device; on a CPU in parallel on all cores."""
-        return for_each(images, self.center_crop)
+        return map_images(images, self.center_crop)
 
 
 class TextCache:

@@ -1,4 +1,4 @@
-"""Image bytes to pixels: one function, one error, and the decoders that apply it to batches."""
+"""The protocol of image decoders, and decoding ahead of the consumer."""
 
 from __future__ import annotations
 
@@ -11,27 +11,26 @@ from typing import Protocol, TypeVar
 from PIL import Image
 from torch import Tensor
 
-# `decode` refuses earlier and with a reason; Pillow's own warning would only repeat it.
+# `decode` rejects such images earlier, with a reason; Pillow's warning would only repeat it.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
-
 T = TypeVar("T")
-AHEAD = 2  # batches
+PREFETCH_BATCHES = 2
 
 
 class DecodeError(ValueError):
-    """Bytes that are no image we can use; the message is a reason a person understands."""
+    """The bytes cannot be decoded to an image; the message is written to rejected.jsonl."""
 
 
 Pending = Callable[[], list[Tensor | DecodeError]]
-"""Waits for a batch, and gives the image of each or why there is none."""
+"""Waits for a batch that is being decoded; uint8 (3, H, W) or the error of each image."""
 
 
 class Decoder(Protocol):
-    """Decodes batches of encoded images, while whoever asked does something else."""
+    """Decodes batches of image files asynchronously."""
 
     def start(self, images: Sequence[bytes]) -> Pending:
-        """Begin to decode a batch, as `decode` does but to a device of the decoder's choice."""
+        """Start decoding a batch; the tensors will be on the decoder's device."""
         ...
 
     def close(self) -> None:
@@ -39,28 +38,35 @@ class Decoder(Protocol):
         ...
 
 
-def decode_ahead(
+def prefetch_decoded(
     items: Iterable[T], image_of: Callable[[T], bytes | None], batch_size: int, decoder: Decoder
 ) -> Iterator[list[tuple[T, Tensor | DecodeError | None]]]:
-    """Batches of (item, its image, or why it has none), in order; None where `image_of` gives None.
+    """Decode the images of a stream of items, PREFETCH_BATCHES batches ahead of the consumer.
 
-    Two batches are read and decoded ahead of the reader. The decoder is left open.
+    Args:
+        items: Any objects.
+        image_of: Returns the image file of an item, None if it has none.
+        batch_size: Items per batch.
+        decoder: Not closed here.
+
+    Yields:
+        Batches of (item, its image, its error, or None without an image file), in order.
     """
 
     def finished() -> list[tuple[T, Tensor | DecodeError | None]]:
-        batch, encoded, finish = begun.popleft()
-        images = iter(finish())
+        batch, encoded, wait = pending.popleft()
+        images = iter(wait())
         return [
             (item, None if image is None else next(images))
             for item, image in zip(batch, encoded, strict=True)
         ]
 
     source = iter(items)
-    begun: deque[tuple[list[T], list[bytes | None], Pending]] = deque()
+    pending: deque[tuple[list[T], list[bytes | None], Pending]] = deque()
     while batch := list(itertools.islice(source, batch_size)):
         encoded = [image_of(item) for item in batch]
-        begun.append((batch, encoded, decoder.start([i for i in encoded if i is not None])))
-        if len(begun) > AHEAD:
+        pending.append((batch, encoded, decoder.start([i for i in encoded if i is not None])))
+        if len(pending) > PREFETCH_BATCHES:
             yield finished()
-    while begun:
+    while pending:
         yield finished()

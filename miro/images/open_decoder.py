@@ -1,4 +1,4 @@
-"""Choice of the image decoder: DALI where it is installed, else Pillow."""
+"""Choice of the image decoder: DALI if it is installed, else Pillow."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from typing import Literal
 import torch
 
 from miro.images.decoder import Decoder
-from miro.images.pillow import (
-    PillowDecoder,
-)
+from miro.images.pillow import PillowDecoder
 from miro.utils.threads import default_num_workers
 
 log = logging.getLogger(__name__)
@@ -27,22 +25,22 @@ def build_decoder(
     """Build an image decoder.
 
     Args:
-        name: "auto" is DALI where it is installed, on a GPU or a CPU, and Pillow elsewhere.
-        device: Where DALI decodes, and where images are returned.
+        name: "auto" is DALI if it is installed, on a GPU or a CPU, else Pillow.
+        device: Where DALI decodes; Pillow's images are on the CPU.
         batch_size: Largest batch.
         workers: Threads; 0 for one per core, at most 16.
 
     Raises:
-        ValueError: DALI is requested and not installed.
+        ValueError: `name` is "dali" and DALI is not installed.
     """
     workers = workers or default_num_workers()
     if name == "pillow":
         return PillowDecoder(workers)
-    # Asking for a module inside a package that is not there would raise.
+    # find_spec("nvidia.dali") raises if the parent package is missing, so check that first.
     if not all(importlib.util.find_spec(module) for module in ("nvidia", "nvidia.dali")):
         if name == "dali":
             raise ValueError(f"decoder='dali': DALI is not installed: {DALI_INSTALL}")
-        _say_once(f"Pillow decodes the images; DALI, faster, is not installed: {DALI_INSTALL}")
+        _warn_once(f"Pillow decodes the images; DALI, faster, is not installed: {DALI_INSTALL}")
         return PillowDecoder(workers)
     from miro.images.dali import DaliDecoder
 
@@ -50,5 +48,5 @@ def build_decoder(
 
 
 @cache
-def _say_once(message: str) -> None:
+def _warn_once(message: str) -> None:
     log.warning(message)

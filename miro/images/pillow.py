@@ -1,4 +1,4 @@
-"""Decoding by Pillow: the reference decoder, in threads."""
+"""Image decoding with Pillow in threads: the reference that other decoders must match."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from miro.images.decoder import DecodeError, Pending
 
-# Formats are listed because Pillow would also open some (EPS) by running other programs.
+# An allow-list: Pillow opens some other formats (EPS) by running external programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
-MAX_PIXELS = 64_000_000  # 192 MB as RGB; a larger image is a mistake or an attack
+MAX_PIXELS = 64_000_000  # 192 MB as RGB; a larger image is an error or a decompression bomb
 
-# What Pillow's readers raise on damaged bytes (found by fuzzing), beside OSError.
+# Exceptions besides OSError that Pillow's readers raise on corrupt bytes, found by fuzzing.
 DAMAGE = (
     SyntaxError,
     ValueError,
@@ -37,10 +37,16 @@ DAMAGE = (
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """The image in `data` as uint8 (3, H, W), sRGB as stored: a view of rows of RGB pixels.
+    """Decode an image file.
 
-    The EXIF rotation is applied, transparency is laid on white, 16 bits become 8, and of an
-    animation the first frame is taken. DecodeError for anything that is not a whole image.
+    The EXIF orientation is applied, transparency is composited on white, 16 bits are scaled to 8,
+    and an animation is its first frame. Color profiles are ignored.
+
+    Returns:
+        uint8 (3, H, W), a view of (H, W, 3).
+
+    Raises:
+        DecodeError: The file is corrupt, truncated, too large, or not an image.
     """
     if not data:
         raise DecodeError("the file is empty")
@@ -52,14 +58,14 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
                     f"the image has {width} x {height} pixels, more than {max_pixels:,}"
                 )
             image.load()
-            # A copy of the metadata is needed to turn an image, and few images are turned.
+            # exif_transpose copies the metadata even of upright images, which most are.
             if image.getexif().get(0x0112, 1) != 1:
                 image = ImageOps.exif_transpose(image)
             pixels = np.array(_to_rgb(image))
     except DecodeError:
         raise
     except UnidentifiedImageError:
-        raise DecodeError(_what_else(data)) from None
+        raise DecodeError(_describe(data)) from None
     except Image.DecompressionBombError:
         raise DecodeError(f"the image has more than {max_pixels:,} pixels") from None
     except OSError as error:
@@ -71,36 +77,38 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
 
 
 def image_size(data: bytes, upright: bool = False) -> tuple[int, int]:
-    """(width, height) as stored, from the image's header alone; DecodeError where it has none.
+    """Read (width, height) from the header of an image file; DecodeError if it has none.
 
-    upright: as `decode` turns it, by its EXIF rotation.
+    Args:
+        data: The file.
+        upright: Whether to apply the EXIF orientation, as `decode` does.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
-            turned = upright and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-            return (height, width) if turned else (width, height)
+            swapped = upright and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            return (height, width) if swapped else (width, height)
     except (OSError, Image.DecompressionBombError, *DAMAGE) as error:
         raise DecodeError(f"the image has no header: {error or type(error).__name__}") from None
 
 
 class PillowDecoder:
-    """`decode` in threads, which Pillow does not keep from running at once."""
+    """`decode` in a thread pool: Pillow releases the GIL."""
 
     def __init__(self, workers: int) -> None:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="miro-decode")
 
     def start(self, images: Sequence[bytes]) -> Pending:
-        """Begin to decode a batch."""
-        begun = [self._pool.submit(_decode_or_reason, image) for image in images]
-        return lambda: [one.result() for one in begun]
+        """Start decoding a batch."""
+        futures = [self._pool.submit(_decode_or_error, image) for image in images]
+        return lambda: [future.result() for future in futures]
 
     def close(self) -> None:
-        """End the threads."""
+        """Cancel pending images and stop the threads."""
         self._pool.shutdown(cancel_futures=True)
 
 
-def _decode_or_reason(data: bytes) -> Tensor | DecodeError:
+def _decode_or_error(data: bytes) -> Tensor | DecodeError:
     try:
         return decode(data)
     except DecodeError as error:
@@ -108,10 +116,10 @@ def _decode_or_reason(data: bytes) -> Tensor | DecodeError:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """The image as 8-bit RGB."""
+    """Convert to 8-bit RGB."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it at 255
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion clips at 255
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise DecodeError("the image has 32-bit pixels, whose white is not defined")
@@ -125,8 +133,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _what_else(data: bytes) -> str:
-    """What bytes that are no image look like, for a person who wonders how they came there."""
+def _describe(data: bytes) -> str:
+    """A guess of what a file is that is not an image."""
     start = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if start.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
         return "this is an HTML page, not an image; the download failed"

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from miro.data.shards import Manifest, ShardIndex, ShardInfo, check_shard, shard_path, write_shard
-from miro.images.decoder import DecodeError, Decoder, decode_ahead
+from miro.images.decoder import DecodeError, Decoder, prefetch_decoded
 from miro.images.open_decoder import DecoderName, build_decoder
 from miro.prepare.caption_table import CaptionTable
 from miro.prepare.completed_shards import (
@@ -313,7 +313,7 @@ class _Work:
             for item in read_sample(f"{shard.name}:{key}", key, members)
         )
         size = self._config.batch_size
-        for batch in decode_ahead(unit, self._image_of, size, self._decoder):
+        for batch in prefetch_decoded(unit, self._image_of, size, self._decoder):
             items: list[tuple[RawSample, dict[str, bytes]]] = []
             images: list[Tensor | None] = []
             for (item, members), image in batch:

@@ -34,7 +34,7 @@ from miro.data.npy import npy_bytes, npy_view
 from miro.data.reader import LATENT, RECORD, text_extension
 from miro.data.shards import Manifest, ShardIndex, ShardInfo, ShardWriter, open_shard, shard_path
 from miro.encoders.encoder import EncodingConfig, FrozenEncoders
-from miro.images.decoder import DecodeError, Decoder, decode_ahead
+from miro.images.decoder import DecodeError, Decoder, prefetch_decoded
 from miro.images.open_decoder import DecoderName, build_decoder
 from miro.images.pillow import decode
 from miro.prepare.encoded_writer import EncodedFolder
@@ -239,7 +239,7 @@ class _Work:
         def image_of(item: RawSample | RejectedSample) -> bytes | None:
             return item.image if isinstance(item, RawSample) else None
 
-        for batch in decode_ahead(items, image_of, self._config.batch_size, self._decoder):
+        for batch in prefetch_decoded(items, image_of, self._config.batch_size, self._decoder):
             images = [image for _, image in batch if isinstance(image, Tensor)]
             fitted = zip(
                 *(folder.encoding.center_crop_all(images) for folder in folders),

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from miro.images.decoder import DecodeError, Decoder, decode_ahead
+from miro.images.decoder import DecodeError, Decoder, prefetch_decoded
 from miro.rewards.base import Reward
 from miro.rewards.scorer import Offload, ScoreBatch, Scorer
 from miro.sources.sample import RawSample, RejectedSample
@@ -56,7 +56,7 @@ def scored(
     size = config.window if scorer.offloads else 1
     window: list[_Batch] = []
     held = 0
-    for decoded in decode_ahead(unit, _image_of, config.batch_size, config.decoder):
+    for decoded in prefetch_decoded(unit, _image_of, config.batch_size, config.decoder):
         batch = _Batch(decoded)
         scorer.begin(batch.pairs)
         window.append(batch)

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miro.images.transforms import ImageTransform, normalised
+from miro.images.transforms import ImageTransform, normalize
 from miro.rewards.base import Reward, RewardOptions, check_lengths
 from miro.rewards.clip_models import (
     CLIP_TOKENIZER,
@@ -65,7 +65,7 @@ class PretrainedReward(DualEncoderReward):
     def embed_images(self, images: Tensor) -> Tensor:
         """See `DualEncoderReward.embed_images`."""
         encoder = self._encoder
-        pixels = normalised(images, self.options.dtype, encoder.mean, encoder.std)
+        pixels = normalize(images, self.options.dtype, encoder.mean, encoder.std)
         return F.normalize(self._encode_image(pixels).float(), dim=-1)
 
     def embed_captions(self, captions: Sequence[str]) -> Tensor:

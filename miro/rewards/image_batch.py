@@ -8,7 +8,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from miro.images.transforms import ImageTransform, check_image, for_each
+from miro.images.transforms import ImageTransform, check_image, map_images
 
 
 class ImageBatch(Sequence[Tensor]):
@@ -61,7 +61,7 @@ class ImageBatch(Sequence[Tensor]):
         if transform not in self._preprocessed:
             for number, image in enumerate(self.distinct):
                 check_image(number, image)
-            images = for_each(self.distinct, transform.of)
+            images = map_images(self.distinct, transform)
             empty = torch.empty(0, 3, transform.size, transform.size, dtype=torch.uint8)
             self._preprocessed[transform] = torch.stack(images) if images else empty
         return self._preprocessed[transform]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from miro.images.transforms import ImageTransform, normalised
+from miro.images.transforms import ImageTransform, normalize
 from miro.rewards.base import RewardOptions, check_lengths
 from miro.rewards.image_batch import ImageBatch
 from miro.rewards.network import NetworkReward
@@ -120,7 +120,7 @@ class ImageReward(NetworkReward):
         preprocessed = batch.preprocessed(self.transform)
         patches = self.in_batches(
             lambda start, stop: self._encode_image(
-                normalised(preprocessed[start:stop].to(self.device), self.options.dtype)
+                normalize(preprocessed[start:stop].to(self.device), self.options.dtype)
             ),
             len(preprocessed),
         )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miro.images.transforms import ImageTransform, normalised
+from miro.images.transforms import ImageTransform, normalize
 from miro.rewards.base import Reward, RewardOptions, check_lengths
 from miro.rewards.clip_t5 import SYSTEM, ClipT5, find_clip_t5, load_clip_t5
 from miro.rewards.image_batch import ImageBatch
@@ -100,7 +100,7 @@ class ClipT5Score(_VQAScore):
 
         def encode(start: int, stop: int) -> Tensor:
             batch = preprocessed[start:stop].to(self.device)
-            return self._encode_image(normalised(batch, self.options.dtype))
+            return self._encode_image(normalize(batch, self.options.dtype))
 
         image_tokens = self.in_batches(encode, len(preprocessed))
         texts = [truncate_text(self._tokenizer, caption, self.model) for caption in captions]

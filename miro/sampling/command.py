@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from miro.images.buckets import aspect as parse_aspect
+from miro.images.buckets import aspect_ratio
 from miro.rewards.registry import build_reward
 from miro.sampling.pipeline import Pipeline, to_bytes
 from miro.sampling.sampler import best_of
@@ -67,7 +67,7 @@ def sample_images(
         raise ValueError(f"count and best-of must be at least 1, got {count} and {candidates}")
     if candidates > 1 and best_by is None:
         raise ValueError(f"best of {candidates} needs a reward to choose by: --best-by NAME")
-    ratio = None if aspect is None else parse_aspect(aspect)
+    ratio = None if aspect is None else aspect_ratio(aspect)
     reward = build_reward(best_by, torch.device(device)) if best_by is not None else None
     pipeline = Pipeline.load(run, device)
     guidance = pipeline.guidance(positive, negative, reward_scale, text_scale)

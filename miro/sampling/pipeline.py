@@ -15,7 +15,7 @@ from torch import Tensor
 from miro.conditioning import Bins, RewardTarget, conditioned_rewards
 from miro.encoders.text import TransformersEncoder, build_text_encoder
 from miro.encoders.vae import LatentCodec, build_codec
-from miro.images.buckets import nearest
+from miro.images.buckets import nearest_bucket
 from miro.model.packed_text import PackedText, pack
 from miro.model.transformer import FlowTransformer
 from miro.sampling.sampler import Guidance, draw_noise, sample
@@ -111,7 +111,9 @@ class Pipeline:
         if aspect is None:
             return self.model.latent_shape
         channels = self.model.latent_shape[0]
-        return channels, *nearest([(height, width) for _, height, width in self.shapes], aspect)
+        return channels, *nearest_bucket(
+            [(height, width) for _, height, width in self.shapes], aspect
+        )
 
     def target(
         self, levels: Mapping[str, float | None] | None = None, default: float | None = 1.0

@@ -16,7 +16,7 @@ import miro.prepare.encode
 from miro.data.reader import EncodedDataset
 from miro.data.shards import Manifest, ShardIndex
 from miro.encoders.encoder import EncodingConfig
-from miro.images.buckets import nearest
+from miro.images.buckets import nearest_bucket
 from miro.images.pillow import decode
 from miro.images.transforms import center_crop_resize
 from miro.model.embeddings import pos_embed_2d_sincos, rope_angles
@@ -67,7 +67,7 @@ def test_a_bucket_has_about_the_area_of_the_size(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"size": 64, "buckets": ("4x3",)}, "an aspect is WIDTH:HEIGHT, as 4:3, got '4x3'"),
+        ({"size": 64, "buckets": ("4x3",)}, "an aspect ratio is WIDTH:HEIGHT, as 4:3, got '4x3'"),
         ({"size": 64, "buckets": ("0:3",)}, "got '0:3'"),
         ({"size": 32, "buckets": ("1:1", "4:3")}, "'1:1' and '4:3' are both 32 x 32 pixels"),
         ({"buckets": ("1:1",)}, "buckets 1:1 need a size"),
@@ -84,8 +84,9 @@ def test_invalid_buckets_raise(settings: dict[str, Any], message: str) -> None:
 def test_the_nearest_bucket_is_nearest_by_ratio() -> None:
     sides = [(32, 32), (24, 40), (40, 24)]
 
-    assert nearest(sides, 1.29) == (32, 32) and nearest(sides, 1.30) == (24, 40)
-    assert nearest(sides, 1 / 1.29) == (32, 32) and nearest(sides, 1 / 1.30) == (40, 24)
+    assert nearest_bucket(sides, 1.29) == (32, 32) and nearest_bucket(sides, 1.30) == (24, 40)
+    assert nearest_bucket(sides, 1 / 1.29) == (32, 32)
+    assert nearest_bucket(sides, 1 / 1.30) == (40, 24)
 
 
 def test_an_image_is_resized_to_cover_its_bucket_and_center_cropped() -> None:
@@ -294,7 +295,7 @@ def test_images_are_sampled_in_the_nearest_trained_aspect(
             out=tmp_path / str(number),
         )
         assert Image.open(path).size == size
-    with pytest.raises(ValueError, match="an aspect is WIDTH:HEIGHT"):
+    with pytest.raises(ValueError, match="an aspect ratio is WIDTH:HEIGHT"):
         sample_images(uninterrupted.root, ["apples"], positive={}, aspect="wide")
 
 

@@ -156,7 +156,7 @@ def test_clip_of_open_clip_is_its_logits(folder: Path) -> None:
         text = network.encode_text(open_clip.get_tokenizer(TOY)(CAPTIONS))
         scale = network.logit_scale.exp() / 100
         expected = scale * cosines(network.eval().encode_image(pixels), text)
-        resized = torch.stack([ImageTransform(32).of(image) for image in images])
+        resized = torch.stack([ImageTransform(32)(image) for image in images])
         pixels = torch.stack([process(as_pil(image)) for image in resized])
         exactly = scale * cosines(network.encode_image(pixels), text)
 
@@ -195,7 +195,7 @@ def test_the_merged_aesthetic_head_agrees_with_its_layers(folder: Path, tmp_path
     path, head = aesthetic_head(tmp_path)
     network = CLIPModel.from_pretrained(folder / "pick").eval()
     images = random_images((32, 32), (40, 32))
-    resized = torch.stack([ImageTransform(32, crop_rounding="down").of(image) for image in images])
+    resized = torch.stack([ImageTransform(32, crop_rounding="down")(image) for image in images])
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
     with torch.inference_mode():
         pixels = (resized / 255 - mean) / std
@@ -231,7 +231,7 @@ def test_remote_code_runs_if_it_is_allowed(folder: Path) -> None:
     state = load_file(folder / "coded" / "model.safetensors")
     ids = [[0, 4, 5, 2], [0, 4, 9, 10, 4, 7, 8, 2]]
     text = torch.stack([state["words.weight"][row].mean(0) for row in ids])
-    pixels = torch.stack([ImageTransform(20).of(image) for image in images]) / 127.5 - 1
+    pixels = torch.stack([ImageTransform(20)(image) for image in images]) / 127.5 - 1
     features = F.conv2d(pixels, state["patches.weight"], state["patches.bias"], 4)
     image = features.relu().mean((2, 3))
     expected = torch.tensor(2.5).exp() / 100 * cosines(image, text)

@@ -1,4 +1,4 @@
-"""Pictures decoded by DALI: which are its own, what it makes of them, what is left to Pillow."""
+"""DaliDecoder: which files DALI decodes, that its pixels equal Pillow's, and its failures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from miro.images import open_decoder, pillow
-from miro.images.decoder import DecodeError, decode_ahead
+from miro.images.decoder import DecodeError, prefetch_decoded
 from miro.images.open_decoder import build_decoder
 from miro.images.pillow import decode
 from miro.prepare.annotate import AnnotateConfig
@@ -29,7 +29,7 @@ if importlib.util.find_spec("nvidia.dali") is None:
 
 
 def photo(width: int = 80, height: int = 60, mode: str = "RGB", **options: object) -> bytes:
-    """A JPEG of smooth blots, as compressible as a photograph."""
+    """A JPEG of smooth blobs, as compressible as a photograph."""
     coarse = noise(height // 8 + 2, width // 8 + 2).resize(
         (width, height), Image.Resampling.BICUBIC
     )
@@ -45,7 +45,7 @@ def exif(orientation: int | None = None) -> Image.Exif:
 
 
 def with_thumbnail() -> bytes:
-    """Its EXIF holds a whole small JPEG, as cameras write them."""
+    """A JPEG with a thumbnail in its EXIF, as cameras write them."""
     small = photo(16, 16)
     tags = exif().tobytes() + small
     assert dali.EOI in tags
@@ -58,7 +58,7 @@ def with_segment(marker: int, content: bytes, **options: object) -> bytes:
 
 
 def as_frame(marker: int) -> bytes:
-    """Said to be of another kind than baseline, or cut to 12 bits."""
+    """A JPEG whose SOF marker is not the baseline one."""
     return photo().replace(b"\xff\xc0", bytes([0xFF, marker]), 1)
 
 
@@ -72,36 +72,36 @@ PLAIN = {
     "grey": photo(mode="L"),
     "restart markers": photo(restart_marker_blocks=2),
     "EXIF, upright": photo(exif=exif(1)),
-    "EXIF, not said": photo(exif=exif()),
+    "EXIF, no orientation": photo(exif=exif()),
     "XMP, upright": with_segment(dali.APP1, XMP % b'"1"'),
     "a thumbnail": with_thumbnail(),
     "a comment and a profile": photo(comment=b"\xff\xd9", icc_profile=bytes(70000)),
     "bytes after the end": photo() + b"a trailer",
-    "another picture after the end": photo() + photo(mode="CMYK"),
+    "another image after the end": photo() + photo(mode="CMYK"),
     "one pixel": photo(1, 1),
     "odd sides": photo(33, 17),
-    "damage that libjpeg bridges": photo(quality=95)[:2000] + bytes(16) + photo(quality=95)[2016:],
+    "recoverable corruption": photo(quality=95)[:2000] + bytes(16) + photo(quality=95)[2016:],
 }
 NOT_PLAIN = {
     "nothing": b"",
     "a PNG": NOISE_PNG,
     "a bomb": bomb(9000),
     "CMYK": photo(mode="CMYK"),
-    "turned by EXIF": photo(exif=exif(6)),
-    "turned by XMP": with_segment(dali.APP1, XMP % b'"6"'),
+    "rotated by EXIF": photo(exif=exif(6)),
+    "rotated by XMP": with_segment(dali.APP1, XMP % b'"6"'),
     "two EXIFs": with_segment(dali.APP1, exif(1).tobytes(), exif=exif(1)),
     "RGB, not YCbCr": photo(keep_rgb=True),
-    "cut short": photo()[:-2],
-    "cut in its thumbnail": with_thumbnail()[:600],
-    "cut in its header": photo()[:100],
+    "truncated": photo()[:-2],
+    "truncated in its thumbnail": with_thumbnail()[:600],
+    "truncated in its header": photo()[:100],
     "lossless": as_frame(0xC3),
     "arithmetic": as_frame(0xC9),
     "12 bits": photo().replace(b"\xff\xc0\0\x11\x08", b"\xff\xc0\0\x11\x0c", 1),
-    "a height that comes later": photo().replace(b"\x08\0\x3c\0\x50", b"\x08\0\0\0\x50", 1),
+    "a height after the scan": photo().replace(b"\x08\0\x3c\0\x50", b"\x08\0\0\0\x50", 1),
     "too many pixels": photo().replace(b"\x08\0\x3c\0\x50", b"\x08\xff\xff\xff\xff", 1),
     "a marker inside the scan": photo()[:-300] + b"\xff\xba" + photo()[-298:],
     "the start alone": dali.SOI + dali.EOI,
-    "no picture before its end": photo()[: photo().index(b"\xff\xda")] + dali.EOI,
+    "no scan before its end": photo()[: photo().index(b"\xff\xda")] + dali.EOI,
 }
 
 
@@ -112,109 +112,108 @@ def decoder() -> Iterator[dali.DaliDecoder]:
         yield made
 
 
-def same(pictures: list[Tensor | DecodeError], images: list[bytes]) -> None:
-    """Each picture, or its reason, is what `decode` gives, to the last bit."""
-    for picture, image in zip(pictures, images, strict=True):
+def assert_decoded(decoded: list[Tensor | DecodeError], files: list[bytes]) -> None:
+    """Images and error messages equal those of `decode`, bit for bit."""
+    for image, file in zip(decoded, files, strict=True):
         try:
-            expected = decode(image)
+            expected = decode(file)
         except DecodeError as error:
-            assert str(picture) == str(error)
+            assert str(image) == str(error)
         else:
-            assert isinstance(picture, Tensor) and picture.dtype == torch.uint8
-            assert torch.equal(picture, expected)
+            assert isinstance(image, Tensor) and image.dtype == torch.uint8
+            assert torch.equal(image, expected)
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_an_ordinary_jpeg_is_plain(name: str) -> None:
-    assert dali.plain(PLAIN[name])
+def test_plain_jpegs_are_recognized(name: str) -> None:
+    assert dali.is_plain_jpeg(PLAIN[name])
 
 
 @pytest.mark.parametrize("name", NOT_PLAIN)
-def test_what_dali_would_not_do_alike_is_not_plain(name: str) -> None:
-    assert not dali.plain(NOT_PLAIN[name])
+def test_files_that_dali_would_decode_differently_are_not_plain(name: str) -> None:
+    assert not dali.is_plain_jpeg(NOT_PLAIN[name])
 
 
-@pytest.mark.filterwarnings("ignore")  # Pillow's own remarks about damage
-def test_plain_never_fails_on_damage() -> None:
+@pytest.mark.filterwarnings("ignore")  # Pillow's own warnings about corrupt files
+def test_is_plain_jpeg_never_raises() -> None:
     generator = np.random.default_rng(0)
-    pictures = list(PLAIN.values())
+    files = list(PLAIN.values())
     for number in range(2000):
-        data = bytearray(pictures[number % len(pictures)][:3000])
-        for at in generator.integers(0, min(len(data), 700), 3):
-            data[at] = generator.integers(256)
-        assert dali.plain(bytes(data[: generator.integers(3000)])) in (True, False)
+        data = bytearray(files[number % len(files)][:3000])
+        for position in generator.integers(0, min(len(data), 700), 3):
+            data[position] = generator.integers(256)
+        assert dali.is_plain_jpeg(bytes(data[: generator.integers(3000)])) in (True, False)
 
 
-def test_dali_gives_pillows_pixels_bit_for_bit(decoder: dali.DaliDecoder) -> None:
-    """Both call libjpeg-turbo with its exact transform and smooth upsampling."""
-    images = list(PLAIN.values())
+def test_pixels_of_dali_and_pillow_are_bitwise_equal(decoder: dali.DaliDecoder) -> None:
+    """Both call libjpeg-turbo with the accurate DCT and fancy upsampling."""
+    files = list(PLAIN.values())
 
-    pictures = decoder.start(images)()
+    decoded = decoder.start(files)()
 
-    same(pictures, images)
-    assert (decoder.batches, decoder.lost) == (1, 0)
-    assert len({picture.shape for picture in pictures}) > 2
+    assert_decoded(decoded, files)
+    assert (decoder.batches, decoder.failed) == (1, 0)
+    assert len({image.shape for image in decoded}) > 2
 
 
-def test_what_is_not_plain_never_reaches_dali(decoder: dali.DaliDecoder) -> None:
-    images = list(NOT_PLAIN.values())[: len(PLAIN)]
+def test_files_that_are_not_plain_never_reach_dali(decoder: dali.DaliDecoder) -> None:
+    files = list(NOT_PLAIN.values())[: len(PLAIN)]
 
-    pictures = decoder.start(images)()
+    decoded = decoder.start(files)()
 
-    same(pictures, images)
+    assert_decoded(decoded, files)
     assert decoder.batches == 0
 
 
-def test_order_is_kept_whoever_decodes(decoder: dali.DaliDecoder) -> None:
-    images = [
+def test_images_are_in_order_whichever_decoder_they_get(decoder: dali.DaliDecoder) -> None:
+    files = [
         data for pair in zip(PLAIN.values(), NOT_PLAIN.values(), strict=False) for data in pair
     ]
-    items = list(enumerate(images))
+    items = list(enumerate(files))
 
-    batches = decode_ahead(items, lambda item: item[1], len(PLAIN), decoder)
+    batches = prefetch_decoded(items, lambda item: item[1], len(PLAIN), decoder)
 
     found = [pair for batch in batches for pair in batch]
     assert [item for item, _ in found] == items
-    same([picture for _, picture in found if picture is not None], images)
+    assert_decoded([image for _, image in found if image is not None], files)
 
 
-def damaged_inside() -> bytes:
-    """Plain by its markers, but a Huffman table has a code too many."""
+def corrupt_table() -> bytes:
+    """Plain by its markers, with a Huffman table of too many codes."""
     data = bytearray(photo())
-    at = data.index(b"\xff\xc4")
-    data[at + 5] = 255
+    data[data.index(b"\xff\xc4") + 5] = 255
     return bytes(data)
 
 
-def test_a_batch_that_dali_loses_is_decoded_by_pillow_and_the_next_by_dali(
+def test_a_batch_on_which_dali_fails_is_decoded_by_pillow_and_the_next_by_dali(
     decoder: dali.DaliDecoder, caplog: pytest.LogCaptureFixture
 ) -> None:
-    bad = [photo(), damaged_inside(), photo(40, 30), photo()[:900], b"<html>", bytes(900)]
+    bad = [photo(), corrupt_table(), photo(40, 30), photo()[:900], b"<html>", bytes(900)]
     good = [photo(40, 30), photo()]
-    assert dali.plain(bad[1])
+    assert dali.is_plain_jpeg(bad[1])
 
     first, second = decoder.start(bad), decoder.start(good)
 
-    pictures = first()
-    same(pictures, bad)
-    assert [isinstance(picture, Tensor) for picture in pictures] == [1, 0, 1, 0, 0, 0]
-    same(second(), good)
-    assert (decoder.batches, decoder.lost) == (2, 1)
+    decoded = first()
+    assert_decoded(decoded, bad)
+    assert [isinstance(image, Tensor) for image in decoded] == [1, 0, 1, 0, 0, 0]
+    assert_decoded(second(), good)
+    assert (decoder.batches, decoder.failed) == (2, 1)
     decoder.close()
-    assert "DALI lost 1 of 2 batches" in caplog.text
+    assert "DALI failed on 1 of 2 batches" in caplog.text
 
 
-def test_pictures_outlive_the_batches_after_them(decoder: dali.DaliDecoder) -> None:
-    images = [photo(width, 48) for width in (64, 65, 66)]
-    kept = decoder.start(images)()
+def test_images_outlive_later_batches(decoder: dali.DaliDecoder) -> None:
+    files = [photo(width, 48) for width in (64, 65, 66)]
+    decoded = decoder.start(files)()
 
     for number in range(20):
         decoder.start([photo(64 + number % 3, 48, quality=20 + number)] * 3)()
 
-    same(kept, images)
+    assert_decoded(decoded, files)
 
 
-def test_a_hundred_batches_leave_nothing_behind(decoder: dali.DaliDecoder) -> None:
+def test_memory_is_constant_over_a_hundred_batches(decoder: dali.DaliDecoder) -> None:
     images = [photo(512, 512)] * 8  # 6 MB decoded
 
     def resident() -> int:
@@ -230,19 +229,19 @@ def test_a_hundred_batches_leave_nothing_behind(decoder: dali.DaliDecoder) -> No
     assert resident() - before < 200e6  # of 629 MB that went through
 
 
-@pytest.mark.parametrize("lost", [False, True], ids=["whole", "lost"])
-def test_all_pictures_lie_on_the_device_whoever_decoded_them(lost: bool) -> None:
-    images = [photo(), NOISE_PNG, b"no picture", *([damaged_inside()] if lost else [])]
-    # Pictures without data: DALI takes what is no CUDA device for the CPU.
+@pytest.mark.parametrize("failed", [False, True], ids=["ok", "failed"])
+def test_all_images_are_on_the_device_whichever_decoder_they_get(failed: bool) -> None:
+    images = [photo(), NOISE_PNG, b"no image", *([corrupt_table()] if failed else [])]
+    # DALI treats any device that is not CUDA as the CPU.
     with closing(dali.DaliDecoder(torch.device("meta"), 4, workers=2)) as made:
-        pictures = made.start(images)()
+        decoded = made.start(images)()
 
-        assert made.lost == lost
-    found = [getattr(picture, "device", None) for picture in pictures]
+        assert made.failed == failed
+    found = [getattr(image, "device", None) for image in decoded]
     assert found[:3] == [torch.device("meta"), torch.device("meta"), None]
 
 
-def test_closing_ends_the_threads() -> None:
+def test_close_stops_the_threads() -> None:
     before = threading.active_count()
     made = dali.DaliDecoder(torch.device("cpu"), 4, workers=2)
     made.start([photo(), NOISE_PNG])()
@@ -253,10 +252,10 @@ def test_closing_ends_the_threads() -> None:
     assert threading.active_count() == before
 
 
-def test_a_reader_that_stops_early_can_close(decoder: dali.DaliDecoder) -> None:
+def test_a_consumer_that_stops_early_can_close(decoder: dali.DaliDecoder) -> None:
     endless = repeat(photo())
 
-    batches = decode_ahead(endless, lambda data: data, 4, decoder)
+    batches = prefetch_decoded(endless, lambda data: data, 4, decoder)
 
     assert sum(len(batch) for batch in islice(batches, 2)) == 8
 
@@ -268,18 +267,18 @@ def without_dali(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_asked_for_by_name_dali_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requesting_dali_raises_if_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     without_dali(monkeypatch)
 
     with pytest.raises(ValueError, match=r"not installed: pip install 'miro-trainer\[dali\]'"):
         build_decoder("dali")
 
 
-def test_auto_says_once_that_dali_is_not_there(
+def test_auto_warns_once_that_dali_is_not_installed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     without_dali(monkeypatch)
-    open_decoder._say_once.cache_clear()
+    open_decoder._warn_once.cache_clear()
 
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
@@ -290,14 +289,14 @@ def test_auto_says_once_that_dali_is_not_there(
 
 
 @pytest.mark.parametrize("name", ["auto", "dali", "pillow"])
-def test_the_decoder_is_the_one_asked_for(name: open_decoder.DecoderName) -> None:
-    kind = pillow.PillowDecoder if name == "pillow" else dali.DaliDecoder
+def test_the_requested_decoder_is_built(name: open_decoder.DecoderName) -> None:
+    expected = pillow.PillowDecoder if name == "pillow" else dali.DaliDecoder
 
     with closing(build_decoder(name, workers=1)) as made:
-        assert isinstance(made, kind)
+        assert isinstance(made, expected)
 
 
-def test_pixels_are_the_same_whichever_decoder_annotates() -> None:
+def test_annotate_gets_the_same_pixels_from_both_decoders() -> None:
     assert AnnotateConfig().decoder == "auto"
     images = [
         photo(),
@@ -310,7 +309,7 @@ def test_pixels_are_the_same_whichever_decoder_annotates() -> None:
     found = []
     for name in ("pillow", "dali"):
         with closing(build_decoder(name, batch_size=2, workers=2)) as made:
-            batches = list(decode_ahead(images, lambda data: data, 2, made))
+            batches = list(prefetch_decoded(images, lambda data: data, 2, made))
         found.append([image for batch in batches for _, image in batch])
 
     for ours, theirs in zip(*found, strict=True):

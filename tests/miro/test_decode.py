@@ -1,4 +1,4 @@
-"""Bytes to pictures: what is turned right, and what is refused with a reason."""
+"""Decoding with Pillow: conversions to upright RGB, and the reasons of errors."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from miro.images.pillow import decode
 
 
 @pytest.mark.parametrize(
-    ("data", "says"),
+    ("data", "message"),
     [
         (b"", "empty"),
         (bytes(1000), "1,000 zero bytes"),
         (b"<!DOCTYPE html><html>404</html>", "HTML page.*download failed"),
         (b"\n <HTML><body>", "HTML"),
         (b'<?xml version="1.0"?><svg/>', "SVG"),
-        (b"hello, I am a text", "not a picture"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
+        (b"hello, I am a text", "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
         (NOISE_PNG[: len(NOISE_PNG) // 2], "cut short"),
         (NOISE_PNG[:20], "damaged|cut short"),
         (encoded(noise(64, 64), "JPEG")[:-200], "cut short"),
@@ -34,60 +34,60 @@ from miro.images.pillow import decode
         (encoded(Image.fromarray(np.full((2, 2), 10**6, np.int32)), "TIFF"), "32-bit"),
     ],
 )
-def test_what_is_no_picture_is_refused_with_a_reason(data: bytes, says: str) -> None:
-    with pytest.raises(DecodeError, match=says):
+def test_corrupt_files_raise_an_error_with_a_reason(data: bytes, message: str) -> None:
+    with pytest.raises(DecodeError, match=message):
         decode(data)
 
 
-@pytest.mark.filterwarnings("ignore")  # Pillow's own remarks about damage
-def test_no_mutation_of_a_picture_escapes_as_another_error() -> None:
+@pytest.mark.filterwarnings("ignore")  # Pillow's own warnings about corrupt files
+def test_random_corruption_never_raises_another_error() -> None:
     generator = np.random.default_rng(0)
-    pictures = [encoded(noise(), form) for form in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF")]
-    refused = 0
+    files = [encoded(noise(), form) for form in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF")]
+    errors = 0
     for number in range(600):
-        data = bytearray(pictures[number % len(pictures)])
-        for at in generator.integers(0, len(data), 3):
-            data[at] = generator.integers(256)
+        data = bytearray(files[number % len(files)])
+        for position in generator.integers(0, len(data), 3):
+            data[position] = generator.integers(256)
         try:
             assert decode(bytes(data[: generator.integers(1, 2 * len(data))])).shape[0] == 3
         except DecodeError as error:
-            refused += 1
+            errors += 1
             assert str(error)
-    assert refused > 100
+    assert errors > 100
 
 
-def test_a_plain_picture_keeps_its_pixels() -> None:
+def test_pixels_of_an_rgb_image_are_unchanged() -> None:
     image = decode(NOISE_PNG)
     assert (image.shape, image.dtype) == ((3, 12, 10), torch.uint8)
     np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), np.asarray(noise()))
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
-def test_a_turned_picture_is_turned_upright(form: str) -> None:
+def test_the_exif_orientation_is_applied(form: str) -> None:
     upright = Image.new("RGB", (32, 16), "red")
     upright.paste("blue", (0, 0, 16, 16))
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held so that the picture must be turned clockwise
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise
     image = decode(encoded(upright.transpose(Image.Transpose.ROTATE_90), form, exif=exif))
     assert image.shape == (3, 16, 32)
     assert image[2, 8, 4] > 200 > 60 > image[2, 8, 28]
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
-def test_transparency_is_laid_on_white(mode: str) -> None:
-    picture = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
-    picture.putpixel((1, 0), (0, 0, 0, 255))
+def test_transparency_is_composited_on_white(mode: str) -> None:
+    image = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    image.putpixel((1, 0), (0, 0, 0, 255))
     if mode == "PA":
         palette = Image.new("P", (2, 1), 0)
         palette.putpalette([0, 0, 0, 0, 0, 0])
         palette.putpixel((1, 0), 1)
         data = encoded(palette, "PNG", transparency=0)
     else:
-        data = encoded(picture.convert(mode))
+        data = encoded(image.convert(mode))
     assert decode(data)[:, 0].tolist() == [[255, 0]] * 3
 
 
-def test_grey_palette_cmyk_and_16_bit_become_the_same_colours() -> None:
+def test_grey_palette_cmyk_and_16_bit_are_converted_to_rgb() -> None:
     grey = Image.fromarray(np.array([[0, 100, 255]], np.uint8))
     sixteen = Image.fromarray(np.array([[0, 100 * 257, 65535]], np.uint16))
     expected = [[0, 100, 255]] * 3
@@ -100,7 +100,7 @@ def test_grey_palette_cmyk_and_16_bit_become_the_same_colours() -> None:
     assert red[0].min() > 240 and red[1:].max() < 15
 
 
-def test_of_an_animation_the_first_frame_is_taken() -> None:
+def test_an_animation_is_decoded_to_its_first_frame() -> None:
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     for form in ("GIF", "WEBP"):
         image = decode(encoded(frames[0], form, save_all=True, append_images=frames[1:]))
