@@ -5,7 +5,8 @@
 Decoding alone, and decoding with a resize of the whole picture to 256 x 256 (bicubic, antialiased),
 by Pillow, torchvision and DALI as their manuals have it, and by ours: `prefetch_decoded` with
 either decoder, and the squares that a reward looks at. Each has two workers: threads, DALI's own
-where it is DALI; our squares are made by all cores. All are warmed up and take turns, round by round.
+where it is DALI; our squares are made by all cores. All are warmed up and take turns, round by
+round.
 
 The pictures are made: noise whose amplitude falls as 1/f^1.15, about as in photographs, with
 objects that have edges, at qualities 85 to 92; and the photograph that lies in matplotlib, cropped

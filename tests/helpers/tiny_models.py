@@ -130,3 +130,21 @@ def save_t5_tokenizer(folder: Path) -> None:
     scores += [(mark, -6.0) for mark in marks]
     scores += [(vowel + letter, -8.0) for vowel in "aeiou" for letter in marks[:26]]
     T5Tokenizer(vocab=scores, extra_ids=0).save_pretrained(folder)
+
+
+def save_autoencoder(folder: Path, **extra: Any) -> Any:
+    """Save a diffusers AutoencoderKL with random weights and return it."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    torch.manual_seed(0)
+    build: Any = AutoencoderKL
+    model = build(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4,
+        norm_num_groups=4,
+        **extra,
+    )
+    model.save_pretrained(folder)
+    return model.eval()

@@ -1,10 +1,10 @@
-"""Toy CLIPs with generated weights, in the files and folders of the published ones."""
+"""Toy CLIPs and BLIPs with generated weights, in the files and folders of the published ones."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,16 @@ def fixture(name: str) -> dict[str, Any]:
 
 def generated(shapes: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: oracle.weight(name, shape) for name, shape in shapes.items()}
+
+
+def image_reward_state(
+    shapes: Mapping[str, Sequence[int]], make: Any = oracle.weight
+) -> dict[str, Tensor]:
+    """The state dict of an ImageReward with generated weights."""
+    return {
+        name: torch.arange(shape[1])[None] if name.endswith("position_ids") else make(name, shape)
+        for name, shape in shapes.items()
+    }
 
 
 def as_pil(pixels: Tensor) -> Image.Image:

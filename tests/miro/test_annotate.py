@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import subprocess
 import sys
-import tarfile
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from helpers.image_folders import encoded_image, file_contents, rejected_lines, write_image_folder
+from helpers.sources import write_tar
 from torch import Tensor
 
 from miro.data.shards import Manifest, read_scores, verify
@@ -58,42 +57,6 @@ class Brightness(CaptionLength):
         return torch.stack([image.float().mean() for image in images])
 
 
-def encoded_image(number: int, form: str = "PNG", size: tuple[int, int] = (9, 7)) -> bytes:
-    pixels = np.random.default_rng(number).integers(0, 256, (*size, 3), np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, form)
-    return buffer.getvalue()
-
-
-def make_folder(root: Path, count: int = 12) -> Path:
-    """Images in three formats and in subfolders, every fifth one broken."""
-    for i in range(count):
-        form = ("PNG", "JPEG", "WEBP")[i % 3]
-        path = root / f"part {i % 2}" / f"{i:03d}.{form.lower()}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        data = encoded_image(i, form, (6 + i % 4, 8))
-        path.write_bytes(data[:40] if i % 5 == 4 else data)
-        path.with_suffix(".txt").write_text(f"image number {i}\n")
-    return root
-
-
-def make_tar(path: Path, samples: Sequence[tuple[str, dict[str, bytes]]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for key, members in samples:
-            for extension, data in members.items():
-                info = tarfile.TarInfo(f"{key}.{extension}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder, hidden ones too."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
 def rows_of(folder: Path) -> dict[tuple[str, str], Any]:
     table = read_scores(folder)
     return {
@@ -102,12 +65,8 @@ def rows_of(folder: Path) -> dict[tuple[str, str], Any]:
     }
 
 
-def rejected_of(folder: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in (folder / "rejected.jsonl").read_text().splitlines()]
-
-
 def test_a_folder_becomes_shards_with_the_bytes_captions_and_scores(tmp_path: Path) -> None:
-    source, dest = make_folder(tmp_path / "in"), tmp_path / "out"
+    source, dest = write_image_folder(tmp_path / "in"), tmp_path / "out"
     summary = annotate(source, dest, rewards=["sharpness", "colourfulness"], config=SMALL)
     verify(dest)
     manifest = Manifest.read(dest)
@@ -131,7 +90,10 @@ def test_a_folder_becomes_shards_with_the_bytes_captions_and_scores(tmp_path: Pa
             assert rows[key, "original"] == expected
             seen.append(key)
     assert seen == sorted(seen) and len(seen) == len(rows) == 10
-    assert [line["source"] for line in rejected_of(dest)] == ["part 0/004.jpeg", "part 1/009.png"]
+    assert [line["source"] for line in rejected_lines(dest)] == [
+        "part 0/004.jpeg",
+        "part 1/009.png",
+    ]
 
 
 def test_names_that_make_the_same_key_are_told_apart(tmp_path: Path) -> None:
@@ -153,14 +115,14 @@ def test_names_that_make_the_same_key_are_told_apart(tmp_path: Path) -> None:
 def test_tars_keep_every_caption_kind_and_what_their_json_says(tmp_path: Path) -> None:
     captions = {"original": "a cat", "synthetic": "a very small cat"}
     more = json.dumps({"captions": captions, "width": 9}).encode()
-    make_tar(
+    write_tar(
         tmp_path / "in" / "x-0.tar",
         [
             ("0", {"jpg": encoded_image(0, "JPEG"), "txt": b"one"}),
             ("1", {"webp": encoded_image(1, "WEBP"), "json": more}),
         ],
     )
-    make_tar(
+    write_tar(
         tmp_path / "in" / "x-1.tar",
         [("0", {"PNG": encoded_image(2), "json": b'{"caption":"two"}'})],
     )
@@ -188,41 +150,41 @@ def test_tars_keep_every_caption_kind_and_what_their_json_says(tmp_path: Path) -
 
 def test_a_large_tar_is_cut_into_shards(tmp_path: Path) -> None:
     samples = [(f"{i:03d}", {"png": encoded_image(i), "txt": b"caption"}) for i in range(12)]
-    tar = make_tar(tmp_path / "in.tar", samples)
+    tar = write_tar(tmp_path / "in.tar", samples)
     annotate(tar, tmp_path / "out", rewards=["sharpness"], config=SMALL)
     assert [shard.samples for shard in Manifest.read(tmp_path / "out").shards] == [5, 5, 2]
     assert read_scores(tmp_path / "out").keys == [key for key, _ in samples]
 
 
 def test_threads_and_repetition_do_not_change_a_byte(tmp_path: Path) -> None:
-    source = make_folder(tmp_path / "in")
+    source = write_image_folder(tmp_path / "in")
     for name, workers in [("one", 1), ("three", 3)]:
         config = AnnotateConfig(batch_size=2, samples_per_shard=5, workers=workers)
         annotate(source, tmp_path / name, rewards=["colourfulness"], config=config)
-    assert contents(tmp_path / "one") == contents(tmp_path / "three")
+    assert file_contents(tmp_path / "one") == file_contents(tmp_path / "three")
 
 
 def test_a_second_call_scores_nothing_and_changes_nothing(tmp_path: Path) -> None:
-    source, dest, reward = make_folder(tmp_path / "in"), tmp_path / "out", Brightness()
+    source, dest, reward = write_image_folder(tmp_path / "in"), tmp_path / "out", Brightness()
     annotate(source, dest, rewards=[reward], config=SMALL)
-    before, asked = contents(dest), reward.asked
+    before, asked = file_contents(dest), reward.asked
     summary = annotate(source, dest, rewards=[reward], config=SMALL)
     assert (reward.asked, summary.looked_at, summary.samples) == (asked, 0, 10)
-    assert contents(dest) == before
+    assert file_contents(dest) == before
 
 
 def test_a_reward_added_later_is_the_only_one_computed(tmp_path: Path) -> None:
-    source = make_folder(tmp_path / "in")
+    source = write_image_folder(tmp_path / "in")
     both, later = [Brightness(), CaptionLength()], [Brightness(), CaptionLength()]
     annotate(source, tmp_path / "both", rewards=both, config=SMALL)
     annotate(source, tmp_path / "later", rewards=later[1:], config=SMALL)
     annotate(source, tmp_path / "later", rewards=later, config=SMALL)
-    assert contents(tmp_path / "later") == contents(tmp_path / "both")
+    assert file_contents(tmp_path / "later") == file_contents(tmp_path / "both")
     assert [reward.asked for reward in later] == [10, 10]
 
 
 def test_a_reward_that_comes_while_shards_are_still_missing(tmp_path: Path) -> None:
-    source = make_folder(tmp_path / "in")
+    source = write_image_folder(tmp_path / "in")
 
     class Stopping(CaptionLength):
         def score(self, images: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
@@ -236,17 +198,17 @@ def test_a_reward_that_comes_while_shards_are_still_missing(tmp_path: Path) -> N
     rewards = [Brightness(), CaptionLength()]
     annotate(source, tmp_path / "a", rewards=rewards, config=SMALL)
     annotate(source, tmp_path / "b", rewards=[Brightness(), CaptionLength()], config=SMALL)
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert file_contents(tmp_path / "a") == file_contents(tmp_path / "b")
     assert [reward.asked for reward in rewards] == [10, 6]
 
 
 def test_a_dataset_is_linked_and_only_scored(tmp_path: Path) -> None:
-    source = make_folder(tmp_path / "in")
+    source = write_image_folder(tmp_path / "in")
     annotate(source, tmp_path / "a", rewards=["sharpness"], config=SMALL)
-    before = contents(tmp_path / "a")
+    before = file_contents(tmp_path / "a")
     reward = Brightness()
     annotate(tmp_path / "a", tmp_path / "b", rewards=[reward, "sharpness"], config=SMALL)
-    assert contents(tmp_path / "a") == before
+    assert file_contents(tmp_path / "a") == before
     assert reward.asked == 10
     verify(tmp_path / "b")
     for shard in Manifest.read(tmp_path / "a").shards:
@@ -258,18 +220,18 @@ def test_a_dataset_is_linked_and_only_scored(tmp_path: Path) -> None:
 
 
 def test_a_dataset_without_scores_is_scored_in_place(tmp_path: Path) -> None:
-    source = make_folder(tmp_path / "in")
+    source = write_image_folder(tmp_path / "in")
     annotate(source, tmp_path / "a", rewards=[], config=SMALL)
     assert Manifest.read(tmp_path / "a").rewards == ()
     annotate(tmp_path / "a", tmp_path / "a", rewards=["sharpness"], config=SMALL)
     annotate(source, tmp_path / "b", rewards=["sharpness"], config=SMALL)
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert file_contents(tmp_path / "a") == file_contents(tmp_path / "b")
 
 
 def test_progress_is_told_up_to_the_end(tmp_path: Path) -> None:
     told: list[tuple[int, int | None]] = []
     annotate(
-        make_folder(tmp_path / "in"),
+        write_image_folder(tmp_path / "in"),
         tmp_path / "out",
         rewards=["sharpness"],
         config=SMALL,
@@ -280,10 +242,10 @@ def test_progress_is_told_up_to_the_end(tmp_path: Path) -> None:
 
 
 def test_a_folder_made_from_something_else_is_left_alone(tmp_path: Path) -> None:
-    source, dest = make_folder(tmp_path / "in"), tmp_path / "out"
+    source, dest = write_image_folder(tmp_path / "in"), tmp_path / "out"
     annotate(source, dest, rewards=["sharpness"], config=SMALL)
-    before = contents(dest)
-    other = make_folder(tmp_path / "other", 3)
+    before = file_contents(dest)
+    other = write_image_folder(tmp_path / "other", 3)
     dataset = tmp_path / "dataset"
     annotate(other, dataset, rewards=["sharpness"], config=SMALL)
     for wrong, config in [
@@ -293,11 +255,11 @@ def test_a_folder_made_from_something_else_is_left_alone(tmp_path: Path) -> None
     ]:
         with pytest.raises(ValueError, match="new folder"):
             annotate(wrong, dest, rewards=["sharpness"], config=config)
-    assert contents(dest) == before
+    assert file_contents(dest) == before
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
-    source, dest = make_folder(tmp_path / "in"), tmp_path / "out"
+    source, dest = write_image_folder(tmp_path / "in"), tmp_path / "out"
     with exclusive_lock(dest), pytest.raises(ValueError, match="another process"):
         annotate(source, dest, rewards=["sharpness"], config=SMALL)
     assert annotate(source, dest, rewards=["sharpness"], config=SMALL).samples == 10
@@ -369,7 +331,7 @@ KILLED = """
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
-    source = make_folder(tmp_path / "in", 8)
+    source = write_image_folder(tmp_path / "in", 8)
     root = Path(__file__).parents[2]
     path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
     script = subprocess.run(

@@ -10,8 +10,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from helpers.image_folders import dataset_files, encoded_image, write_image_folder
 from helpers.multirank import MultiRank
-from test_annotate import contents, encoded_image, make_folder, make_tar
+from helpers.sources import write_tar
 
 from miro.conditioning import Bins
 from miro.data.shards import Manifest, read_scores, scores_path
@@ -27,19 +28,14 @@ def by_ranks(world: int, source: Path, dest: Path, rewards: tuple[str, ...] = BO
     return MultiRank(world, dest.with_name(f"{dest.name}-logs"), source, dest, action=action)
 
 
-def made(folder: Path) -> dict[str, bytes]:
-    """Every file, but the locks of each process, which are empty."""
-    return {name: data for name, data in contents(folder).items() if ".lock" not in name}
-
-
 def test_ranks_make_what_one_process_makes(tmp_path: Path) -> None:
-    source = make_folder(tmp_path / "in", 47)
+    source = write_image_folder(tmp_path / "in", 47)
     annotate(source, tmp_path / "one", rewards=BOTH, config=CONFIG)
 
     codes = by_ranks(3, source, tmp_path / "three").wait()
 
     assert codes == [0, 0, 0]
-    assert made(tmp_path / "three") == made(tmp_path / "one")
+    assert dataset_files(tmp_path / "three") == dataset_files(tmp_path / "one")
 
 
 def test_tars_are_divided_too_and_their_parts_are_in_order(tmp_path: Path) -> None:
@@ -48,20 +44,20 @@ def test_tars_are_divided_too_and_their_parts_are_in_order(tmp_path: Path) -> No
             (f"{i:03d}", {"png": encoded_image(i), "txt": f"{tar} {i}".encode()})
             for i in range(tar * 6)
         ]
-        make_tar(tmp_path / "in" / f"{tar}.tar", samples)
+        write_tar(tmp_path / "in" / f"{tar}.tar", samples)
     annotate(tmp_path / "in", tmp_path / "one", rewards=BOTH, config=CONFIG)
 
     codes = by_ranks(2, tmp_path / "in", tmp_path / "two").wait()
 
     assert codes == [0, 0]
-    assert made(tmp_path / "two") == made(tmp_path / "one")
+    assert dataset_files(tmp_path / "two") == dataset_files(tmp_path / "one")
     names = [Path(shard.name).stem for shard in Manifest.read(tmp_path / "two").shards]
     assert names == sorted(names) and "00003-003" in names
 
 
 def test_ranks_that_run_one_after_the_other_need_not_meet(tmp_path: Path) -> None:
     """As the tasks of an array job do; the last one completes the manifest, whichever it is."""
-    source = make_folder(tmp_path / "in", 23)
+    source = write_image_folder(tmp_path / "in", 23)
     annotate(source, tmp_path / "one", rewards=BOTH, config=CONFIG)
     listed = []
 
@@ -76,13 +72,13 @@ def test_ranks_that_run_one_after_the_other_need_not_meet(tmp_path: Path) -> Non
         listed.append(len(Manifest.read(tmp_path / "three").shards))
 
     assert listed == [0, 1, 5]
-    assert made(tmp_path / "three") == made(tmp_path / "one")
+    assert dataset_files(tmp_path / "three") == dataset_files(tmp_path / "one")
 
 
 def test_a_killed_rank_leaves_its_unit_and_another_number_of_ranks_goes_on(
     tmp_path: Path,
 ) -> None:
-    source = make_folder(tmp_path / "in", 61)
+    source = write_image_folder(tmp_path / "in", 61)
     annotate(source, tmp_path / "one", rewards=BOTH, config=CONFIG)
     generator = random.Random(0)
     dest = tmp_path / "many"
@@ -98,12 +94,12 @@ def test_a_killed_rank_leaves_its_unit_and_another_number_of_ranks_goes_on(
     codes = by_ranks(2, source, dest).wait()
 
     assert codes == [0, 0]
-    assert made(dest) == made(tmp_path / "one")
+    assert dataset_files(dest) == dataset_files(tmp_path / "one")
     assert before == {path: path.stat().st_mtime_ns for path in before}, "done twice"
 
 
 def test_a_reward_is_added_by_ranks_to_shards_that_are_there(tmp_path: Path) -> None:
-    source = make_folder(tmp_path / "in", 31)
+    source = write_image_folder(tmp_path / "in", 31)
     annotate(source, tmp_path / "one", rewards=BOTH, config=CONFIG)
     annotate(source, tmp_path / "two", rewards=("colourfulness",), config=CONFIG)
     tables = [scores_path(tmp_path / "two", s) for s in Manifest.read(tmp_path / "two").shards]
@@ -112,12 +108,12 @@ def test_a_reward_is_added_by_ranks_to_shards_that_are_there(tmp_path: Path) -> 
     codes = by_ranks(2, tmp_path / "two", tmp_path / "two").wait()
 
     assert codes == [0, 0]
-    assert made(tmp_path / "two") == made(tmp_path / "one")
+    assert dataset_files(tmp_path / "two") == dataset_files(tmp_path / "one")
     assert all(a != b.read_bytes() for a, b in zip(before, tables, strict=True))
 
 
 def test_two_processes_of_one_rank_do_not_write_one_folder(tmp_path: Path) -> None:
-    source = make_folder(tmp_path / "in", 400)
+    source = write_image_folder(tmp_path / "in", 400)
     first = by_ranks(2, source, tmp_path / "out")
     deadline = time.monotonic() + 30
     while not list((tmp_path / "out").glob("units/*")) and time.monotonic() < deadline:
@@ -133,7 +129,7 @@ def test_two_processes_of_one_rank_do_not_write_one_folder(tmp_path: Path) -> No
 def test_a_record_that_is_none_is_named_with_the_remedy(
     tmp_path: Path, break_it: Callable[[str], str]
 ) -> None:
-    source = make_folder(tmp_path / "in", 12)
+    source = write_image_folder(tmp_path / "in", 12)
     annotate(source, tmp_path / "out", rewards=BOTH, config=CONFIG)
     path = tmp_path / "out" / "units" / "00001.json"
     path.write_text(break_it(path.read_text()))
@@ -143,7 +139,7 @@ def test_a_record_that_is_none_is_named_with_the_remedy(
 
 
 def test_bins_are_the_same_from_one_shard_or_from_many_in_any_order(tmp_path: Path) -> None:
-    source = make_folder(tmp_path / "in", 60)
+    source = write_image_folder(tmp_path / "in", 60)
     fitted = []
     for name, size in (("one", 1_000), ("many", 2)):
         config = AnnotateConfig(samples_per_shard=size, workers=1)
@@ -157,7 +153,7 @@ def test_bins_are_the_same_from_one_shard_or_from_many_in_any_order(tmp_path: Pa
 
 
 def test_scores_of_another_model_are_not_put_into_the_same_column(tmp_path: Path) -> None:
-    source, dest = make_folder(tmp_path / "in", 12), tmp_path / "out"
+    source, dest = write_image_folder(tmp_path / "in", 12), tmp_path / "out"
     annotate(source, dest, rewards=["sharpness"], config=CONFIG)
     manifest = json.loads((dest / "manifest.json").read_text())
     manifest["source"]["models"]["sharpness"] = "an older measure"

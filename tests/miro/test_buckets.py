@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.encoded import write_images
+from helpers.image_folders import file_contents
 from helpers.multirank import train_multirank
 from PIL import Image
 
@@ -148,7 +149,7 @@ def test_several_sizes_give_complete_folders_with_one_decoding_per_image(
     assert (summary.samples, summary.encoded) == (24, 24)
     for size in (32, 64):
         encode(images, tmp_path / str(size), config=replace(CONFIG, size=size))
-        assert contents(tmp_path / "both" / str(size)) == contents(tmp_path / str(size))
+        assert file_contents(tmp_path / "both" / str(size)) == file_contents(tmp_path / str(size))
     before = len(decoded)
     assert encode(images, tmp_path / "both", config=both).encoded == 0 and len(decoded) == before
 
@@ -167,7 +168,7 @@ def test_a_shard_missing_in_one_size_is_encoded_again(images: Path, tmp_path: Pa
 
     assert encode(images, tmp_path / "cut", config=both).encoded == 16
 
-    assert contents(tmp_path / "cut") == contents(tmp_path / "uninterrupted")
+    assert file_contents(tmp_path / "cut") == file_contents(tmp_path / "uninterrupted")
 
 
 def test_position_embeddings_of_other_grids_share_centre_and_scale() -> None:
@@ -179,11 +180,6 @@ def test_position_embeddings_of_other_grids_share_centre_and_scale() -> None:
 
     embedding = pos_embed_2d_sincos(6, 10, 16, (6, 6))
     assert torch.cdist(embedding, embedding).fill_diagonal_(9).min() > 1
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def network() -> FlowTransformer:

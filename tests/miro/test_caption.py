@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers.corrupt import NOISE_PNG, encoded
+from helpers.image_folders import file_contents, rejected_lines
 from helpers.tiny_models import save_llava
 from PIL import Image
 
@@ -58,14 +59,8 @@ def captions_of(folder: Path) -> dict[str, dict[str, str]]:
     }
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
 def rejected_of(folder: Path) -> list[tuple[str, str, str]]:
-    lines = (folder / "rejected.jsonl").read_text().splitlines()
-    return [tuple(json.loads(line).values()) for line in lines]
+    return [(line["source"], line["field"], line["reason"]) for line in rejected_lines(folder)]
 
 
 def write_table(path: Path, rows: list[tuple[str, str, str | None]]) -> Path:
@@ -162,12 +157,12 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(source: Path, llava: str, tmp_p
     summary = caption(source, tmp_path / "stopped", config=small(llava))
 
     assert (summary.samples, summary.captioned) == (7, 4)
-    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+    assert file_contents(tmp_path / "stopped") == file_contents(tmp_path / "whole")
 
 
 def test_a_finished_folder_needs_no_model(source: Path, llava: str, tmp_path: Path) -> None:
     caption(source, tmp_path / "out", config=small(llava, kinds=("short",)))
-    before = contents(tmp_path / "out")
+    before = file_contents(tmp_path / "out")
     moved = Path(llava).rename(tmp_path / "elsewhere")
 
     try:
@@ -176,7 +171,7 @@ def test_a_finished_folder_needs_no_model(source: Path, llava: str, tmp_path: Pa
         moved.rename(llava)
 
     assert (summary.samples, summary.captioned) == (7, 0)
-    assert contents(tmp_path / "out") == before
+    assert file_contents(tmp_path / "out") == before
 
 
 def test_an_empty_caption_is_skipped_and_its_sample_kept(
@@ -309,7 +304,7 @@ def test_a_folder_made_otherwise_is_left_alone(source: Path, tmp_path: Path) -> 
     table = write_table(tmp_path / "captions.parquet", rows)
     dest = tmp_path / "out"
     caption(source, dest, config=CaptionConfig(table=table))
-    before = contents(dest)
+    before = file_contents(dest)
 
     write_table(table, [(key, "long", "said otherwise") for key in KEYS])
     with pytest.raises(ValueError, match="captioned with other settings"):
@@ -321,7 +316,7 @@ def test_a_folder_made_otherwise_is_left_alone(source: Path, tmp_path: Path) -> 
     with pytest.raises(ValueError, match="has captions of kind 'long' already"):
         caption(dest, tmp_path / "new", config=CaptionConfig(table=write_table(table, rows)))
 
-    assert contents(dest) == before
+    assert file_contents(dest) == before
 
 
 def test_each_caption_is_scored_and_encoded_by_itself(

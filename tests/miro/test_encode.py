@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.image_folders import file_contents
 from PIL import Image
 
 from miro.data.npy import npy_bytes, npy_view
@@ -68,11 +69,6 @@ def make_images(folder: Path, shards: int = 3, each: int = 4, **changed: bytes) 
         manifest = replace(manifest, shards=(*manifest.shards, made))
     manifest.write(folder)
     return folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -141,10 +137,10 @@ def test_scores_are_copied_as_they_are(images, encoded):
 
 
 def test_a_finished_folder_is_left_as_it_is(images, encoded):
-    before = contents(encoded)
+    before = file_contents(encoded)
     summary = encode(images, encoded, config=CONFIG)
     assert (summary.samples, summary.encoded) == (12, 0)
-    assert contents(encoded) == before
+    assert file_contents(encoded) == before
 
 
 KILLED_IN_THE_SECOND_SHARD = """
@@ -169,7 +165,7 @@ def test_killed_and_started_again_equals_undisturbed_byte_for_byte(tmp_path):
     assert [shard.name for shard in Manifest.read(dest).shards] == ["00000.tar"]
     summary = encode(source, dest, config=CONFIG)
     assert (summary.samples, summary.encoded, summary.rejected) == (9, 6, 3)
-    assert contents(dest) == contents(tmp_path / "undisturbed")
+    assert file_contents(dest) == file_contents(tmp_path / "undisturbed")
 
 
 def test_captions_of_finished_shards_are_not_encoded_again(images, tmp_path):

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from helpers.image_folders import dataset_files, write_image_folder
 from helpers.multirank import MultiRank
-from test_annotate import contents, make_folder
 
 from miro.data.reader import EncodedDataset
 from miro.data.shards import Manifest
@@ -24,7 +24,9 @@ CONFIG = EncodeConfig(size=8, batch_size=4, workers=1, max_rejected=0.5)
 def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("ranks")
     config = AnnotateConfig(samples_per_shard=5, workers=1)
-    annotate(make_folder(root / "in", 47), root / "scored", rewards=["sharpness"], config=config)
+    annotate(
+        write_image_folder(root / "in", 47), root / "scored", rewards=["sharpness"], config=config
+    )
     return root / "scored"
 
 
@@ -34,24 +36,19 @@ def by_ranks(world: int, source: Path, dest: Path) -> MultiRank:
     return MultiRank(world, dest.with_name(f"{dest.name}-logs"), source, dest, action=action)
 
 
-def made(folder: Path) -> dict[str, bytes]:
-    """Every file, but the locks of each process, which are empty."""
-    return {name: data for name, data in contents(folder).items() if ".lock" not in name}
-
-
 def test_ranks_encode_what_one_process_encodes(scored: Path, tmp_path: Path) -> None:
     assert by_ranks(1, scored, tmp_path / "one").wait() == [0]
 
     codes = by_ranks(3, scored, tmp_path / "three").wait()
 
     assert codes == [0, 0, 0]
-    assert made(tmp_path / "three") == made(tmp_path / "one")
+    assert dataset_files(tmp_path / "three") == dataset_files(tmp_path / "one")
     assert EncodedDataset(tmp_path / "three").rewards == ("sharpness",)
 
 
 def test_a_rank_without_a_shard_does_no_harm(tmp_path: Path) -> None:
     config = AnnotateConfig(samples_per_shard=100, workers=1)
-    source = make_folder(tmp_path / "in", 12)
+    source = write_image_folder(tmp_path / "in", 12)
     annotate(source, tmp_path / "one", rewards=["sharpness"], config=config)
 
     codes = by_ranks(3, tmp_path / "one", tmp_path / "three").wait()
@@ -75,7 +72,7 @@ def test_killed_ranks_are_resumed_by_another_number_of_them(scored: Path, tmp_pa
     codes = by_ranks(2, scored, dest).wait()
 
     assert codes == [0, 0]
-    assert made(dest) == made(tmp_path / "one")
+    assert dataset_files(dest) == dataset_files(tmp_path / "one")
     assert before == {path: path.stat().st_mtime_ns for path in before}, "encoded twice"
 
 

@@ -1,4 +1,4 @@
-"""A few hundred ordinary images through every command, with a model of every family."""
+"""A few hundred images through every command, with a model of every family."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ import numpy as np
 import pytest
 import torch
 from helpers.corrupt import encoded
-from helpers.tiny_models import save_clip_flan_t5, save_llava
-from helpers.toy_clips import TOY, aesthetic_head, open_clip_toy, transformers_toy
-from test_image_reward import ORACLE, state
-from test_latents import save_autoencoder
-from test_ten_thousand import ODD, photograph
+from helpers.images import ODD_SAMPLES, photograph
+from helpers.tiny_models import save_autoencoder, save_clip_flan_t5, save_llava
+from helpers.toy_clips import (
+    TOY,
+    aesthetic_head,
+    fixture,
+    image_reward_state,
+    open_clip_toy,
+    transformers_toy,
+)
 
 from miro.cli.main import main
 from miro.data.reader import EncodedDataset
@@ -32,14 +37,14 @@ SMALL = (
 
 
 def write_photographs(folder: Path) -> None:
-    """Images of several shapes and formats with captions beside them, and the odd ones too."""
+    """Write images of several shapes and formats with captions; every 20th is an odd one."""
     folder.mkdir()
-    ways = list(ODD.values())
+    odd_samples = list(ODD_SAMPLES.values())
     for number in range(COUNT):
         image = photograph(number).resize(((64, 48), (48, 64), (80, 40))[number % 3])
         extension, caption, data = "jpg", f"photo {number} of a thing".encode(), b""
         if number % 20 == 19:
-            extension, make, caption, _ = ways[number // 20 % len(ways)]
+            extension, make, caption, _ = odd_samples[number // 20 % len(odd_samples)]
             data = make(number)
         else:
             extension = ("jpg", "png", "webp")[number % 3]
@@ -52,20 +57,21 @@ def write_photographs(folder: Path) -> None:
 def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A small random model for each of the seven. Do not write."""
     root = tmp_path_factory.mktemp("weights")
-    towers = transformers_toy(root / "clip")
+    clip = transformers_toy(root / "clip")
     hps = open_clip_toy(root / "hps")
     aesthetic_head(root)
     (root / "blip").mkdir()
-    torch.save(state(ORACLE["small"]["shapes"]), root / "blip" / "ImageReward.pt")
+    shapes = fixture("image_reward_scores.json")["small"]["shapes"]
+    torch.save(image_reward_state(shapes), root / "blip" / "ImageReward.pt")
     (root / "flan").mkdir()
     return {
         "clip": f"open_clip:{TOY}/{hps}",
-        "aesthetic": f"{root},{towers}",
+        "aesthetic": f"{root},{clip}",
         "image_reward": f"{root / 'blip'}",
-        "pick_score": f"{towers}",
+        "pick_score": f"{clip}",
         "hpsv2": f"{hps}",
         "vqa": f"{save_clip_flan_t5(root / 'flan')}",
-        "sci_score": f"{towers}",
+        "sci_score": f"{clip}",
     }
 
 
@@ -94,15 +100,15 @@ def test_images_go_through_every_command(
     miro("sample", run, "--prompt", "a thing", "--reward", "hpsv2=1", "aesthetic=0.6",
          "--steps", 2)  # fmt: skip
 
-    bad = sum(ODD[way][3] is not None for way in list(ODD)[:12])
+    bad = sum(reason is not None for _, _, _, reason in ODD_SAMPLES.values())
     manifest = Manifest.read(captioned)
     assert manifest.samples == COUNT - bad and manifest.rewards == SEVEN
     assert manifest.captions == ("original", "long", "short")
     table = read_scores(captioned)
     assert Counter(table.captions).keys() == {"original", "long", "short"}
     assert np.isfinite(table.values).all()
-    assert (table.values.std(0) > 0).all(), "every reward tells images apart"
-    # A caption has scores of its own, but for the reward that does not read it.
+    assert (table.values.std(0) > 0).all(), "every reward varies over images"
+    # Scores depend on the caption, except for the reward that does not read it.
     rows = {(k, c): v for k, c, v in zip(table.keys, table.captions, table.values, strict=True)}
     key = table.keys[0]
     same = rows[key, "original"] == rows[key, "long"]

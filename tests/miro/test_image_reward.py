@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.toy_clips import as_pil, fixture, oracle
+from helpers.toy_clips import as_pil, fixture, image_reward_state, oracle
 from torch import Tensor
 from torchvision.transforms import functional as TF
 
@@ -29,13 +29,6 @@ IMAGES: dict[str, Tensor] = {
 }
 
 
-def state(shapes: Mapping[str, Sequence[int]], make: Any = oracle.weight) -> dict[str, Tensor]:
-    return {
-        name: torch.arange(shape[1])[None] if name.endswith("position_ids") else make(name, shape)
-        for name, shape in shapes.items()
-    }
-
-
 def published_shapes() -> dict[str, list[int]]:
     """The shape of every tensor of the published file; a * stands for all layer numbers."""
     layers = {"blocks": 24, "layer": 12}
@@ -51,7 +44,7 @@ def published_shapes() -> dict[str, list[int]]:
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small ImageReward.pt. Do not write."""
     folder = tmp_path_factory.mktemp("image_reward")
-    torch.save(state(ORACLE["small"]["shapes"]), folder / "ImageReward.pt")
+    torch.save(image_reward_state(ORACLE["small"]["shapes"]), folder / "ImageReward.pt")
     return folder
 
 
@@ -83,7 +76,7 @@ def test_scores_agree_with_the_package(reward: ImageReward) -> None:
 
 @pytest.mark.long
 def test_scores_at_the_published_size_agree_with_the_package(tmp_path: Path) -> None:
-    torch.save(state(published_shapes()), tmp_path / "ImageReward.pt")
+    torch.save(image_reward_state(published_shapes()), tmp_path / "ImageReward.pt")
 
     reward = ImageReward(str(tmp_path), RewardOptions(batch_size=4))
 
@@ -167,7 +160,7 @@ def test_the_published_names_and_shapes_give_the_published_configuration(
     def empty(name: str, shape: Sequence[int]) -> Tensor:
         return torch.empty(*shape, device="meta")
 
-    full = state(published_shapes(), empty)
+    full = image_reward_state(published_shapes(), empty)
     monkeypatch.setattr(torch, "load", lambda *arguments, **options: full)
     (tmp_path / "ImageReward.pt").touch()
 
@@ -191,7 +184,7 @@ def test_the_published_names_and_shapes_give_the_published_configuration(
 
 def test_a_file_with_other_names_or_shapes_is_refused(tmp_path: Path) -> None:
     def refused(change: Mapping[str, Tensor | None], message: str) -> None:
-        changed = {**state(ORACLE["small"]["shapes"]), **change}
+        changed = {**image_reward_state(ORACLE["small"]["shapes"]), **change}
         torch.save({k: v for k, v in changed.items() if v is not None}, tmp_path / "ImageReward.pt")
         with pytest.raises(ValueError, match=message):
             build_reward(f"image_reward={tmp_path}")

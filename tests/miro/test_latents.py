@@ -2,11 +2,10 @@
 
 import importlib.util
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from helpers.tiny_models import save_autoencoder
 
 from miro.encoders.vae import build_codec
 
@@ -44,23 +43,6 @@ def test_without_diffusers_the_extra_to_install_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)  # as if it were not installed
     with pytest.raises(ValueError, match=r"pip install 'miro-trainer\[vae\]'"):
         build_codec("stabilityai/sdxl-vae")
-
-
-def save_autoencoder(folder: Path, **extra: Any) -> Any:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    torch.manual_seed(0)
-    build: Any = AutoencoderKL
-    model = build(
-        block_out_channels=(8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        latent_channels=4,
-        norm_num_groups=4,
-        **extra,
-    )
-    model.save_pretrained(folder)
-    return model.eval()
 
 
 @needs_diffusers

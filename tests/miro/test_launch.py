@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.image_folders import write_image_folder
 from helpers.multirank import free_port
-from test_annotate import make_folder
 
 from miro.cli.launch import launch
 from miro.data.shards import Manifest
@@ -192,7 +192,11 @@ def test_a_slurm_job_that_exits_with_75_is_requeued(tmp_path: Path) -> None:
 
 
 def test_data_sh_writes_a_dataset_with_all_processes_of_a_machine(tmp_path: Path) -> None:
-    source, scored, encoded = make_folder(tmp_path / "in", 23), tmp_path / "a", tmp_path / "b"
+    source, scored, encoded = (
+        write_image_folder(tmp_path / "in", 23),
+        tmp_path / "a",
+        tmp_path / "b",
+    )
     rewards = ["--rewards", "sharpness", "--samples-per-shard", "5"]
     many = {"GPUS": "2", "DEVICE": "cpu"}
 

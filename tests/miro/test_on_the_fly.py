@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from helpers.encoded import write_images
+from helpers.image_folders import write_image_folder
 from helpers.kill import run_killed_when
-from test_annotate import make_folder
-from test_latents import save_autoencoder
+from helpers.tiny_models import save_autoencoder
 
 from miro.data.loader import Loader
 from miro.data.mixture import open_data
@@ -35,7 +35,9 @@ SMALL = ModelConfig(channels=16, depth=2, heads=2, hidden=32, patch=4)
 def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("on the fly")
     config = AnnotateConfig(samples_per_shard=9, workers=1)
-    annotate(make_folder(root / "in", 24), root / "scored", rewards=["sharpness"], config=config)
+    annotate(
+        write_image_folder(root / "in", 24), root / "scored", rewards=["sharpness"], config=config
+    )
     return root / "scored"
 
 
