@@ -19,16 +19,14 @@ from miro.prepare.annotate import AnnotateConfig
 from miro.prepare.caption import CaptionConfig
 from miro.prepare.encode import EncodeConfig
 from miro.utils.distributed import dist_env
-from miro.utils.progress import console, counting
+from miro.utils.progress import ProgressCallback, console, counting
 
 Inline = tyro.conf.arg(name="")
 Positional = tyro.conf.Positional
 
 
 @contextmanager
-def _on_first_rank(
-    name: str,
-) -> Iterator[tuple[Callable[[int, int | None], None], Callable[[str], None]]]:
+def _on_first_rank(name: str) -> Iterator[tuple[ProgressCallback, Callable[[str], None]]]:
     """Yield the functions that show progress and print; they do nothing on other ranks."""
     if dist_env(os.environ).first:
         with counting(name) as progress:

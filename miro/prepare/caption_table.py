@@ -1,4 +1,4 @@
-"""Captions that others wrote: a Parquet, CSV, TSV or JSONL file of keys, kinds and captions."""
+"""Captions from a table: a Parquet, CSV, TSV or JSONL file of keys, caption types and captions."""
 
 from __future__ import annotations
 
@@ -19,15 +19,21 @@ COLUMNS = ("key", "kind", "caption")
 
 
 class CaptionTable:
-    """A table of captions, held in memory: `kinds` in the order they first come.
+    """A captioner (see `miro.prepare.caption`) that looks captions up in a table in memory.
+
+    Args:
+        path: The file, with the columns key, kind (the caption type) and caption.
+
+    Attributes:
+        types: Caption types in the order of their first rows.
 
     Raises:
-        ValueError: the file cannot be read, lacks a column, names a kind that cannot be one or a
-            sample's caption twice.
+        ValueError: The file is unreadable, lacks a column, or has an invalid caption type or two
+            captions of one type for a sample.
     """
 
     reads_images = False
-    silence = "the table has none"
+    missing_reason = "the table has none"
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -38,44 +44,44 @@ class CaptionTable:
                 f"{path}: no column {missing[0]!r} among {', '.join(table.column_names)}; a table "
                 f"of captions has {', '.join(COLUMNS)}"
             )
-        keys, kinds = (table[name].to_pylist() for name in ("key", "kind"))
+        keys, types = (table[name].to_pylist() for name in ("key", "kind"))
         self._captions = table["caption"]
-        self.kinds: tuple[str, ...] = tuple(dict.fromkeys(kinds))
-        for kind in self.kinds:
-            if not isinstance(kind, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", kind):
+        self.types: tuple[str, ...] = tuple(dict.fromkeys(types))
+        for name in self.types:
+            if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
                 raise ValueError(
-                    f"{path}: {kind!r} is no kind of caption; letters, digits, - and _ make one"
+                    f"{path}: {name!r} is not a caption type; use letters, digits, - and _"
                 )
         self._rows: dict[tuple[str, str], int] = {}
-        for row, pair in enumerate(zip(keys, kinds, strict=True)):
-            if self._rows.setdefault(pair, row) != row:
+        for row, (key, name) in enumerate(zip(keys, types, strict=True)):
+            if (first := self._rows.setdefault((key, name), row)) != row:
                 raise ValueError(
-                    f"{path}: two rows have key {pair[0]!r} and kind {pair[1]!r}, the "
-                    f"{self._rows[pair] + 1}th and the {row + 1}th; keep one"
+                    f"{path}: rows {first + 1} and {row + 1} both have key {key!r} and kind "
+                    f"{name!r}; remove one"
                 )
 
     def check(self, keys: Iterable[str]) -> None:
-        """ValueError where a row is of a sample that is not among the keys."""
+        """Raise ValueError if a row's key is not among `keys`."""
         known = set(keys)
-        strange = [key for key, _ in self._rows if key not in known]
-        if strange:
+        unknown = [key for key, _ in self._rows if key not in known]
+        if unknown:
             raise ValueError(
-                f"{self._path}: {len(strange):,} of its {len(self._rows):,} rows are of samples "
-                f"that are not in the dataset, first: {strange[0]!r}; the keys are those of the "
+                f"{self._path}: {len(unknown):,} of its {len(self._rows):,} rows are of samples "
+                f"that are not in the dataset, first: {unknown[0]!r}; the keys are those of the "
                 "dataset's score tables"
             )
 
     def captions(
-        self, items: Sequence[RawSample], images: Sequence[Tensor | None]
+        self, samples: Sequence[RawSample], images: Sequence[Tensor | None]
     ) -> list[dict[str, Any]]:
-        """For each sample {kind: caption}; the images are not looked at."""
+        """Look up {caption type: caption} of each sample; `images` are unused."""
         return [
             {
-                kind: self._captions[self._rows[item.key, kind]].as_py()
-                for kind in self.kinds
-                if (item.key, kind) in self._rows
+                name: self._captions[self._rows[sample.key, name]].as_py()
+                for name in self.types
+                if (sample.key, name) in self._rows
             }
-            for item in items
+            for sample in samples
         ]
 
 

@@ -1,4 +1,4 @@
-"""The folder that `miro encode` makes for one size: what it holds, and how it grows."""
+"""The encoded folder that `miro encode` writes for one image size."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from typing import Any
 from torch import Tensor
 
 from miro.data.reader import copy_scores
-from miro.data.shards import MODELS, Manifest, ShardInfo, score_columns, scores_path
+from miro.data.shards import MODELS, Manifest, ShardInfo
 from miro.encoders.encoder import EncodingConfig
-from miro.prepare.completed_shards import (
+from miro.prepare.manifests import check_source_shards, columns_of
+from miro.prepare.rejected_log import RejectedLog
+from miro.prepare.work_log import (
     CompletedShard,
     commit_completed,
-    read_completed,
+    read_completed_from,
     write_completed,
 )
-from miro.prepare.rejected_log import RejectedLog
 from miro.utils.distributed import DistEnv
 from miro.utils.locks import blocking_lock, exclusive_lock
 
@@ -28,47 +29,58 @@ log = logging.getLogger(__name__)
 
 
 class EncodedFolder:
-    """An encoded folder that is being made from the images folder `source`, by this process's rank.
+    """An encoded folder that this rank and others write from an images folder.
+
+    Args:
+        source: The images folder.
+        dest: The encoded folder.
+        images: The manifest of `source`.
+        encoding: Of `dest`.
+        env: This process's rank.
+
+    Attributes:
+        manifest: Of `dest`, None before it is created.
+        cut: Truncated captions of the shard in progress.
+        rejected: The log of rejected samples, once `open` was called.
 
     Raises:
-        ValueError: `dest` was made with other settings; the message names them.
+        ValueError: `dest` has another encoding or source.
     """
 
     def __init__(
-        self, source: Path, dest: Path, images: Manifest, encoding: EncodingConfig, ranks: DistEnv
+        self, source: Path, dest: Path, images: Manifest, encoding: EncodingConfig, env: DistEnv
     ) -> None:
         self.source, self.dest, self.images, self.encoding = source, dest, images, encoding
-        self.ranks = ranks
-        found = (dest / "manifest.json").is_file()
-        self.manifest = self._check_same_encoding() if found else None
-        self.cut = 0  # captions of the shard under way whose ends were not read
+        self.cut = 0
+        self._env = env
+        exists = (dest / "manifest.json").is_file()
+        self.manifest = self._read_manifest() if exists else None
 
     @property
     def samples(self) -> int:
-        """Samples the manifest lists."""
+        """Number of samples in the manifest."""
         return self.manifest.samples if self.manifest else 0
 
     @property
     def record(self) -> dict[str, Any]:
-        """How the manifest says it is encoded."""
+        """The manifest's record of the encoding."""
         assert self.manifest is not None and self.manifest.encoding is not None
         return self.manifest.encoding
 
     def open(self, stack: ExitStack) -> None:
-        """Keep other processes of this rank out, and bring the scores that are there up to date."""
-        stack.enter_context(exclusive_lock(self.dest, self.ranks.rank))
+        """Lock the folder for this rank until `stack` is closed, and update its score tables."""
+        stack.enter_context(exclusive_lock(self.dest, self._env.rank))
         self.rejected = stack.enter_context(RejectedLog(self.dest / "rejected.jsonl"))
         if self.manifest:
-            self._gather()
-        shards = self.manifest.shards if self.manifest else ()
-        for shard in shards[self.ranks.rank :: self.ranks.world]:
+            self._commit()
+        for shard in self._env.shard(self.manifest.shards if self.manifest else ()):
             copy_scores(self.source, self.dest, shard)
 
-    def begin(self, record: dict[str, Any]) -> None:
-        """The manifest of a folder without shards, unless another process was first."""
+    def create(self, record: dict[str, Any]) -> None:
+        """Write a manifest without shards, unless another process has."""
         with blocking_lock(self.dest):
             if (self.dest / "manifest.json").is_file():
-                self.manifest = self._check_same_encoding()
+                self.manifest = self._read_manifest()
                 return
             origin = {**self.images.source, "encoded_from": {}}
             self.manifest = replace(
@@ -76,43 +88,43 @@ class EncodedFolder:
             )
             self.manifest.write(self.dest)
 
-    def made(self, position: int) -> ShardInfo | None:
-        """The shard made of the source's shard at `position`, if it is."""
+    def completed(self, position: int) -> ShardInfo | None:
+        """The encoded shard of the source's shard at `position`, None if it is missing."""
         if self.manifest and position < len(self.manifest.shards):
             return self.manifest.shards[position]
-        record = read_completed(self.dest, self.images.shards[position])
+        record = read_completed_from(self.dest, self.images.shards[position])
         return record and record.shard
 
-    def complete(self, shard: ShardInfo, made: ShardInfo) -> None:
-        """A shard of the source was encoded."""
-        copy_scores(self.source, self.dest, made)
-        write_completed(self.dest, shard, CompletedShard(made, self.cut))
+    def complete(self, source: ShardInfo, encoded: ShardInfo) -> None:
+        """Copy the scores of a shard that was encoded from `source`, and record it."""
+        copy_scores(self.source, self.dest, encoded)
+        completed = CompletedShard(encoded, source.sha256, self.cut)
+        write_completed(self.dest, source.name, completed)
         self.cut = 0
-        self._gather()
+        self._commit()
         log.info("%s: %d samples encoded", self.dest, self.samples)
 
-    def _gather(self) -> None:
-        self.manifest = commit_completed(self.dest, self.images.shards, self._extended)
+    def _commit(self) -> None:
+        self.manifest = commit_completed(self.dest, self.images.shards, self._extend)
 
-    def _extended(self, manifest: Manifest, shard: ShardInfo, made: CompletedShard) -> Manifest:
-        assert manifest.encoding is not None
-        made_from = {**manifest.source["encoded_from"], shard.name: shard.sha256}
+    def _extend(self, manifest: Manifest, source: ShardInfo, completed: CompletedShard) -> Manifest:
+        assert manifest.encoding is not None and completed.shard is not None
+        checksums = {**manifest.source["encoded_from"], source.name: source.sha256}
         return replace(
             self.images,
             kind="encoded",
-            shards=(*manifest.shards, made.shard),
-            encoding={**manifest.encoding, "cut": manifest.encoding["cut"] + made.cut},
-            source={**self.images.source, "encoded_from": made_from},
+            shards=(*manifest.shards, completed.shard),
+            encoding={**manifest.encoding, "cut": manifest.encoding["cut"] + completed.cut},
+            source={**self.images.source, "encoded_from": checksums},
         )
 
     def sync_reward_columns(self) -> None:
-        """Let the manifest list the source's rewards of which every shard has the scores by now."""
+        """List in the manifest the rewards of the source that every shard has scores of."""
         with blocking_lock(self.dest):
             manifest = Manifest.read(self.dest)
             rewards = set(self.images.rewards)
             for shard in manifest.shards if manifest.rewards != self.images.rewards else ():
-                table = scores_path(self.dest, shard)
-                rewards &= set(score_columns(table)) if table.is_file() else set()
+                rewards &= set(columns_of(self.dest, shard) or ())
             source = dict(manifest.source)
             if MODELS in self.images.source:
                 source[MODELS] = self.images.source[MODELS]
@@ -121,8 +133,8 @@ class EncodedFolder:
             if self.manifest != manifest:
                 self.manifest.write(self.dest)
 
-    def check_shape(self, origin: str, image: Tensor, shape: Sequence[int]) -> None:
-        """ValueError for an image of a size of its own, where none was asked for."""
+    def check_latent_shape(self, origin: str, image: Tensor, shape: Sequence[int]) -> None:
+        """Raise ValueError if images differ in size and no size is configured."""
         first, (height, width) = self.record["latent_shape"], image.shape[1:]
         if not self.encoding.buckets and list(shape) != first:
             raise ValueError(
@@ -130,33 +142,25 @@ class EncodedFolder:
                 f" the first {tuple(first)}; give a size, to which all are cropped and resized"
             )
 
-    def check_share(self, most: float) -> None:
-        """Raise ValueError if too large a share of the source was skipped."""
-        share = len(self.rejected) / self.images.samples
-        if share > most:
+    def check_rejected(self, limit: float) -> None:
+        """Raise ValueError if more than the share `limit` of the source is rejected."""
+        if len(self.rejected) / self.images.samples > limit:
             raise ValueError(
-                f"{len(self.rejected)} of {self.images.samples} samples were skipped, more "
-                f"than the share of {most:g} allowed by max_rejected; "
-                f"{self.rejected.path} says why, last: {self.rejected.last}"
+                f"{len(self.rejected)} of {self.images.samples} samples were skipped, a share "
+                f"above max_rejected={limit:g}; see {self.rejected.path}, last: "
+                f"{self.rejected.last}"
             )
 
-    def _check_same_encoding(self) -> Manifest:
-        """The manifest that is there; ValueError where it is not what this call would make."""
+    def _read_manifest(self) -> Manifest:
+        """Read the manifest; ValueError if it has another encoding or source."""
         dest, manifest = self.dest, Manifest.read(self.dest)
         if manifest.kind != "encoded" or manifest.encoding is None:
             raise ValueError(f"{dest}: holds images, not latents; choose a new folder")
-        if differ := self.encoding.diff(manifest.encoding):
+        if differences := self.encoding.diff(manifest.encoding):
             raise ValueError(
-                f"{dest}: was encoded with other settings ({'; '.join(differ)}); use the same "
+                f"{dest}: was encoded with other settings ({'; '.join(differences)}); use the same "
                 "settings, or choose a new folder"
             )
-        made_from = manifest.source.get("encoded_from", {})
-        for position, shard in enumerate(manifest.shards):
-            shards = self.images.shards
-            now = shards[position] if position < len(shards) else None
-            if now is None or now.name != shard.name or now.sha256 != made_from.get(shard.name):
-                raise ValueError(
-                    f"{dest}: its shard {shard.name} was encoded from other images than "
-                    f"{self.source} holds now; choose a new folder"
-                )
+        checksums = manifest.source.get("encoded_from", {})
+        check_source_shards(dest, manifest, self.source, self.images, checksums)
         return manifest

@@ -1,6 +1,6 @@
-"""rejected.jsonl: one line per skipped sample with the reason, once, however often a run restarts.
+"""rejected.jsonl: one line per rejected sample or caption, with the reason.
 
-Several processes may write one log: each line is added under a lock, after those of others.
+Several processes may append to one log. A line is written once, however often a run restarts.
 """
 
 from __future__ import annotations
@@ -11,62 +11,64 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 
+from miro.sources.sample import RejectedSample
 from miro.utils.atomic_io import no_space
 from miro.utils.locks import locked_file
 
 
 class RejectedLog:
-    """The open log of one dataset folder.
+    """The open log of a dataset folder; lines that it has already are not written again.
 
-    Lines are written as they come. A unit that is done again meets its own lines and adds none, so
-    the file is the same however often the run was stopped.
+    Attributes:
+        path: The file.
+        last: Source and reason of the latest rejection.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.last = ""  # the reason of the latest line
+        self.last = ""
         self._known: set[tuple[str, str]] = set()
-        self._read = 0  # bytes of whole lines that are in `_known`
+        self._size = 0  # bytes of the complete lines that are in `_known`
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - closed by __exit__
         try:
-            with self._alone():
+            with self._locked():
                 pass
         except BaseException:
             self._file.close()
             raise
 
-    def add(self, source: str, field: str, reason: str) -> None:
-        """Set something aside, unless it is already; OSError (ENOSPC) leaves no part of a line."""
-        self.last = f"{source}: {reason}"
-        with self._alone():
-            if (source, field) in self._known:
+    def add(self, rejection: RejectedSample) -> None:
+        """Append a line unless it is known; OSError (ENOSPC) leaves no incomplete line."""
+        self.last = f"{rejection.source}: {rejection.reason}"
+        identity = rejection.source, rejection.field
+        with self._locked():
+            if identity in self._known:
                 return
-            content = {"source": source, "field": field, "reason": reason}
-            line = json.dumps(content).encode() + b"\n"
+            content = {"source": rejection.source, "field": rejection.field}
+            line = json.dumps({**content, "reason": rejection.reason}).encode() + b"\n"
             try:
                 written = self._file.write(line)
                 if written != len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError as error:
-                self._file.truncate(self._read)
+                self._file.truncate(self._size)
                 raise no_space(self.path, len(line), error) from error
-            self._read += len(line)
-            self._known.add((source, field))
+            self._size += len(line)
+            self._known.add(identity)
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Be the only process at the log, and know what it says."""
+    def _locked(self) -> Iterator[None]:
+        """Lock the file, and read the lines that other processes have appended."""
         with locked_file(self._file, self.path.parent):
-            self._file.seek(self._read)
+            self._file.seek(self._size)
             lines = self._file.read().splitlines(keepends=True)
-            if lines and not lines[-1].endswith(b"\n"):  # its process died while it wrote this one
+            if lines and not lines[-1].endswith(b"\n"):  # a process was killed while writing it
                 lines.pop()
-                self._file.truncate(self._read + sum(map(len, lines)))
+                self._file.truncate(self._size + sum(map(len, lines)))
             self._known |= {self._identity(line) for line in lines}
-            self._read += sum(map(len, lines))
+            self._size += sum(map(len, lines))
             yield
 
     def __len__(self) -> int:
@@ -75,9 +77,7 @@ class RejectedLog:
     def __enter__(self) -> RejectedLog:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._file.close()
 
     def _identity(self, line: bytes) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""From the items of a unit to samples with scores: decoded in batches, scored, judged, in order."""
+"""Decoding and scoring of a stream of samples, in batches."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from miro.images.decoder import DecodeError, Decoder, prefetch_decoded
+from miro.prepare.shard_samples import image_of
 from miro.rewards.base import Reward
 from miro.rewards.scorer import Offload, ScoreBatch, Scorer
 from miro.sources.sample import RawSample, RejectedSample
@@ -17,90 +18,82 @@ from miro.sources.sample import RawSample, RejectedSample
 
 @dataclass(frozen=True)
 class ScoringConfig:
-    """How samples are decoded and scored, and with how much of the machine."""
+    """Batching, decoder and device of scoring."""
 
     batch_size: int
     decoder: Decoder
     device: torch.device
     offload: Offload
-    window: int
+    window: int  # samples decoded before offloaded networks score them
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of an item.
+class ScoringResult:
+    """A sample and its scores, or the reason why it has none."""
 
-    A sample with its scores, float32 (captions, rewards); a sample that cannot be used, and why; or
-    what is no sample at all, and why.
-    """
-
-    sample: RawSample | None
-    scores: np.ndarray | None
+    sample: RawSample | None  # None if it cannot be read
+    scores: np.ndarray | None  # float32 (captions, rewards)
     rejection: RejectedSample | None
 
     @property
     def whole(self) -> bool:
-        """Whether it counts as a sample, and not as one caption of several."""
+        """Whether it counts as a sample, rather than one rejected caption of several."""
         return self.rejection is None or self.rejection.whole
 
 
-def scored(
-    unit: Iterable[RawSample | RejectedSample], rewards: Sequence[Reward], config: ScoringConfig
-) -> Iterator[list[Outcome]]:
-    """The outcomes of a unit, batch by batch, in its order.
+def score_samples(
+    samples: Iterable[RawSample | RejectedSample], rewards: Sequence[Reward], config: ScoringConfig
+) -> Iterator[list[ScoringResult]]:
+    """Decode and score samples, and yield the results of each batch in order.
 
-    Three batches of decoded images are in memory. Where networks take turns, the squares that they
-    look at are too, of `window` samples.
+    Three batches of decoded images are in memory; with offloading also the preprocessed images of
+    `window` samples.
     """
     scorer = Scorer(rewards, config.device, config.offload)
     size = config.window if scorer.offloads else 1
     window: list[_Batch] = []
-    held = 0
-    for decoded in prefetch_decoded(unit, _image_of, config.batch_size, config.decoder):
+    count = 0
+    for decoded in prefetch_decoded(samples, image_of, config.batch_size, config.decoder):
         batch = _Batch(decoded)
         scorer.begin(batch.pairs)
         window.append(batch)
-        held += len(decoded)
-        if held >= size:
-            yield from _finished(scorer, window)
-            window, held = [], 0
-    yield from _finished(scorer, window)
+        count += len(decoded)
+        if count >= size:
+            yield from _finish(scorer, window)
+            window, count = [], 0
+    yield from _finish(scorer, window)
 
 
-def _finished(scorer: Scorer, window: list[_Batch]) -> Iterator[list[Outcome]]:
+def _finish(scorer: Scorer, window: list[_Batch]) -> Iterator[list[ScoringResult]]:
     scorer.finish([batch.pairs for batch in window])
     for batch in window:
-        yield batch.outcomes()
+        yield batch.results()
 
 
 class _Batch:
-    """A decoded batch: what of it can be scored, and what of it cannot."""
+    """A decoded batch; `pairs` are its valid images and their captions."""
 
     def __init__(
         self, decoded: list[tuple[RawSample | RejectedSample, Tensor | DecodeError | None]]
     ) -> None:
-        self._judged = [_judge(item, image) for item, image in decoded]
+        self._samples = [_check_decoded(sample, image) for sample, image in decoded]
         images = [image for _, image in decoded if isinstance(image, Tensor)]
-        captions = [s.captions for s, rejection in self._judged if s and not rejection]
+        captions = [s.captions for s, rejection in self._samples if s and not rejection]
         self.pairs = ScoreBatch(images, captions)
 
-    def outcomes(self) -> list[Outcome]:
+    def results(self) -> list[ScoringResult]:
         scores = iter(self.pairs.by_image())
         return [
-            Outcome(sample, next(scores) if rejection is None else None, rejection)
-            for sample, rejection in self._judged
+            ScoringResult(sample, next(scores) if rejection is None else None, rejection)
+            for sample, rejection in self._samples
         ]
 
 
-def _judge(
-    item: RawSample | RejectedSample, image: Tensor | DecodeError | None
+def _check_decoded(
+    sample: RawSample | RejectedSample, image: Tensor | DecodeError | None
 ) -> tuple[RawSample | None, RejectedSample | None]:
-    if isinstance(item, RejectedSample):
-        return None, item
+    if isinstance(sample, RejectedSample):
+        return None, sample
     if isinstance(image, Tensor):
-        return item, None
-    return item, RejectedSample(item.origin, "image", str(image))
-
-
-def _image_of(item: RawSample | RejectedSample) -> bytes | None:
-    return item.image if isinstance(item, RawSample) else None
+        return sample, None
+    return sample, RejectedSample(sample.origin, "image", str(image))

@@ -44,11 +44,6 @@ class RejectedSample:
     reason: str
     whole: bool = True
 
-    @property
-    def line(self) -> tuple[str, str, str]:
-        """The arguments of `RejectedLog.add`."""
-        return self.source, self.field, self.reason
-
 
 Samples = Iterator[RawSample | RejectedSample]
 

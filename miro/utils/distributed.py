@@ -11,14 +11,17 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # A collective that waits longer fails, and the launcher ends the run.
 TIMEOUT = datetime.timedelta(minutes=30)
@@ -43,6 +46,10 @@ class DistEnv:
     def first(self) -> bool:
         """Whether this is rank 0, which writes what only one process may write."""
         return self.rank == 0
+
+    def shard(self, items: Sequence[T]) -> Sequence[T]:
+        """Return this rank's items: every `world`-th one, from `rank` on."""
+        return items[self.rank :: self.world]
 
     def device(self, kind: str) -> torch.device:
         """Return this process's device: its own GPU where `kind` is cuda.

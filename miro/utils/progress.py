@@ -21,6 +21,9 @@ LINE_INTERVAL = 10.0  # seconds between two lines where the output is a file
 
 console = Console(stderr=True)
 
+ProgressCallback = Callable[[int, int | None], None]
+"""Receives the number of samples done and of all samples, None if that is unknown."""
+
 
 def _progress() -> Progress:
     return Progress(
@@ -66,7 +69,7 @@ def many() -> Iterator[Callable[[str, int, int | None, str], None]]:
 
 
 @contextmanager
-def counting(name: str) -> Iterator[Callable[[int, int | None], None]]:
+def counting(name: str) -> Iterator[ProgressCallback]:
     """Show progress over images with its rate; yields a function of (done, total or None)."""
     started = time.perf_counter()
     with bar(name) as show:

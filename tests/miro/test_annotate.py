@@ -74,7 +74,7 @@ def test_a_folder_becomes_shards_with_the_bytes_captions_and_scores(tmp_path: Pa
     assert manifest.rewards == ("colourfulness", "sharpness")
     assert (manifest.samples, summary.samples, summary.rejected) == (10, 10, 2)
     assert [shard.samples for shard in manifest.shards] == [4, 5, 1]
-    assert summary.looked_at == 12
+    assert summary.processed == 12
     assert summary.images_per_second > 0
     rows, seen = rows_of(dest), []
     for shard in manifest.shards:
@@ -169,7 +169,7 @@ def test_a_second_call_scores_nothing_and_changes_nothing(tmp_path: Path) -> Non
     annotate(source, dest, rewards=[reward], config=SMALL)
     before, asked = file_contents(dest), reward.asked
     summary = annotate(source, dest, rewards=[reward], config=SMALL)
-    assert (reward.asked, summary.looked_at, summary.samples) == (asked, 0, 10)
+    assert (reward.asked, summary.processed, summary.samples) == (asked, 0, 10)
     assert file_contents(dest) == before
 
 

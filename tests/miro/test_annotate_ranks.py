@@ -17,7 +17,7 @@ from helpers.sources import write_tar
 from miro.conditioning import Bins
 from miro.data.shards import Manifest, read_scores, scores_path
 from miro.prepare.annotate import AnnotateConfig, annotate
-from miro.prepare.work_log import read_completed_unit
+from miro.prepare.work_log import read_completed
 
 CONFIG = AnnotateConfig(batch_size=4, samples_per_shard=5, workers=1, max_rejected_after=1_000)
 BOTH = ("colourfulness", "sharpness")
@@ -90,7 +90,7 @@ def test_a_killed_rank_leaves_its_unit_and_another_number_of_ranks_goes_on(
             if process.is_alive() and process.pid:
                 os.kill(process.pid, signal.SIGKILL)
         together.wait()
-    before = {path: path.stat().st_mtime_ns for path in dest.glob("units/*.json")}
+    before = {path: path.stat().st_mtime_ns for path in dest.glob("completed/*.json")}
     codes = by_ranks(2, source, dest).wait()
 
     assert codes == [0, 0]
@@ -116,7 +116,7 @@ def test_two_processes_of_one_rank_do_not_write_one_folder(tmp_path: Path) -> No
     source = write_image_folder(tmp_path / "in", 400)
     first = by_ranks(2, source, tmp_path / "out")
     deadline = time.monotonic() + 30
-    while not list((tmp_path / "out").glob("units/*")) and time.monotonic() < deadline:
+    while not list((tmp_path / "out").glob("completed/*")) and time.monotonic() < deadline:
         time.sleep(0.01)
 
     with pytest.raises(ValueError, match="another process is writing this folder"):
@@ -131,11 +131,11 @@ def test_a_record_that_is_none_is_named_with_the_remedy(
 ) -> None:
     source = write_image_folder(tmp_path / "in", 12)
     annotate(source, tmp_path / "out", rewards=BOTH, config=CONFIG)
-    path = tmp_path / "out" / "units" / "00001.json"
+    path = tmp_path / "out" / "completed" / "00001.json"
     path.write_text(break_it(path.read_text()))
 
     with pytest.raises(ValueError, match=r"00001\.json: not a record .*delete it and run again"):
-        read_completed_unit(tmp_path / "out", 1, 0)
+        read_completed(tmp_path / "out", "00001.tar")
 
 
 def test_bins_are_the_same_from_one_shard_or_from_many_in_any_order(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_bad_samples_of_a_folder_are_rejected_and_the_others_annotated(tmp_path:
     os.mkfifo(source / "pipe.png")
     summary = annotate(source, dest, rewards=["sharpness"], config=SMALL)
     verify(dest)
-    assert (summary.samples, summary.rejected, summary.looked_at) == (8, 9, 17)
+    assert (summary.samples, summary.rejected, summary.processed) == (8, 9, 17)
     found = reasons(dest)
     for name, field, message in [
         ("cut.png", "image", "cut short"),

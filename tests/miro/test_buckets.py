@@ -73,7 +73,7 @@ def test_a_bucket_has_about_the_area_of_the_size(
         ({"size": 32, "buckets": ("1:1", "4:3")}, "'1:1' and '4:3' are both 32 x 32 pixels"),
         ({"buckets": ("1:1",)}, "buckets 1:1 need a size"),
         ({"size": 32, "sizes": (32, 64)}, "size=32 or sizes=.32, 64., not both"),
-        ({"sizes": (32, 32)}, "names one twice"),
+        ({"sizes": (32, 32)}, "must be distinct"),
         ({"multiple": 0}, "multiple must be at least 1"),
     ],
 )
@@ -164,7 +164,7 @@ def test_a_shard_missing_in_one_size_is_encoded_again(images: Path, tmp_path: Pa
     origin = {**manifest.source, "encoded_from": first}
     replace(manifest, shards=manifest.shards[:1], source=origin).write(tmp_path / "cut" / "64")
     for shard in manifest.shards[1:]:
-        (tmp_path / "cut" / "64" / "units" / shard.name).with_suffix(".json").unlink()
+        (tmp_path / "cut" / "64" / "completed" / shard.name).with_suffix(".json").unlink()
 
     assert encode(images, tmp_path / "cut", config=both).encoded == 16
 

@@ -138,7 +138,7 @@ def test_drawn_captions_are_the_same_whatever_the_batches(
 
 
 def caption_once(source: Path, dest: Path, model: str, batch_size: int, seed: int) -> Any:
-    config = small(model, temperature=0.7, batch_size=batch_size, seed=seed, kinds=("long",))
+    config = small(model, temperature=0.7, batch_size=batch_size, seed=seed, types=("long",))
     caption(source, dest, config=config)
     return captions_of(dest)
 
@@ -161,12 +161,12 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(source: Path, llava: str, tmp_p
 
 
 def test_a_finished_folder_needs_no_model(source: Path, llava: str, tmp_path: Path) -> None:
-    caption(source, tmp_path / "out", config=small(llava, kinds=("short",)))
+    caption(source, tmp_path / "out", config=small(llava, types=("short",)))
     before = file_contents(tmp_path / "out")
     moved = Path(llava).rename(tmp_path / "elsewhere")
 
     try:
-        summary = caption(source, tmp_path / "out", config=small(llava, kinds=("short",)))
+        summary = caption(source, tmp_path / "out", config=small(llava, types=("short",)))
     finally:
         moved.rename(llava)
 
@@ -209,7 +209,7 @@ def test_pictures_that_rotted_and_originals_that_were_only_a_name(
     shard = write_shard(tmp_path / "in" / "shards" / "00000.tar", samples)
     Manifest("images", ("original",), (shard,)).write(tmp_path / "in")
 
-    summary = caption(tmp_path / "in", tmp_path / "out", config=small(llava, kinds=("short",)))
+    summary = caption(tmp_path / "in", tmp_path / "out", config=small(llava, types=("short",)))
 
     captions = captions_of(tmp_path / "out")
     assert summary.samples == 2 and captions["a"] == {"original": "kept"}
@@ -269,9 +269,9 @@ def test_what_a_table_lacks_is_skipped(source: Path, tmp_path: Path) -> None:
     ("rows", "message"),
     [
         ([("00", "long", "a"), ("99", "long", "b")], "1 of its 2 rows.*'99'"),
-        ([("00", "long", "a"), ("00", "long", "b")], "two rows.*'00'.*'long'"),
-        ([("00", "a/b", "a")], "'a/b' is no kind"),
-        ([("00", "original", "a")], "kind 'original' already"),
+        ([("00", "long", "a"), ("00", "long", "b")], "rows 1 and 2.*'00'.*'long'"),
+        ([("00", "a/b", "a")], "'a/b' is not a caption type"),
+        ([("00", "original", "a")], "type 'original' already"),
     ],
 )
 def test_a_table_that_does_not_fit_is_refused_before_any_work(
@@ -313,7 +313,7 @@ def test_a_folder_made_otherwise_is_left_alone(source: Path, tmp_path: Path) -> 
         caption(dest, source, config=CaptionConfig(table=write_table(table, [("00", "x", "y")])))
     with pytest.raises(ValueError, match="must not be SOURCE"):
         caption(source, source, config=CaptionConfig(table=table))
-    with pytest.raises(ValueError, match="has captions of kind 'long' already"):
+    with pytest.raises(ValueError, match="has captions of type 'long' already"):
         caption(dest, tmp_path / "new", config=CaptionConfig(table=write_table(table, rows)))
 
     assert file_contents(dest) == before

@@ -235,7 +235,7 @@ def test_another_configuration_is_refused_with_the_difference(images, encoded):
 
 def test_another_source_is_refused(encoded, tmp_path):
     other = make_images(tmp_path, k0=image(99))
-    with pytest.raises(ValueError, match=r"00000\.tar was encoded from other images"):
+    with pytest.raises(ValueError, match=r"00000\.tar was made from other images"):
         encode(other, encoded, config=CONFIG)
 
 

@@ -14,8 +14,8 @@ from helpers.multirank import MultiRank
 from miro.data.reader import EncodedDataset
 from miro.data.shards import Manifest
 from miro.prepare.annotate import AnnotateConfig, annotate
-from miro.prepare.completed_shards import read_completed
 from miro.prepare.encode import EncodeConfig, encode
+from miro.prepare.work_log import read_completed_from
 
 CONFIG = EncodeConfig(size=8, batch_size=4, workers=1, max_rejected=0.5)
 
@@ -68,7 +68,7 @@ def test_killed_ranks_are_resumed_by_another_number_of_them(scored: Path, tmp_pa
             if process.is_alive() and process.pid:
                 os.kill(process.pid, signal.SIGKILL)
         together.wait()
-    before = {path: path.stat().st_mtime_ns for path in dest.glob("units/*.json")}
+    before = {path: path.stat().st_mtime_ns for path in dest.glob("completed/*.json")}
     codes = by_ranks(2, scored, dest).wait()
 
     assert codes == [0, 0]
@@ -93,9 +93,9 @@ def test_a_reward_that_was_added_reaches_every_rank_s_shards(scored: Path, tmp_p
 def test_a_record_of_a_shard_of_other_images_does_not_count(scored: Path, tmp_path: Path) -> None:
     encode(scored, tmp_path / "one", config=CONFIG)
     first, second = Manifest.read(scored).shards[:2]
-    (tmp_path / "one" / "units" / "00000.json").write_bytes(
-        (tmp_path / "one" / "units" / "00001.json").read_bytes()
+    (tmp_path / "one" / "completed" / "00000.json").write_bytes(
+        (tmp_path / "one" / "completed" / "00001.json").read_bytes()
     )
 
-    assert read_completed(tmp_path / "one", first) is None
-    assert read_completed(tmp_path / "one", second) is not None
+    assert read_completed_from(tmp_path / "one", first) is None
+    assert read_completed_from(tmp_path / "one", second) is not None
