@@ -232,7 +232,7 @@ def _precision(result: Result) -> list[Picture]:
 
 def _demo(result: Result) -> list[Picture]:
     rows: dict[str, dict[str, Quantity]] = {}
-    for setting, factors in result.record["crossing_factor"].items():
+    for setting, factors in result.record["data_efficiency"].items():
         for metric, factor in factors.items():
             if factor is not None:
                 rows.setdefault(label(metric), {})[label(setting)] = float(factor)

@@ -53,7 +53,7 @@ def _precision(record: Any) -> Any:
 
 
 def _demo(record: Any) -> Any:
-    factors, final = record["crossing_factor"], record["final"]
+    factors, final = record["data_efficiency"], record["final"]
     verifier = {
         setting: {model: scores.get("verifier") for model, scores in models.items()}
         for setting, models in final.items()
@@ -158,8 +158,8 @@ KINDS = (
     ),
     Kind(
         "demo", "demo-*.json", "make demo",
-        frozenset({"crossing_factor", "final"}),
-        {"date": str, "commit": str, "crossing_factor": {...: {...: MAYBE}},
+        frozenset({"data_efficiency", "final"}),
+        {"date": str, "commit": str, "data_efficiency": {...: {...: MAYBE}},
          "final": {...: {...: {...: NUMBER}}}},
         _demo,
     ),

@@ -182,9 +182,9 @@ def demo(results: Sequence[Result]) -> Section:
     if last is None:
         return section
     section.sources[:] = runs
-    settings = list(dict.fromkeys(s for run in runs for s in run.record["crossing_factor"]))
+    settings = list(dict.fromkeys(s for run in runs for s in run.record["data_efficiency"]))
     factors = [
-        (run, setting, run.record["crossing_factor"].get(setting, {}).get("verifier"))
+        (run, setting, run.record["data_efficiency"].get(setting, {}).get("verifier"))
         for run in runs
         for setting in settings
     ]
@@ -206,7 +206,7 @@ def demo(results: Sequence[Result]) -> Section:
     rows: list[list[str | Basis]] = []
     for run in runs:
         found, final = run.record, run.record["final"]
-        crossing = [found["crossing_factor"].get(s, {}).get("verifier") for s in settings]
+        crossing = [found["data_efficiency"].get(s, {}).get("verifier") for s in settings]
         scores = [
             " / ".join(number(final.get(s, {}).get(m, {}).get("verifier")) for m in models)
             for s in settings

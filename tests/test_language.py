@@ -23,6 +23,7 @@ BANNED = {
 # Where a banned word is right: the line must match.
 ALLOWED = (
     r"https?://",
+    r'"Describe this picture',  # a prompt: other words, other captions
     r'generator_from\(.*"visit"',  # seeds are derived from this string: another one, other noise
     r"generic_visit|visit_\w+\(|def visit\(|[^\w]visit\(name",  # ast.NodeVisitor
 )

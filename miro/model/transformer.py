@@ -174,7 +174,9 @@ class FlowTransformer(nn.Module):
         shared = self.shared(F.silu(self.time(t) + context.summary))
         shared = shared.unflatten(-1, (2, 3, -1)).unbind(1)
         table = self.table(rewards.levels).unflatten(-1, (2, 3, -1)).unbind(2)
-        offsets: Any = self.offsets
+        # Under no_grad, views of a trainable parameter have requires_grad but no grad_fn, which the
+        # module hooks of FlopCounterMode reject.
+        offsets: Any = self.offsets if torch.is_grad_enabled() else self.offsets.detach()
         if self.regional_compile:
             # Inputs of a compiled region must not alias one another.
             shared, table, offsets = ([z.clone() for z in y] for y in (shared, table, offsets))

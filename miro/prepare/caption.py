@@ -54,9 +54,9 @@ log = logging.getLogger(__name__)
 
 ORIGINAL = "original"
 PROMPTS = {
-    "long": "Describe this image in one paragraph of about 150 words: what there is, how it looks"
+    "long": "Describe this picture in one paragraph of about 150 words: what there is, how it looks"
     " and where it is. {alt}Write the description and nothing else.",
-    "short": "Describe this image in one short sentence. Write the sentence and nothing else.",
+    "short": "Describe this picture in one short sentence. Write the sentence and nothing else.",
 }
 ALT = 'The web says of it "{text}", which may be wrong or about something else. '
 

@@ -130,7 +130,7 @@ def rewards() -> dict[str, Any]:
         "settings": {},
         "scoring": {"pixels": [1024, 768], "together_to_apart": timed(1.75),
                     "images_per_second": {"together": timed(35), "apart": timed(20)}},
-        "projection": {"rewards": {"clip": {"projected_h100_hours": 40.0}}, "images": 16e6,
+        "projection": {"rewards": {"clip": {"projected_h100_hours": 40.0}}, "pictures": 16e6,
                        "share_of_peak_assumed": 0.4, "projected_h100_hours": 123.0,
                        "released_gpu_hours": 369},
     }  # fmt: skip

@@ -270,7 +270,7 @@ def test_a_reward_with_a_wrong_number_of_scores_raises(tmp_path: Path) -> None:
             return torch.zeros(len(images) + 1)
 
     write_pair(tmp_path / "in", "a.png", NOISE_PNG)
-    with pytest.raises(ValueError, match=r"'wrong' gave \(2,\) for 1 pairs"):
+    with pytest.raises(ValueError, match=r"'wrong' returned scores of shape \(2,\) for 1 pairs"):
         annotate(tmp_path / "in", tmp_path / "out", rewards=[Wrong("wrong", lambda _: 0.0)])
 
 

@@ -234,7 +234,7 @@ def test_a_compiled_network_runs_on_several_grids() -> None:
 
 @pytest.fixture(scope="module")
 def config(training: TrainConfig, bucketed: Path) -> TrainConfig:
-    return replace(training, data=bucketed, images=64, weights_at=())
+    return replace(training, data=bucketed, images=64, ema_weights_at=())
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from miro.prepare.annotate import AnnotateConfig, annotate
 KILLED = """
     import itertools, os, signal, sys
     from pathlib import Path
-    from miro.caption import CaptionConfig, caption
+    from miro.prepare.caption import CaptionConfig, caption
 
     source, table, root = map(Path, sys.argv[1:])
 

@@ -221,7 +221,7 @@ def test_a_run_on_a_mixture_resumes_bit_for_bit(
 ) -> None:
     (tmp_path / "b").symlink_to(encoded)
     path = mixture(tmp_path, (str(encoded), 2.0), ("b", 1.0))
-    config = replace(training, data=path, weights_at=(), images=64)
+    config = replace(training, data=path, ema_weights_at=(), images=64)
     train(config, tmp_path / "uninterrupted")
 
     def stop(progress: Any) -> None:
