@@ -1,7 +1,6 @@
-"""The best and worst pairs by a reward, as contact sheets: one image a sheet.
+"""Contact sheets of the best and worst samples by each reward.
 
-Only the shards that hold them are opened, one at a time, and an image is decoded once however many
-sheets show it.
+Only the shards of these samples are opened, one at a time, and each image is decoded once.
 """
 
 from __future__ import annotations
@@ -23,22 +22,24 @@ from miro.data.shards import Manifest, ShardIndex, read_shard_scores, scores_pat
 from miro.encoders.vae import build_codec
 from miro.images.decoder import DecodeError
 from miro.images.pillow import decode
-from miro.inspect.sample_stats import captions_of, image_member
-from miro.inspect.score_stats import Columns
-from miro.inspect.summary import Sheet, Shown
+from miro.inspect.sample_stats import image_member, valid_captions
+from miro.inspect.score_stats import ScoreColumns
+from miro.inspect.summary import ContactSheet, SheetSample
 
-SIDE = 96  # pixels, the longer side of a thumbnail
-CELL = SIDE + 4  # pixels of a sheet that a thumbnail lies in
-ACROSS = 8  # thumbnails
-MOUNT = "#2b3036"  # what lies between the thumbnails, in a light page and in a dark one
+THUMBNAIL = 96  # pixels of the longer side
+CELL = THUMBNAIL + 4  # pixels of a thumbnail with its border
+MAX_COLUMNS = 8
+BACKGROUND = "#2b3036"  # readable on a light page and on a dark one
 QUALITY = 85
 
 
 @dataclass(frozen=True)
 class _Pair:
+    """An (image, caption) pair and its score."""
+
     shard: int
     key: str
-    kind: str
+    caption_type: str
     score: float
 
     @property
@@ -47,18 +48,18 @@ class _Pair:
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """A sample: its captions, and its thumbnail uint8 (h, w, 3), or why it cannot be decoded.
+class _Thumbnail:
+    """A sample's captions and its thumbnail, uint8 (h, w, 3), or the error of its image.
 
-    None where the folder has no images at all: then captions are what can be shown.
+    The thumbnail is None if the folder has no images; then only captions are shown.
     """
 
     captions: Mapping[str, str]
-    thumbnail: np.ndarray | str | None
+    pixels: np.ndarray | str | None
 
 
 def why_no_images(manifest: Manifest) -> str:
-    """Why a dataset's images cannot be shown; empty where they can."""
+    """The reason why a dataset's images cannot be shown; empty if they can."""
     latents = (manifest.encoding or {}).get("latents")
     if manifest.kind == "images" or latents == "pixels":
         return ""
@@ -71,76 +72,80 @@ def why_no_images(manifest: Manifest) -> str:
 def contact_sheets(
     folder: Path,
     manifest: Manifest,
-    columns: Columns,
+    columns: ScoreColumns,
     extremes: Mapping[tuple[str, str], np.ndarray],
     count: int,
-) -> tuple[Sheet, ...]:
-    """A sheet for each (reward, "best" or "worst") of `extremes`, of up to `count` samples each.
+) -> tuple[ContactSheet, ...]:
+    """Draw the contact sheets; images that cannot be decoded are left out and named.
 
-    extremes: pairs, int64, the most extreme first; of the pairs of one sample the first is shown.
-    What cannot be decoded is left out of its sheet and named there.
+    Args:
+        folder: The dataset folder.
+        manifest: Its manifest.
+        columns: Its scores.
+        extremes: Pairs, int64, by (reward, "best" or "worst"), the most extreme first. A sample
+            with several pairs is shown with the first.
+        count: Samples per sheet.
     """
-    chosen = _choose(folder, manifest, columns, extremes, count)
-    wanted: dict[int, set[str]] = defaultdict(set)
-    for pairs in chosen.values():
+    selected = _select(folder, manifest, columns, extremes, count)
+    by_shard: dict[int, set[str]] = defaultdict(set)
+    for pairs in selected.values():
         for pair in pairs:
-            wanted[pair.shard].add(pair.key)
-    seen: dict[tuple[int, str], _Seen] = {}
-    for shard, keys in sorted(wanted.items()):
-        seen |= {(shard, key): sample for key, sample in _samples(folder, manifest, shard, keys)}
-    return tuple(_sheet(reward, end, pairs, seen) for (reward, end), pairs in chosen.items())
+            by_shard[pair.shard].add(pair.key)
+    thumbnails: dict[tuple[int, str], _Thumbnail] = {}
+    for shard, keys in sorted(by_shard.items()):
+        thumbnails |= {(shard, key): t for key, t in _thumbnails(folder, manifest, shard, keys)}
+    return tuple(_draw(reward, end, pairs, thumbnails) for (reward, end), pairs in selected.items())
 
 
-def _choose(
+def _select(
     folder: Path,
     manifest: Manifest,
-    columns: Columns,
+    columns: ScoreColumns,
     extremes: Mapping[tuple[str, str], np.ndarray],
     count: int,
 ) -> dict[tuple[str, str], list[_Pair]]:
-    """The first `count` distinct samples of each, with the pair that made each one extreme."""
+    """The first `count` distinct samples of each sheet, with their most extreme pairs."""
     rows = np.unique(np.concatenate([np.empty(0, np.int64), *extremes.values()]))
     names: dict[int, tuple[int, str, str]] = {}
     shard_of = np.searchsorted(columns.starts, rows, side="right") - 1
     for shard in np.unique(shard_of).tolist():
-        keys, kinds, _ = read_shard_scores(scores_path(folder, manifest.shards[shard]))
+        keys, caption_types, _ = read_shard_scores(scores_path(folder, manifest.shards[shard]))
         for row in rows[shard_of == shard].tolist():
-            place = row - int(columns.starts[shard])
-            names[row] = shard, keys[place], kinds[place]
-    chosen: dict[tuple[str, str], list[_Pair]] = {}
-    for (reward, end), found in extremes.items():
+            index = row - int(columns.starts[shard])
+            names[row] = shard, keys[index], caption_types[index]
+    selected: dict[tuple[str, str], list[_Pair]] = {}
+    for (reward, end), extreme in extremes.items():
         pairs: dict[tuple[int, str], _Pair] = {}
-        for row in found.tolist():
+        for row in extreme.tolist():
             pair = _Pair(*names[row], float(columns.values[reward][row]))
             pairs.setdefault(pair.sample, pair)
-        chosen[reward, end] = list(pairs.values())[:count]
-    return chosen
+        selected[reward, end] = list(pairs.values())[:count]
+    return selected
 
 
-def _samples(
+def _thumbnails(
     folder: Path, manifest: Manifest, shard: int, keys: set[str]
-) -> Iterator[tuple[str, _Seen]]:
-    """The samples of one shard with these keys; ValueError for one that the shard does not hold."""
+) -> Iterator[tuple[str, _Thumbnail]]:
+    """Yield the thumbnails of samples of one shard; ValueError if the shard lacks one."""
     index = ShardIndex(folder, replace(manifest, shards=(manifest.shards[shard],)))
-    places = {key: i for i, key in enumerate(index.keys)}
+    positions = {key: i for i, key in enumerate(index.keys)}
     for key in sorted(keys):
-        if key not in places:
+        if key not in positions:
             raise ValueError(
                 f"{folder}: the scores name {key!r}, which {manifest.shards[shard].name} does not"
                 " hold; delete its score file and run `miro annotate` again"
             )
-        i = places[key]
+        i = positions[key]
         members = {name: index.member(i, name) for name in index.extensions(i)}
         try:
-            blind = why_no_images(manifest)
-            thumbnail = None if blind else _thumbnail(_image(members))
+            pixels = None if why_no_images(manifest) else _shrink(_decode(members))
         except DecodeError as error:
-            thumbnail = str(error)
-        yield key, _Seen(captions_of(key, members), thumbnail)
+            pixels = str(error)
+        yield key, _Thumbnail(valid_captions(key, members), pixels)
 
 
-def _image(members: Mapping[str, memoryview]) -> Tensor:
-    """uint8 (3, H, W); DecodeError says why there is none."""
+def _decode(members: Mapping[str, memoryview]) -> Tensor:
+    """Decode a sample's image, or its latent of pixels, to uint8 (3, H, W)."""
     name = image_member(members)
     if name is not None:
         return decode(bytes(members[name]))
@@ -151,38 +156,39 @@ def _image(members: Mapping[str, memoryview]) -> Tensor:
     return (pixels * 255).round().to(torch.uint8)
 
 
-def _thumbnail(pixels: Tensor) -> np.ndarray:
+def _shrink(pixels: Tensor) -> np.ndarray:
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    # A few large pixels stay pixels; images that are shrunk are averaged.
-    way = Image.Resampling.NEAREST if max(image.size) <= SIDE else Image.Resampling.LANCZOS
-    return np.asarray(ImageOps.contain(image, (SIDE, SIDE), way))
+    # Enlarge with sharp pixels, shrink with antialiasing.
+    enlarge = max(image.size) <= THUMBNAIL
+    resampling = Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS
+    return np.asarray(ImageOps.contain(image, (THUMBNAIL, THUMBNAIL), resampling))
 
 
-def _sheet(
-    reward: str, end: str, pairs: list[_Pair], seen: Mapping[tuple[int, str], _Seen]
-) -> Sheet:
-    shown: list[Shown] = []
+def _draw(
+    reward: str, end: str, pairs: list[_Pair], thumbnails: Mapping[tuple[int, str], _Thumbnail]
+) -> ContactSheet:
+    samples: list[SheetSample] = []
     skipped: list[str] = []
-    thumbnails: list[np.ndarray] = []
+    images: list[np.ndarray] = []
     for pair in pairs:
-        sample = seen[pair.sample]
-        if isinstance(sample.thumbnail, str):
-            skipped.append(f"{pair.key}: {sample.thumbnail}")
+        thumbnail = thumbnails[pair.sample]
+        if isinstance(thumbnail.pixels, str):
+            skipped.append(f"{pair.key}: {thumbnail.pixels}")
             continue
-        caption = sample.captions.get(pair.kind, "")
-        shown.append(Shown(pair.key, pair.kind, caption, pair.score))
-        if sample.thumbnail is not None:
-            thumbnails.append(sample.thumbnail)
-    if not thumbnails:
-        return Sheet(reward, end, tuple(shown), tuple(skipped))
-    across = min(ACROSS, len(thumbnails))
-    rows = -(-len(thumbnails) // across)
-    sheet = Image.new("RGB", (across * CELL, rows * CELL), MOUNT)
-    for place, thumbnail in enumerate(thumbnails):
-        height, width = thumbnail.shape[:2]
-        left = place % across * CELL + (CELL - width) // 2
-        top = place // across * CELL + (CELL - height) // 2
-        sheet.paste(Image.fromarray(thumbnail), (left, top))
+        caption = thumbnail.captions.get(pair.caption_type, "")
+        samples.append(SheetSample(pair.key, pair.caption_type, caption, pair.score))
+        if thumbnail.pixels is not None:
+            images.append(thumbnail.pixels)
+    if not images:
+        return ContactSheet(reward, end, tuple(samples), tuple(skipped))
+    columns = min(MAX_COLUMNS, len(images))
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * CELL, rows * CELL), BACKGROUND)
+    for number, image in enumerate(images):
+        height, width = image.shape[:2]
+        left = number % columns * CELL + (CELL - width) // 2
+        top = number // columns * CELL + (CELL - height) // 2
+        sheet.paste(Image.fromarray(image), (left, top))
     buffer = io.BytesIO()
     sheet.save(buffer, "JPEG", quality=QUALITY, subsampling=0)
-    return Sheet(reward, end, tuple(shown), tuple(skipped), across, buffer.getvalue())
+    return ContactSheet(reward, end, tuple(samples), tuple(skipped), columns, buffer.getvalue())

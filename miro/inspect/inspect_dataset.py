@@ -1,9 +1,8 @@
-"""`miro inspect`: a dataset folder looked at from all sides, as one HTML page and as JSON."""
+"""`miro inspect`: the statistics of a dataset folder as one HTML page and as JSON."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,30 +11,29 @@ import numpy as np
 from miro.data.shards import MODELS, Manifest, scores_path
 from miro.inspect.contact_sheets import contact_sheets, why_no_images
 from miro.inspect.rejected_counts import read_rejected
-from miro.inspect.sample_stats import look
+from miro.inspect.sample_stats import read_sample_stats
 from miro.inspect.score_stats import (
+    argsort_scores,
     correlation,
     dense_ranks,
-    order_of,
-    read_columns,
-    reward_numbers,
+    read_score_columns,
+    reward_stats,
 )
-from miro.inspect.summary import RewardNumbers, Survey
+from miro.inspect.summary import DatasetSummary, RewardStats
 from miro.utils.atomic_io import write_text
-
-Progress = Callable[[int, int | None], None]  # samples whose scores were read, of how many
+from miro.utils.progress import ProgressCallback
 
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """How much of a dataset to look at, and what to show of it."""
+    """Options of `inspect`."""
 
     images: int = 24  # on a contact sheet; 0 for none
-    bins: int = 64  # whose edges are marked, as conditioning.bins of the training to come
-    look_at: int = 20_000  # samples whose captions and sizes are read; the scores are read of all
+    bins: int = 64  # quantile bins whose edges are marked, as conditioning.bins of a training
+    max_samples: int = 20_000  # whose captions and sizes are read; scores are read of all
 
     def __post_init__(self) -> None:
-        for name, least in (("images", 0), ("bins", 2), ("look_at", 1)):
+        for name, least in (("images", 0), ("bins", 2), ("max_samples", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
@@ -45,28 +43,39 @@ def inspect(
     out: Path | None = None,
     *,
     config: InspectConfig | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Path:
-    """Write the page of the dataset `folder` to `out`, FOLDER/inspect.html if None, and return it.
+    """Write the page of a dataset, and its statistics as JSON beside it.
 
-    The numbers lie beside it, under the same name with .json. ValueError where `folder` is no
-    dataset or holds no samples, a shard or a score file is missing or damaged, or `out` is not
-    named .html.
+    Args:
+        folder: The dataset folder.
+        out: Path of the page; FOLDER/inspect.html if None.
+        config: How many samples to read and to show.
+        progress: Called for each score table.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: `folder` is not a dataset or has no samples, a shard or score table is missing
+            or damaged, or `out` does not end in .html.
     """
     folder, config = Path(folder), config or InspectConfig()
     out = folder / "inspect.html" if out is None else Path(out)
     if out.suffix != ".html":
         raise ValueError(f"{out}: the page's name must end in .html")
-    # Here, as matplotlib is loaded with it: `miro --help` need not wait.
-    from miro.inspect.inspect_page import write_survey_page
+    # Imported late: matplotlib would delay `miro --help`.
+    from miro.inspect.inspect_page import write_inspect_page
 
-    survey = survey_of(folder, config, progress or (lambda done, total: None))
-    write_text(out.with_suffix(".json"), json.dumps(survey.to_json(), indent=1))
-    return write_survey_page(out, survey)
+    summary = summarize_dataset(folder, config, progress or (lambda done, total: None))
+    write_text(out.with_suffix(".json"), json.dumps(summary.to_json(), indent=1))
+    return write_inspect_page(out, summary)
 
 
-def survey_of(folder: Path, config: InspectConfig, progress: Progress) -> Survey:
-    """What `inspect` shows; raises what it raises."""
+def summarize_dataset(
+    folder: Path, config: InspectConfig, progress: ProgressCallback
+) -> DatasetSummary:
+    """Compute the statistics that `inspect` shows; raises the same errors."""
     manifest = Manifest.read(folder)
     if not manifest.samples:
         stage = "annotate" if manifest.kind == "images" else "encode"
@@ -74,44 +83,40 @@ def survey_of(folder: Path, config: InspectConfig, progress: Progress) -> Survey
     scored = bool(manifest.rewards) or all(
         scores_path(folder, shard).is_file() for shard in manifest.shards
     )
-    columns = read_columns(folder, manifest, progress) if scored else None
-    numbers: list[RewardNumbers] = []
+    columns = read_score_columns(folder, manifest, progress) if scored else None
+    rewards: list[RewardStats] = []
     ranks: dict[str, np.ndarray] = {}
     extremes: dict[tuple[str, str], np.ndarray] = {}
-    most = config.images * len(manifest.captions)  # a sample has a pair for each kind at most
+    count = config.images * len(manifest.captions)  # a sample has at most a pair per caption type
     for name, column in columns.values.items() if columns else ():
-        order = order_of(column)
-        found = reward_numbers(name, column, order, config.bins, _model(manifest, name))
-        numbers.append(found)
+        order = argsort_scores(column)
+        stats = reward_stats(name, column, order, config.bins, _model_of(manifest, name))
+        rewards.append(stats)
         ranks[name] = dense_ranks(column, order)
-        if found.distinct > 1 and most:
-            ends = {"best": order[::-1][:most], "worst": order[:most]}
+        if stats.distinct > 1 and count:
+            ends = {"best": order[::-1][:count], "worst": order[:count]}
             extremes |= {(name, end): pairs.copy() for end, pairs in ends.items()}
-    sheets = (
-        ()
-        if columns is None
-        else contact_sheets(folder, manifest, columns, extremes, config.images)
-    )
-    return Survey(
+    return DatasetSummary(
         name=folder.resolve().name,
         kind=manifest.kind,
         samples=manifest.samples,
         shards=len(manifest.shards),
         bytes=sum(shard.bytes for shard in manifest.shards),
-        pairs=None if columns is None else int(columns.starts[-1]),
+        pairs=int(columns.starts[-1]) if columns else None,
         bins=config.bins,
-        looks=look(folder, manifest, config.look_at),
-        rewards=tuple(numbers),
+        sample_stats=read_sample_stats(folder, manifest, config.max_samples),
+        rewards=tuple(rewards),
         correlation=correlation(ranks) if len(ranks) > 1 else None,
         rejected=read_rejected(folder / "rejected.jsonl"),
         encoding=manifest.encoding or {},
-        sheets=sheets,
+        sheets=contact_sheets(folder, manifest, columns, extremes, config.images)
+        if columns
+        else (),
         no_images=why_no_images(manifest),
     )
 
 
-def _model(manifest: Manifest, reward: str) -> str | None:
-    """What gave a reward's scores, where the manifest says it."""
+def _model_of(manifest: Manifest, reward: str) -> str | None:
     models = manifest.source.get(MODELS)
     model = models.get(reward) if isinstance(models, dict) else None
     return None if model is None else str(model)

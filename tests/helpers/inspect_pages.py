@@ -1,4 +1,4 @@
-"""Small dataset folders with given scores, and their pages, for the tests of inspect."""
+"""Small dataset folders with given scores, and their inspect pages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from miro.inspect.inspect_dataset import InspectConfig, inspect
 
 
 def shade(number: int) -> np.ndarray:
-    """An image of one grey, by which it is known on a contact sheet."""
+    """An image of one grey level, which identifies it on a contact sheet."""
     return np.full((24 + number % 10, 40, 3), 20 * (number % 10), np.uint8)
 
 
@@ -36,11 +36,11 @@ def make_dataset(
     shards: int = 2,
     count: int = 10,
 ) -> Path:
-    """`count` samples in shards, each with a score for each of its captions."""
+    """Write `count` samples in shards; `scores` has a value for each caption of each sample."""
     captions = captions or [{"original": f"image {i}"} for i in range(count)]
-    kinds = list(dict.fromkeys(kind for texts in captions for kind in texts))
-    rows = [(i, kind) for i, texts in enumerate(captions) for kind in texts]
-    made = []
+    types = list(dict.fromkeys(name for texts in captions for name in texts))
+    rows = [(i, name) for i, texts in enumerate(captions) for name in texts]
+    infos = []
     for shard, samples in enumerate(np.array_split(np.arange(len(captions)), shards)):
         content = [
             (
@@ -52,20 +52,20 @@ def make_dataset(
             )
             for i in samples
         ]
-        made.append(write_shard(folder / "shards" / f"{shard:05d}.tar", content))
+        infos.append(write_shard(folder / "shards" / f"{shard:05d}.tar", content))
         here = [row for row, (i, _) in enumerate(rows) if i in samples]
         write_scores(
-            scores_path(folder, made[-1]),
+            scores_path(folder, infos[-1]),
             [f"key{rows[row][0]}" for row in here],
             [rows[row][1] for row in here],
             {name: [values[row] for row in here] for name, values in scores.items()},
         )
-    Manifest("images", tuple(kinds), tuple(made), tuple(scores)).write(folder)
+    Manifest("images", tuple(types), tuple(infos), tuple(scores)).write(folder)
     return folder
 
 
 def page_of(folder: Path, **options: Any) -> tuple[str, dict[str, Any]]:
-    """The page's markup and the JSON beside it."""
+    """The HTML of the page and the JSON next to it."""
     page = inspect(folder, config=InspectConfig(**options))
     return page.read_text("utf-8"), json.loads(page.with_suffix(".json").read_text("utf-8"))
 

@@ -1,4 +1,4 @@
-"""`annotate`: what it makes of folders, tars and datasets; a stop at any moment is harmless."""
+"""`annotate` of folders, tars and datasets, and its resume after a kill."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SMALL = AnnotateConfig(batch_size=4, samples_per_shard=5, workers=1)
 
 
 class CaptionLength:
-    """A reward that reads the caption; it counts what it was asked."""
+    """A reward of the caption that counts the pairs it scored."""
 
     name = "caption_length"
     model = "a test"
@@ -37,16 +37,16 @@ class CaptionLength:
     range = (0.0, 100.0)
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.scored = 0
 
     def score(self, images: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
         assert len(images) == len(captions)
-        self.asked += len(images)
+        self.scored += len(images)
         return torch.tensor([float(len(caption)) for caption in captions])
 
 
 class Brightness(CaptionLength):
-    """A reward of the image alone; it counts what it was asked."""
+    """A reward of the image alone that counts the images it scored."""
 
     name = "brightness"
     model = "a test"
@@ -65,7 +65,7 @@ def rows_of(folder: Path) -> dict[tuple[str, str], Any]:
     }
 
 
-def test_a_folder_becomes_shards_with_the_bytes_captions_and_scores(tmp_path: Path) -> None:
+def test_shards_have_the_files_captions_and_scores_of_a_folder(tmp_path: Path) -> None:
     source, dest = write_image_folder(tmp_path / "in"), tmp_path / "out"
     summary = annotate(source, dest, rewards=["sharpness", "colourfulness"], config=SMALL)
     verify(dest)
@@ -96,7 +96,7 @@ def test_a_folder_becomes_shards_with_the_bytes_captions_and_scores(tmp_path: Pa
     ]
 
 
-def test_names_that_make_the_same_key_are_told_apart(tmp_path: Path) -> None:
+def test_keys_of_similar_file_names_are_unique(tmp_path: Path) -> None:
     names = ["a/b.png", "a.b.png", "a_b.png", "a_b.gif", "ä_b.png", "a_b-2.png"]
     for number, name in enumerate(names):
         path = tmp_path / "in" / name
@@ -112,7 +112,7 @@ def test_names_that_make_the_same_key_are_told_apart(tmp_path: Path) -> None:
     assert all(key.isascii() and len(key) < 80 and not set(key) & set("./") for key in keys)
 
 
-def test_tars_keep_every_caption_kind_and_what_their_json_says(tmp_path: Path) -> None:
+def test_all_caption_types_and_json_fields_of_tars_are_copied(tmp_path: Path) -> None:
     captions = {"original": "a cat", "synthetic": "a very small cat"}
     more = json.dumps({"captions": captions, "width": 9}).encode()
     write_tar(
@@ -139,7 +139,10 @@ def test_tars_keep_every_caption_kind_and_what_their_json_says(tmp_path: Path) -
         ("00001_0", "original"): 3,
     }
     assert rows["00000_1", "original"][:2] == rows["00000_1", "synthetic"][:2]
-    assert (lengths.asked, bright.asked) == (4, 3)  # the image alone is scored once a sample
+    assert (lengths.scored, bright.scored) == (
+        4,
+        3,
+    )  # a reward of the image alone scores each sample once
     manifest = Manifest.read(dest)
     assert manifest.captions == ("original", "synthetic")
     assert [shard.samples for shard in manifest.shards] == [2, 1]
@@ -148,7 +151,7 @@ def test_tars_keep_every_caption_kind_and_what_their_json_says(tmp_path: Path) -
     assert first["jpg"] == encoded_image(0, "JPEG")
 
 
-def test_a_large_tar_is_cut_into_shards(tmp_path: Path) -> None:
+def test_a_large_tar_is_split_into_shards(tmp_path: Path) -> None:
     samples = [(f"{i:03d}", {"png": encoded_image(i), "txt": b"caption"}) for i in range(12)]
     tar = write_tar(tmp_path / "in.tar", samples)
     annotate(tar, tmp_path / "out", rewards=["sharpness"], config=SMALL)
@@ -156,7 +159,7 @@ def test_a_large_tar_is_cut_into_shards(tmp_path: Path) -> None:
     assert read_scores(tmp_path / "out").keys == [key for key, _ in samples]
 
 
-def test_threads_and_repetition_do_not_change_a_byte(tmp_path: Path) -> None:
+def test_the_number_of_threads_does_not_change_a_byte(tmp_path: Path) -> None:
     source = write_image_folder(tmp_path / "in")
     for name, workers in [("one", 1), ("three", 3)]:
         config = AnnotateConfig(batch_size=2, samples_per_shard=5, workers=workers)
@@ -167,28 +170,28 @@ def test_threads_and_repetition_do_not_change_a_byte(tmp_path: Path) -> None:
 def test_a_second_call_scores_nothing_and_changes_nothing(tmp_path: Path) -> None:
     source, dest, reward = write_image_folder(tmp_path / "in"), tmp_path / "out", Brightness()
     annotate(source, dest, rewards=[reward], config=SMALL)
-    before, asked = file_contents(dest), reward.asked
+    before, scored = file_contents(dest), reward.scored
     summary = annotate(source, dest, rewards=[reward], config=SMALL)
-    assert (reward.asked, summary.processed, summary.samples) == (asked, 0, 10)
+    assert (reward.scored, summary.processed, summary.samples) == (scored, 0, 10)
     assert file_contents(dest) == before
 
 
-def test_a_reward_added_later_is_the_only_one_computed(tmp_path: Path) -> None:
+def test_only_the_added_reward_is_computed(tmp_path: Path) -> None:
     source = write_image_folder(tmp_path / "in")
     both, later = [Brightness(), CaptionLength()], [Brightness(), CaptionLength()]
     annotate(source, tmp_path / "both", rewards=both, config=SMALL)
     annotate(source, tmp_path / "later", rewards=later[1:], config=SMALL)
     annotate(source, tmp_path / "later", rewards=later, config=SMALL)
     assert file_contents(tmp_path / "later") == file_contents(tmp_path / "both")
-    assert [reward.asked for reward in later] == [10, 10]
+    assert [reward.scored for reward in later] == [10, 10]
 
 
-def test_a_reward_that_comes_while_shards_are_still_missing(tmp_path: Path) -> None:
+def test_a_reward_added_to_an_interrupted_run_is_computed_for_all_shards(tmp_path: Path) -> None:
     source = write_image_folder(tmp_path / "in")
 
     class Stopping(CaptionLength):
         def score(self, images: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
-            if self.asked > 5:
+            if self.scored > 5:
                 raise KeyboardInterrupt
             return super().score(images, captions)
 
@@ -199,7 +202,7 @@ def test_a_reward_that_comes_while_shards_are_still_missing(tmp_path: Path) -> N
     annotate(source, tmp_path / "a", rewards=rewards, config=SMALL)
     annotate(source, tmp_path / "b", rewards=[Brightness(), CaptionLength()], config=SMALL)
     assert file_contents(tmp_path / "a") == file_contents(tmp_path / "b")
-    assert [reward.asked for reward in rewards] == [10, 6]
+    assert [reward.scored for reward in rewards] == [10, 6]
 
 
 def test_a_dataset_is_linked_and_only_scored(tmp_path: Path) -> None:
@@ -209,7 +212,7 @@ def test_a_dataset_is_linked_and_only_scored(tmp_path: Path) -> None:
     reward = Brightness()
     annotate(tmp_path / "a", tmp_path / "b", rewards=[reward, "sharpness"], config=SMALL)
     assert file_contents(tmp_path / "a") == before
-    assert reward.asked == 10
+    assert reward.scored == 10
     verify(tmp_path / "b")
     for shard in Manifest.read(tmp_path / "a").shards:
         tar = Path("shards") / shard.name
@@ -228,20 +231,20 @@ def test_a_dataset_without_scores_is_scored_in_place(tmp_path: Path) -> None:
     assert file_contents(tmp_path / "a") == file_contents(tmp_path / "b")
 
 
-def test_progress_is_told_up_to_the_end(tmp_path: Path) -> None:
-    told: list[tuple[int, int | None]] = []
+def test_progress_is_reported_up_to_the_total(tmp_path: Path) -> None:
+    reports: list[tuple[int, int | None]] = []
     annotate(
         write_image_folder(tmp_path / "in"),
         tmp_path / "out",
         rewards=["sharpness"],
         config=SMALL,
-        progress=lambda done, total: told.append((done, total)),
+        progress=lambda done, total: reports.append((done, total)),
     )
-    assert told == sorted(told)
-    assert told[-1] == (12, 12)
+    assert reports == sorted(reports)
+    assert reports[-1] == (12, 12)
 
 
-def test_a_folder_made_from_something_else_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_made_from_another_source_is_unchanged(tmp_path: Path) -> None:
     source, dest = write_image_folder(tmp_path / "in"), tmp_path / "out"
     annotate(source, dest, rewards=["sharpness"], config=SMALL)
     before = file_contents(dest)
@@ -258,7 +261,7 @@ def test_a_folder_made_from_something_else_is_left_alone(tmp_path: Path) -> None
     assert file_contents(dest) == before
 
 
-def test_one_process_at_a_time(tmp_path: Path) -> None:
+def test_a_locked_folder_is_an_error(tmp_path: Path) -> None:
     source, dest = write_image_folder(tmp_path / "in"), tmp_path / "out"
     with exclusive_lock(dest), pytest.raises(ValueError, match="another process"):
         annotate(source, dest, rewards=["sharpness"], config=SMALL)
@@ -278,7 +281,7 @@ KILLED = """
             return super().score(images, captions)
 
     def run(dest, kill_at=None, kill_after=None, rewards=()):
-        "Annotate in a process of its own, killed at an event or after a time; True if it ended."
+        "Annotate in a fork, killed at an event or after a time; True if it finished."
         child = os.fork()
         if child == 0:
             seen = 0
@@ -311,15 +314,15 @@ KILLED = """
     expected = contents(root / "both")
     kills = 0
     for start, rewards in [(None, []), (root / "first", ["sharpness"])]:
-        for moment in itertools.count():
-            dest = root / f"event-{moment}-{len(rewards)}"
+        for event in itertools.count():
+            dest = root / f"event-{event}-{len(rewards)}"
             if start is not None:
                 shutil.copytree(start, dest)
-            if run(dest, kill_at=moment, rewards=rewards):
+            if run(dest, kill_at=event, rewards=rewards):
                 break
             kills += 1
             assert run(dest, rewards=["sharpness"])
-            assert contents(dest) == expected, (moment, rewards)
+            assert contents(dest) == expected, (event, rewards)
     random.seed(0)
     dest = root / "times"
     for _ in range(6):
@@ -330,7 +333,7 @@ KILLED = """
 """
 
 
-def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+def test_a_run_killed_at_any_file_operation_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     source = write_image_folder(tmp_path / "in", 8)
     root = Path(__file__).parents[2]
     path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
@@ -342,4 +345,4 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path: Path) -> No
         timeout=120,
     )
     assert script.returncode == 0, script.stderr
-    assert int(script.stdout) > 20, script.stdout  # so many times it was killed
+    assert int(script.stdout) > 20, script.stdout  # number of kills

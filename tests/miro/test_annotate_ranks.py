@@ -1,4 +1,4 @@
-"""One dataset folder made by several processes, each with its share: as if one had made it."""
+"""`annotate` by several ranks writes what one process writes."""
 
 import json
 import os
@@ -23,22 +23,22 @@ CONFIG = AnnotateConfig(batch_size=4, samples_per_shard=5, workers=1, max_reject
 BOTH = ("colourfulness", "sharpness")
 
 
-def by_ranks(world: int, source: Path, dest: Path, rewards: tuple[str, ...] = BOTH) -> MultiRank:
+def start_ranks(world: int, source: Path, dest: Path, rewards: tuple[str, ...] = BOTH) -> MultiRank:
     action = partial(annotate, rewards=rewards, config=CONFIG)
     return MultiRank(world, dest.with_name(f"{dest.name}-logs"), source, dest, action=action)
 
 
-def test_ranks_make_what_one_process_makes(tmp_path: Path) -> None:
+def test_ranks_write_what_one_process_writes(tmp_path: Path) -> None:
     source = write_image_folder(tmp_path / "in", 47)
     annotate(source, tmp_path / "one", rewards=BOTH, config=CONFIG)
 
-    codes = by_ranks(3, source, tmp_path / "three").wait()
+    codes = start_ranks(3, source, tmp_path / "three").wait()
 
     assert codes == [0, 0, 0]
     assert dataset_files(tmp_path / "three") == dataset_files(tmp_path / "one")
 
 
-def test_tars_are_divided_too_and_their_parts_are_in_order(tmp_path: Path) -> None:
+def test_tars_are_divided_and_their_shards_are_in_order(tmp_path: Path) -> None:
     for tar in range(4):
         samples = [
             (f"{i:03d}", {"png": encoded_image(i), "txt": f"{tar} {i}".encode()})
@@ -47,7 +47,7 @@ def test_tars_are_divided_too_and_their_parts_are_in_order(tmp_path: Path) -> No
         write_tar(tmp_path / "in" / f"{tar}.tar", samples)
     annotate(tmp_path / "in", tmp_path / "one", rewards=BOTH, config=CONFIG)
 
-    codes = by_ranks(2, tmp_path / "in", tmp_path / "two").wait()
+    codes = start_ranks(2, tmp_path / "in", tmp_path / "two").wait()
 
     assert codes == [0, 0]
     assert dataset_files(tmp_path / "two") == dataset_files(tmp_path / "one")
@@ -55,8 +55,8 @@ def test_tars_are_divided_too_and_their_parts_are_in_order(tmp_path: Path) -> No
     assert names == sorted(names) and "00003-003" in names
 
 
-def test_ranks_that_run_one_after_the_other_need_not_meet(tmp_path: Path) -> None:
-    """As the tasks of an array job do; the last one completes the manifest, whichever it is."""
+def test_ranks_may_run_one_after_the_other(tmp_path: Path) -> None:
+    """As the tasks of a job array do; the last one completes the manifest, whichever it is."""
     source = write_image_folder(tmp_path / "in", 23)
     annotate(source, tmp_path / "one", rewards=BOTH, config=CONFIG)
     listed = []
@@ -75,7 +75,7 @@ def test_ranks_that_run_one_after_the_other_need_not_meet(tmp_path: Path) -> Non
     assert dataset_files(tmp_path / "three") == dataset_files(tmp_path / "one")
 
 
-def test_a_killed_rank_leaves_its_unit_and_another_number_of_ranks_goes_on(
+def test_killed_ranks_are_resumed_by_another_number_of_ranks(
     tmp_path: Path,
 ) -> None:
     source = write_image_folder(tmp_path / "in", 61)
@@ -84,37 +84,37 @@ def test_a_killed_rank_leaves_its_unit_and_another_number_of_ranks_goes_on(
     dest = tmp_path / "many"
 
     for world in (3, 2, 4):
-        together = by_ranks(world, source, dest)
+        together = start_ranks(world, source, dest)
         time.sleep(generator.uniform(0.1, 0.6))
         for process in together.ranks:
             if process.is_alive() and process.pid:
                 os.kill(process.pid, signal.SIGKILL)
         together.wait()
     before = {path: path.stat().st_mtime_ns for path in dest.glob("completed/*.json")}
-    codes = by_ranks(2, source, dest).wait()
+    codes = start_ranks(2, source, dest).wait()
 
     assert codes == [0, 0]
     assert dataset_files(dest) == dataset_files(tmp_path / "one")
-    assert before == {path: path.stat().st_mtime_ns for path in before}, "done twice"
+    assert before == {path: path.stat().st_mtime_ns for path in before}, "written twice"
 
 
-def test_a_reward_is_added_by_ranks_to_shards_that_are_there(tmp_path: Path) -> None:
+def test_ranks_add_a_reward_to_existing_shards(tmp_path: Path) -> None:
     source = write_image_folder(tmp_path / "in", 31)
     annotate(source, tmp_path / "one", rewards=BOTH, config=CONFIG)
     annotate(source, tmp_path / "two", rewards=("colourfulness",), config=CONFIG)
     tables = [scores_path(tmp_path / "two", s) for s in Manifest.read(tmp_path / "two").shards]
     before = [table.read_bytes() for table in tables]
 
-    codes = by_ranks(2, tmp_path / "two", tmp_path / "two").wait()
+    codes = start_ranks(2, tmp_path / "two", tmp_path / "two").wait()
 
     assert codes == [0, 0]
     assert dataset_files(tmp_path / "two") == dataset_files(tmp_path / "one")
     assert all(a != b.read_bytes() for a, b in zip(before, tables, strict=True))
 
 
-def test_two_processes_of_one_rank_do_not_write_one_folder(tmp_path: Path) -> None:
+def test_two_processes_of_one_rank_are_an_error(tmp_path: Path) -> None:
     source = write_image_folder(tmp_path / "in", 400)
-    first = by_ranks(2, source, tmp_path / "out")
+    first = start_ranks(2, source, tmp_path / "out")
     deadline = time.monotonic() + 30
     while not list((tmp_path / "out").glob("completed/*")) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -125,20 +125,20 @@ def test_two_processes_of_one_rank_do_not_write_one_folder(tmp_path: Path) -> No
     assert first.wait() == [0, 0]
 
 
-@pytest.mark.parametrize("break_it", [lambda text: text[:20], lambda text: '{"shard": null}'])
-def test_a_record_that_is_none_is_named_with_the_remedy(
-    tmp_path: Path, break_it: Callable[[str], str]
+@pytest.mark.parametrize("damage", [lambda text: text[:20], lambda text: '{"shard": null}'])
+def test_a_damaged_record_is_named_with_the_remedy(
+    tmp_path: Path, damage: Callable[[str], str]
 ) -> None:
     source = write_image_folder(tmp_path / "in", 12)
     annotate(source, tmp_path / "out", rewards=BOTH, config=CONFIG)
     path = tmp_path / "out" / "completed" / "00001.json"
-    path.write_text(break_it(path.read_text()))
+    path.write_text(damage(path.read_text()))
 
     with pytest.raises(ValueError, match=r"00001\.json: not a record .*delete it and run again"):
         read_completed(tmp_path / "out", "00001.tar")
 
 
-def test_bins_are_the_same_from_one_shard_or_from_many_in_any_order(tmp_path: Path) -> None:
+def test_bins_do_not_depend_on_the_shards_or_their_order(tmp_path: Path) -> None:
     source = write_image_folder(tmp_path / "in", 60)
     fitted = []
     for name, size in (("one", 1_000), ("many", 2)):
@@ -152,7 +152,7 @@ def test_bins_are_the_same_from_one_shard_or_from_many_in_any_order(tmp_path: Pa
     assert all(bins == fitted[0] for bins in fitted)
 
 
-def test_scores_of_another_model_are_not_put_into_the_same_column(tmp_path: Path) -> None:
+def test_scores_of_two_models_are_not_mixed(tmp_path: Path) -> None:
     source, dest = write_image_folder(tmp_path / "in", 12), tmp_path / "out"
     annotate(source, dest, rewards=["sharpness"], config=CONFIG)
     manifest = json.loads((dest / "manifest.json").read_text())

@@ -1,4 +1,4 @@
-"""`caption`: new captions beside the old ones, by a model or from a table; stops are harmless."""
+"""`caption`: new captions from a model or a table, and resume after an interruption."""
 
 from __future__ import annotations
 
@@ -69,16 +69,16 @@ def write_table(path: Path, rows: list[tuple[str, str, str | None]]) -> Path:
     return path
 
 
-def test_a_model_captions_every_picture_in_both_lengths(
+def test_a_model_writes_a_long_and_a_short_caption_for_every_image(
     source: Path, llava: str, tmp_path: Path
 ) -> None:
-    told: list[tuple[int, int | None]] = []
+    reports: list[tuple[int, int | None]] = []
 
     summary = caption(
         source,
         tmp_path / "out",
         config=small(llava),
-        progress=lambda done, total: told.append((done, total)),
+        progress=lambda done, total: reports.append((done, total)),
     )
 
     verify(tmp_path / "out")
@@ -87,7 +87,7 @@ def test_a_model_captions_every_picture_in_both_lengths(
     assert after.rewards == () and not (tmp_path / "out" / "scores").exists()
     assert [s.name for s in after.shards] == [s.name for s in before.shards]
     assert (summary.samples, summary.captioned, summary.rejected) == (7, 7, 0)
-    assert told[-1] == (7, 7) and told == sorted(told)
+    assert reports[-1] == (7, 7) and reports == sorted(reports)
     captions = captions_of(tmp_path / "out")
     assert list(captions) == KEYS
     for number, (key, found) in enumerate(captions.items()):
@@ -104,28 +104,28 @@ def test_a_model_captions_every_picture_in_both_lengths(
         assert all(old[1]["png"] == new[1]["png"] for old, new in pairs)
 
 
-def test_the_model_is_told_the_alt_text_for_a_long_caption_alone(
+def test_only_the_prompt_of_a_long_caption_has_the_alt_text(
     source: Path, llava: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from miro.rewards.vlm import VisionLanguage
 
-    asked: list[str] = []
+    prompts: list[str] = []
 
     def answer(self: Any, images: Any, questions: list[str], *rest: Any) -> list[str]:
-        asked.extend(questions)
+        prompts.extend(questions)
         return ["two\n words "] * len(questions)
 
     monkeypatch.setattr(VisionLanguage, "answer", answer)
 
     caption(source, tmp_path / "out", config=small(llava, batch_size=7))
 
-    told = [question for question in asked if 'says of it "photo 0 of"' in question]
-    assert len(asked) == 14 and len(told) == 1 and "paragraph" in told[0]
-    assert not any("<PERSON>" in question or "{alt}" in question for question in asked)
+    with_alt = [prompt for prompt in prompts if 'says of it "photo 0 of"' in prompt]
+    assert len(prompts) == 14 and len(with_alt) == 1 and "paragraph" in with_alt[0]
+    assert not any("<PERSON>" in prompt or "{alt}" in prompt for prompt in prompts)
     assert captions_of(tmp_path / "out")["03"]["short"] == "two words"
 
 
-def test_drawn_captions_are_the_same_whatever_the_batches(
+def test_sampled_captions_do_not_depend_on_the_batch_size(
     source: Path, llava: str, tmp_path: Path
 ) -> None:
     runs = {
@@ -143,7 +143,9 @@ def caption_once(source: Path, dest: Path, model: str, batch_size: int, seed: in
     return captions_of(dest)
 
 
-def test_a_stopped_run_goes_on_to_the_same_bytes(source: Path, llava: str, tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_to_the_same_bytes(
+    source: Path, llava: str, tmp_path: Path
+) -> None:
     caption(source, tmp_path / "whole", config=small(llava))
 
     def stop(done: int, total: int | None) -> None:
@@ -160,7 +162,9 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(source: Path, llava: str, tmp_p
     assert file_contents(tmp_path / "stopped") == file_contents(tmp_path / "whole")
 
 
-def test_a_finished_folder_needs_no_model(source: Path, llava: str, tmp_path: Path) -> None:
+def test_a_completed_folder_does_not_load_the_model(
+    source: Path, llava: str, tmp_path: Path
+) -> None:
     caption(source, tmp_path / "out", config=small(llava, types=("short",)))
     before = file_contents(tmp_path / "out")
     moved = Path(llava).rename(tmp_path / "elsewhere")
@@ -174,7 +178,7 @@ def test_a_finished_folder_needs_no_model(source: Path, llava: str, tmp_path: Pa
     assert file_contents(tmp_path / "out") == before
 
 
-def test_an_empty_caption_is_skipped_and_its_sample_kept(
+def test_an_empty_caption_is_rejected_without_its_sample(
     source: Path, llava: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from miro.rewards.vlm import VisionLanguage
@@ -249,7 +253,7 @@ def test_captions_are_taken_from_a_table(source: Path, tmp_path: Path, ending: s
     }
 
 
-def test_what_a_table_lacks_is_skipped(source: Path, tmp_path: Path) -> None:
+def test_captions_missing_in_a_table_are_rejected(source: Path, tmp_path: Path) -> None:
     rows: list[tuple[str, str, str | None]] = [(key, "long", "said") for key in KEYS[:-1]]
     rows[2] = (KEYS[2], "long", None)
     rows[3] = (KEYS[3], "long", "  ")
@@ -274,7 +278,7 @@ def test_what_a_table_lacks_is_skipped(source: Path, tmp_path: Path) -> None:
         ([("00", "original", "a")], "type 'original' already"),
     ],
 )
-def test_a_table_that_does_not_fit_is_refused_before_any_work(
+def test_a_table_that_does_not_match_is_an_error_before_any_work(
     source: Path, tmp_path: Path, rows: list[Any], message: str
 ) -> None:
     table = write_table(tmp_path / "captions.parquet", rows)
@@ -299,14 +303,14 @@ def test_a_table_that_cannot_be_read_is_named(source: Path, tmp_path: Path) -> N
             caption(source, tmp_path / "out", config=CaptionConfig(table=tmp_path / name))
 
 
-def test_a_folder_made_otherwise_is_left_alone(source: Path, tmp_path: Path) -> None:
+def test_a_folder_of_other_settings_is_unchanged(source: Path, tmp_path: Path) -> None:
     rows = [(key, "long", "said") for key in KEYS]
     table = write_table(tmp_path / "captions.parquet", rows)
     dest = tmp_path / "out"
     caption(source, dest, config=CaptionConfig(table=table))
     before = file_contents(dest)
 
-    write_table(table, [(key, "long", "said otherwise") for key in KEYS])
+    write_table(table, [(key, "long", "changed") for key in KEYS])
     with pytest.raises(ValueError, match="captioned with other settings"):
         caption(source, dest, config=CaptionConfig(table=table))
     with pytest.raises(ValueError, match="was not made by `miro caption`"):

@@ -1,4 +1,4 @@
-"""`caption` killed before each thing it does to a file: it goes on to the same bytes."""
+"""`caption` killed before each file operation resumes to the same bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KILLED = """
     source, table, root = map(Path, sys.argv[1:])
 
     def run(dest, kill_at=None):
-        "Caption in a process of its own, killed at an event; True if it ended."
+        "Caption in a fork, killed at an event; True if it finished."
         child = os.fork()
         if child == 0:
             seen = 0
@@ -55,7 +55,7 @@ KILLED = """
 """
 
 
-def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+def test_a_run_killed_at_any_file_operation_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     keys = [f"{i:02d}" for i in range(7)]
     for key in keys:
         path = tmp_path / "photos" / f"{key}.png"
@@ -86,4 +86,4 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path: Path) -> No
     )
 
     assert script.returncode == 0, script.stderr
-    assert int(script.stdout) >= 12, script.stdout  # so many times it was killed
+    assert int(script.stdout) >= 12, script.stdout  # number of kills

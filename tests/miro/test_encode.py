@@ -1,4 +1,4 @@
-"""`encode` on real folders: what it writes, stopping and going on, and what it refuses."""
+"""`encode`: its files, resume after a kill, and errors."""
 
 import io
 import json
@@ -41,12 +41,12 @@ def image(number: int, width: int = 8, height: int = 8) -> bytes:
 
 
 def captions(number: int) -> dict[str, str]:
-    """Long captions are distinct, short ones come again in every shard."""
+    """Long captions are distinct, short ones are repeated in every shard."""
     return {"original": f"a photo of {number} red apples", "short": f"{number % 3} apples"}
 
 
 def make_images(folder: Path, shards: int = 3, each: int = 4, **changed: bytes) -> Path:
-    """An images folder as annotate makes it; `changed` gives images of its own to some keys."""
+    """Write a folder as `annotate` does; `changed` are other image files by key."""
     manifest = Manifest("images", KINDS, (), ("colourfulness", "alignment"))
     for shard in range(shards):
         numbers = range(shard * each, (shard + 1) * each)
@@ -116,7 +116,7 @@ def test_texts_are_the_encoders_states(encoded):
             np.testing.assert_allclose(data.text(i, caption), expected.numpy(), atol=5e-3)
 
 
-def test_the_manifest_says_how_it_was_encoded(encoded):
+def test_the_manifest_records_the_encoding(encoded):
     assert Manifest.read(encoded).encoding == {
         "latents": "pixels",
         "latent_shape": [3, 8, 8],
@@ -136,7 +136,7 @@ def test_scores_are_copied_as_they_are(images, encoded):
         assert copy == scores_path(images, shard).read_bytes()
 
 
-def test_a_finished_folder_is_left_as_it_is(images, encoded):
+def test_a_completed_folder_is_unchanged(images, encoded):
     before = file_contents(encoded)
     summary = encode(images, encoded, config=CONFIG)
     assert (summary.samples, summary.encoded) == (12, 0)
@@ -155,7 +155,7 @@ encode(Path(sys.argv[1]), Path(sys.argv[2]), config=config, progress=stop)
 """
 
 
-def test_killed_and_started_again_equals_undisturbed_byte_for_byte(tmp_path):
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path):
     source = make_images(tmp_path / "images", k1=b"broken", k5=b"broken", k9=b"broken")
     encode(source, tmp_path / "undisturbed", config=CONFIG)
     command = [sys.executable, "-c", KILLED_IN_THE_SECOND_SHARD]
@@ -168,8 +168,8 @@ def test_killed_and_started_again_equals_undisturbed_byte_for_byte(tmp_path):
     assert file_contents(dest) == file_contents(tmp_path / "undisturbed")
 
 
-def test_captions_of_finished_shards_are_not_encoded_again(images, tmp_path):
-    """A run that begins anew takes their states from the shards: here, states of zeros."""
+def test_captions_of_completed_shards_are_not_encoded_again(images, tmp_path):
+    """A resumed run reads their states from the shards, here zeros."""
     dest = tmp_path / "dest"
     whole = Manifest.read(images)
     half = make_images(tmp_path / "half")
@@ -208,7 +208,7 @@ def test_a_broken_image_is_skipped_with_its_scores(tmp_path):
     assert table.values[row].tolist() == [104, -104]
 
 
-def test_too_many_broken_images_stop_the_run_and_keep_what_was_done(tmp_path):
+def test_too_many_broken_images_are_an_error_after_the_completed_shards(tmp_path):
     source = make_images(tmp_path / "images", k5=b"x", k6=b"x")
     with pytest.raises(ValueError, match=r"2 of 12 samples.*max_rejected.*rejected\.jsonl"):
         encode(source, tmp_path / "dest", config=EncodeConfig(max_rejected=0.1))
@@ -224,7 +224,7 @@ def test_images_of_several_sizes_need_a_size(tmp_path):
     assert EncodedDataset(tmp_path / "sized").latent_shape == (3, 6, 6)
 
 
-def test_another_configuration_is_refused_with_the_difference(images, encoded):
+def test_another_configuration_is_an_error_with_the_difference(images, encoded):
     with pytest.raises(
         ValueError, match=r"encoded with other settings \(size: 4 here, None there\)"
     ):
@@ -233,13 +233,13 @@ def test_another_configuration_is_refused_with_the_difference(images, encoded):
         encode(images, encoded, config=replace(CONFIG, text="other/encoder"))
 
 
-def test_another_source_is_refused(encoded, tmp_path):
+def test_another_source_is_an_error(encoded, tmp_path):
     other = make_images(tmp_path, k0=image(99))
     with pytest.raises(ValueError, match=r"00000\.tar was made from other images"):
         encode(other, encoded, config=CONFIG)
 
 
-def test_the_wrong_kind_of_folder_is_refused(images, encoded, tmp_path):
+def test_a_source_or_destination_of_the_wrong_kind_is_an_error(images, encoded, tmp_path):
     with pytest.raises(ValueError, match="is encoded already"):
         encode(encoded, tmp_path, config=CONFIG)
     with pytest.raises(ValueError, match="holds images, not latents"):
@@ -267,7 +267,7 @@ def test_a_reward_added_later_reaches_the_encoded_folder(tmp_path):
     assert after == tars
 
 
-def test_long_captions_are_cut_and_counted(images, tmp_path):
+def test_long_captions_are_truncated_and_counted(images, tmp_path):
     summary = encode(images, tmp_path, config=replace(CONFIG, max_tokens=6))
     data = EncodedDataset(tmp_path)
     assert summary.cut == 12  # [CLS] a photo of 3 red | apples [SEP]: the long ones, not the short
@@ -275,7 +275,7 @@ def test_long_captions_are_cut_and_counted(images, tmp_path):
     assert {len(data.text(i, 1)) for i in range(12)} == {4}
 
 
-def test_an_autoencoders_latents_have_a_deviation(images, tmp_path):
+def test_latents_of_an_autoencoder_have_a_standard_deviation(images, tmp_path):
     autoencoder = pytest.importorskip(
         "diffusers.models.autoencoders.autoencoder_kl", reason="the extra 'vae' is not installed"
     )
@@ -294,20 +294,22 @@ def test_an_autoencoders_latents_have_a_deviation(images, tmp_path):
 
 
 def test_progress_counts_the_samples_of_this_call(images, tmp_path):
-    seen: list[tuple[int, int | None]] = []
-    encode(images, tmp_path, config=CONFIG, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(4, 12), (8, 12), (12, 12)]
+    reports: list[tuple[int, int | None]] = []
+    encode(
+        images, tmp_path, config=CONFIG, progress=lambda done, total: reports.append((done, total))
+    )
+    assert reports == [(4, 12), (8, 12), (12, 12)]
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [("size", 0), ("batch_size", 0), ("max_rejected", 1.5), ("precision", "fp8"), ("workers", -1)],
 )
-def test_impossible_values_are_refused(field, value):
+def test_invalid_options_are_errors(field, value):
     with pytest.raises(ValueError, match=f"{field}.*{value}"):
         EncodeConfig(**{field: value})
 
 
-def test_a_member_that_is_no_array_is_refused():
+def test_a_member_that_is_not_an_array_is_an_error():
     with pytest.raises(ValueError, match="not a .npy file"):
         npy_view(b"no array, but long enough")

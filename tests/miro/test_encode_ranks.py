@@ -1,4 +1,4 @@
-"""One encoded folder made by several processes, each with its shards: as if one had made it."""
+"""`encode` by several ranks writes what one process writes."""
 
 import os
 import random
@@ -30,59 +30,59 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "scored"
 
 
-def by_ranks(world: int, source: Path, dest: Path) -> MultiRank:
-    """One rank too in a process like theirs: threads decide in which order numbers are added."""
+def start_ranks(world: int, source: Path, dest: Path) -> MultiRank:
+    """Also for one rank: results depend on the number of threads of a process."""
     action = partial(encode, config=CONFIG)
     return MultiRank(world, dest.with_name(f"{dest.name}-logs"), source, dest, action=action)
 
 
 def test_ranks_encode_what_one_process_encodes(scored: Path, tmp_path: Path) -> None:
-    assert by_ranks(1, scored, tmp_path / "one").wait() == [0]
+    assert start_ranks(1, scored, tmp_path / "one").wait() == [0]
 
-    codes = by_ranks(3, scored, tmp_path / "three").wait()
+    codes = start_ranks(3, scored, tmp_path / "three").wait()
 
     assert codes == [0, 0, 0]
     assert dataset_files(tmp_path / "three") == dataset_files(tmp_path / "one")
     assert EncodedDataset(tmp_path / "three").rewards == ("sharpness",)
 
 
-def test_a_rank_without_a_shard_does_no_harm(tmp_path: Path) -> None:
+def test_a_rank_may_have_no_shard(tmp_path: Path) -> None:
     config = AnnotateConfig(samples_per_shard=100, workers=1)
     source = write_image_folder(tmp_path / "in", 12)
     annotate(source, tmp_path / "one", rewards=["sharpness"], config=config)
 
-    codes = by_ranks(3, tmp_path / "one", tmp_path / "three").wait()
+    codes = start_ranks(3, tmp_path / "one", tmp_path / "three").wait()
 
     assert codes == [0, 0, 0]
     assert EncodedDataset(tmp_path / "three").rewards == ("sharpness",)
 
 
-def test_killed_ranks_are_resumed_by_another_number_of_them(scored: Path, tmp_path: Path) -> None:
+def test_killed_ranks_are_resumed_by_another_number_of_ranks(scored: Path, tmp_path: Path) -> None:
     dest, generator = tmp_path / "many", random.Random(3)
-    assert by_ranks(1, scored, tmp_path / "one").wait() == [0]
+    assert start_ranks(1, scored, tmp_path / "one").wait() == [0]
 
     for world in (3, 2):
-        together = by_ranks(world, scored, dest)
+        together = start_ranks(world, scored, dest)
         time.sleep(generator.uniform(0.5, 2.0))
         for process in together.ranks:
             if process.is_alive() and process.pid:
                 os.kill(process.pid, signal.SIGKILL)
         together.wait()
     before = {path: path.stat().st_mtime_ns for path in dest.glob("completed/*.json")}
-    codes = by_ranks(2, scored, dest).wait()
+    codes = start_ranks(2, scored, dest).wait()
 
     assert codes == [0, 0]
     assert dataset_files(dest) == dataset_files(tmp_path / "one")
     assert before == {path: path.stat().st_mtime_ns for path in before}, "encoded twice"
 
 
-def test_a_reward_that_was_added_reaches_every_rank_s_shards(scored: Path, tmp_path: Path) -> None:
+def test_an_added_reward_reaches_the_shards_of_all_ranks(scored: Path, tmp_path: Path) -> None:
     source = tmp_path / "scored"
     annotate(scored, source, rewards=[])
-    assert by_ranks(2, source, tmp_path / "two").wait() == [0, 0]
+    assert start_ranks(2, source, tmp_path / "two").wait() == [0, 0]
     annotate(source, source, rewards=["colourfulness"])
 
-    codes = by_ranks(2, source, tmp_path / "two").wait()
+    codes = start_ranks(2, source, tmp_path / "two").wait()
 
     assert codes == [0, 0]
     manifest = Manifest.read(tmp_path / "two")
@@ -90,7 +90,7 @@ def test_a_reward_that_was_added_reaches_every_rank_s_shards(scored: Path, tmp_p
     assert manifest.source["models"].keys() == {"colourfulness", "sharpness"}
 
 
-def test_a_record_of_a_shard_of_other_images_does_not_count(scored: Path, tmp_path: Path) -> None:
+def test_a_record_of_another_source_shard_is_ignored(scored: Path, tmp_path: Path) -> None:
     encode(scored, tmp_path / "one", config=CONFIG)
     first, second = Manifest.read(scored).shards[:2]
     (tmp_path / "one" / "completed" / "00000.json").write_bytes(

@@ -1,4 +1,4 @@
-"""The page of `inspect`: what it shows of a dataset, and what bad data does to it."""
+"""The page of `inspect`: contact sheets, text, and errors for damaged datasets."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from PIL import Image
 
 from miro.cli.main import main
 from miro.data.shards import MODELS, Manifest, read_scores
-from miro.inspect import contact_sheets as contact
+from miro.inspect import contact_sheets
 from miro.inspect.contact_sheets import CELL
-from miro.inspect.inspect_dataset import InspectConfig, inspect, survey_of
+from miro.inspect.inspect_dataset import InspectConfig, inspect, summarize_dataset
 from miro.prepare.annotate import AnnotateConfig, annotate
 
 NAN = float("nan")
@@ -28,18 +28,18 @@ HOSTILE = "<script>alert('$1$')</script>\"'"
 
 def keys_of(record: dict[str, Any], reward: str, end: str) -> list[str]:
     (sheet,) = [s for s in record["sheets"] if (s["reward"], s["end"]) == (reward, end)]
-    return [shown["key"] for shown in sheet["shown"]]
+    return [sample["key"] for sample in sheet["samples"]]
 
 
 def sheets_of(html: str) -> dict[str, np.ndarray]:
-    """The contact sheets of a page by their title, as pixels."""
+    """The contact sheets of a page, as pixels, by title."""
     found = re.findall(r'<img alt="([^"]*)" src="data:image/jpeg;base64,([^"]*)">', html)
     return {
         title: np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for title, data in found
     }
 
 
-def test_contact_sheets_show_the_best_and_the_worst_in_their_order(tmp_path: Path) -> None:
+def test_contact_sheets_show_the_best_and_worst_samples_in_order(tmp_path: Path) -> None:
     scores = [3, 9, 4, 1, 5, 2, 6, NAN, 8, 7]
     folder = make_dataset(tmp_path, {"clip": scores, "vqa": list(range(10))})
 
@@ -51,26 +51,26 @@ def test_contact_sheets_show_the_best_and_the_worst_in_their_order(tmp_path: Pat
     assert list(sheets) == ["Clip, best", "Clip, worst", "Vqa, best", "Vqa, worst"]
     for title, numbers in (("Clip, best", [1, 8, 9, 6]), ("Clip, worst", [3, 5, 0, 2])):
         assert sheets[title].shape == (CELL, 4 * CELL, 3)
-        centres = sheets[title][CELL // 2, CELL // 2 :: CELL, 0].astype(int)
-        assert np.abs(centres - 20 * np.array(numbers)).max() <= 3
+        centers = sheets[title][CELL // 2, CELL // 2 :: CELL, 0].astype(int)
+        assert np.abs(centers - 20 * np.array(numbers)).max() <= 3
     assert 'title="9.00: image 1 (key1, original)"' in html
 
 
-def test_of_a_sample_with_several_captions_the_extreme_pair_is_shown_once(tmp_path: Path) -> None:
+def test_a_sample_is_shown_once_with_its_most_extreme_caption(tmp_path: Path) -> None:
     captions = [{"original": f"short {i}", "long": f"long {i}"} for i in range(3)]
 
     _, record = page_of(make_dataset(tmp_path, {"clip": [1, 6, 5, 2, 4, 3]}, captions=captions))
 
     best, worst = record["sheets"]
-    assert [(s["key"], s["caption"]) for s in best["shown"]] == [
+    assert [(s["key"], s["caption"]) for s in best["samples"]] == [
         ("key0", "long 0"), ("key1", "short 1"), ("key2", "short 2")
     ]  # fmt: skip
-    assert [(s["key"], s["caption"]) for s in worst["shown"]] == [
+    assert [(s["key"], s["caption"]) for s in worst["samples"]] == [
         ("key0", "short 0"), ("key1", "long 1"), ("key2", "long 2")
     ]  # fmt: skip
 
 
-def test_a_sheet_is_full_though_several_pairs_of_a_sample_are_among_the_best(
+def test_a_sheet_is_full_if_several_pairs_of_a_sample_are_among_the_best(
     tmp_path: Path,
 ) -> None:
     captions = [{"original": f"short {i}", "long": f"long {i}"} for i in range(3)]
@@ -81,7 +81,7 @@ def test_a_sheet_is_full_though_several_pairs_of_a_sample_are_among_the_best(
     assert keys_of(record, "clip", "best") == ["key0", "key1"]
 
 
-def test_an_image_that_cannot_be_decoded_is_left_out_and_said(tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_decoded_is_left_out_and_named(tmp_path: Path) -> None:
     folder = make_dataset(
         tmp_path, {"clip": list(range(10))}, images={9: png(shade(9))[:60], 0: b"<html>"}
     )
@@ -93,20 +93,20 @@ def test_an_image_that_cannot_be_decoded_is_left_out_and_said(tmp_path: Path) ->
     assert sheets_of(html)["Clip, best"].shape == (CELL, 2 * CELL, 3)
     assert "1 could not be decoded: key9: the image is" in text_of(html)
     assert "key0: this is an HTML page" in text_of(html)
-    assert record["looks"]["no_image"] == 1  # the truncated one has its header
+    assert record["sample_stats"]["without_image"] == 1  # the header of the truncated one is valid
 
 
-def test_a_sheet_whose_images_are_all_damaged_says_so(tmp_path: Path) -> None:
+def test_a_sheet_of_damaged_images_only_names_them(tmp_path: Path) -> None:
     damaged = {i: b"no image" for i in range(10)}
 
     html, record = page_of(make_dataset(tmp_path, {"clip": list(range(10))}, images=damaged))
 
     assert sheets_of(html) == {}
     assert "10 could not be decoded" in text_of(html)
-    assert record["looks"]["no_image"] == 10
+    assert record["sample_stats"]["without_image"] == 10
 
 
-def test_text_of_strangers_is_escaped(tmp_path: Path) -> None:
+def test_text_of_the_dataset_is_escaped(tmp_path: Path) -> None:
     captions = [{"original": f"{HOSTILE} {i}"} for i in range(10)]
     folder = make_dataset(tmp_path, {HOSTILE: list(range(10))}, captions=captions)
     line = {"source": HOSTILE, "field": HOSTILE, "reason": HOSTILE}
@@ -123,19 +123,19 @@ def test_text_of_strangers_is_escaped(tmp_path: Path) -> None:
     assert html.count("&lt;script&gt;alert") > 25
 
 
-def test_page_needs_nothing_but_itself_and_is_the_same_twice(tmp_path: Path) -> None:
+def test_the_page_is_self_contained_and_deterministic(tmp_path: Path) -> None:
     folder = make_dataset(tmp_path, {"clip": list(range(10)), "vqa": list(range(10, 0, -1))})
 
     html, _ = page_of(folder)
 
     assert page_of(folder)[0] == html
-    loaded = re.findall(r'(?:src|xlink:href)="([^"]*)"', html) + re.findall(r"url\(([^)]*)\)", html)
-    assert loaded and all(address.startswith(("data:", "#")) for address in loaded)
+    urls = re.findall(r'(?:src|xlink:href)="([^"]*)"', html) + re.findall(r"url\(([^)]*)\)", html)
+    assert urls and all(url.startswith(("data:", "#")) for url in urls)
     ids = re.findall(r'\bid="([^"]+)"', html)
     assert len(ids) == len(set(ids))
 
 
-def test_the_model_that_gave_the_scores_is_named_where_the_manifest_names_it(
+def test_the_model_of_the_scores_is_named_if_the_manifest_records_it(
     tmp_path: Path,
 ) -> None:
     folder = make_dataset(tmp_path, {"clip": list(range(10)), "vqa": list(range(10))})
@@ -148,7 +148,7 @@ def test_the_model_that_gave_the_scores_is_named_where_the_manifest_names_it(
     assert [reward["model"] for reward in record["rewards"]] == ["ViT-B-32 laion2b", None]
 
 
-def test_without_scores_the_page_says_how_to_add_them(tmp_path: Path) -> None:
+def test_without_scores_the_page_explains_how_to_add_them(tmp_path: Path) -> None:
     folder = make_dataset(tmp_path, {})
     for path in folder.glob("scores/*"):
         path.unlink()
@@ -160,7 +160,7 @@ def test_without_scores_the_page_says_how_to_add_them(tmp_path: Path) -> None:
     assert (record["pairs"], record["rewards"], record["rejected"]) == (None, [], None)
 
 
-def test_what_annotate_skipped_is_on_the_page(tmp_path: Path) -> None:
+def test_samples_that_annotate_rejected_are_counted(tmp_path: Path) -> None:
     for i in range(8):
         (tmp_path / "in").mkdir(exist_ok=True)
         data = png(shade(i))
@@ -197,9 +197,7 @@ def test_latents_that_are_pixels_are_shown_as_images(encoded: Path, tmp_path: Pa
     ]  # fmt: skip
 
 
-def test_latents_of_an_autoencoder_are_not_shown_and_it_is_said(
-    encoded: Path, tmp_path: Path
-) -> None:
+def test_latents_of_an_autoencoder_are_not_shown(encoded: Path, tmp_path: Path) -> None:
     (tmp_path / "shards").symlink_to(encoded / "shards")
     (tmp_path / "scores").symlink_to(encoded / "scores")
     manifest = Manifest.read(encoded)
@@ -212,11 +210,11 @@ def test_latents_of_an_autoencoder_are_not_shown_and_it_is_said(
     assert "holds latents of stabilityai/sdxl-vae, not images" in text_of(html)
     assert sheets_of(html) == {}
     (best, *_) = record["sheets"]
-    assert len(best["shown"]) == 5 and best["skipped"] == []
-    assert all(shown["caption"] in text_of(html) for shown in best["shown"])
+    assert len(best["samples"]) == 5 and best["skipped"] == []
+    assert all(sample["caption"] in text_of(html) for sample in best["samples"])
 
 
-def test_folders_and_names_that_cannot_be_are_refused(tmp_path: Path) -> None:
+def test_invalid_folders_and_file_names_are_errors(tmp_path: Path) -> None:
     Manifest("images", (), ()).write(tmp_path / "empty")
     folder = make_dataset(tmp_path / "data", {"clip": list(range(10))})
 
@@ -231,7 +229,7 @@ def test_folders_and_names_that_cannot_be_are_refused(tmp_path: Path) -> None:
     assert list(tmp_path.rglob("*.html")) == []
 
 
-def test_missing_shards_and_score_files_are_named(tmp_path: Path) -> None:
+def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
     folder = make_dataset(tmp_path, {"clip": list(range(10))})
     score_file, tar = folder / "scores" / "00001.parquet", folder / "shards" / "00001.tar"
     data = score_file.read_bytes()
@@ -248,24 +246,24 @@ def test_missing_shards_and_score_files_are_named(tmp_path: Path) -> None:
         inspect(folder)
 
 
-def test_only_the_shards_that_hold_what_is_shown_are_opened(
+def test_only_the_shards_of_the_samples_shown_are_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_dataset(tmp_path, {"clip": [0, 1, 5, 5, 5, 5, 5, 5, 8, 9]}, shards=5)
     opened: list[str] = []
 
-    class Watched(contact.ShardIndex):
+    class RecordingIndex(contact_sheets.ShardIndex):
         def __init__(self, folder: Path, manifest: Manifest):
             opened.extend(shard.name for shard in manifest.shards)
             super().__init__(folder, manifest)
 
-    monkeypatch.setattr(contact, "ShardIndex", Watched)
-    survey_of(folder, InspectConfig(images=2), lambda done, total: None)
+    monkeypatch.setattr(contact_sheets, "ShardIndex", RecordingIndex)
+    summarize_dataset(folder, InspectConfig(images=2), lambda done, total: None)
 
     assert opened == ["00000.tar", "00004.tar"]
 
 
-def test_the_command_writes_the_page_and_says_where(
+def test_the_command_writes_the_page_and_prints_its_path(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = make_dataset(tmp_path / "data", {"clip": list(range(10))})
