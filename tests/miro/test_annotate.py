@@ -60,8 +60,8 @@ class Brightness(CaptionLength):
 def rows_of(folder: Path) -> dict[tuple[str, str], Any]:
     table = read_scores(folder)
     return {
-        (key, kind): values.tolist()
-        for key, kind, values in zip(table.keys, table.captions, table.values, strict=True)
+        (key, caption_type): values.tolist()
+        for key, caption_type, values in zip(table.keys, table.captions, table.values, strict=True)
     }
 
 
@@ -76,7 +76,7 @@ def test_shards_have_the_files_captions_and_scores_of_a_folder(tmp_path: Path) -
     assert [shard.samples for shard in manifest.shards] == [4, 5, 1]
     assert summary.processed == 12
     assert summary.images_per_second > 0
-    rows, seen = rows_of(dest), []
+    rows, keys = rows_of(dest), []
     for shard in manifest.shards:
         for key, members in iterate_shard(dest / "shards" / shard.name):
             json_member = json.loads(members.pop("json"))
@@ -88,8 +88,8 @@ def test_shards_have_the_files_captions_and_scores_of_a_folder(tmp_path: Path) -
             image = decode(data)
             expected = [r.score([image], ["x"]).item() for r in (Colourfulness(), Sharpness())]
             assert rows[key, "original"] == expected
-            seen.append(key)
-    assert seen == sorted(seen) and len(seen) == len(rows) == 10
+            keys.append(key)
+    assert keys == sorted(keys) and len(keys) == len(rows) == 10
     assert [line["source"] for line in rejected_lines(dest)] == [
         "part 0/004.jpeg",
         "part 1/009.png",
@@ -284,15 +284,15 @@ KILLED = """
         "Annotate in a fork, killed at an event or after a time; True if it finished."
         child = os.fork()
         if child == 0:
-            seen = 0
+            event_count = 0
             def watch(event, arguments):
-                nonlocal seen
+                nonlocal event_count
                 if event in ("os.rename", "os.truncate") or (
                     event == "open" and arguments[1] and set(arguments[1]) & set("wa")
                 ):
-                    if seen == kill_at:
+                    if event_count == kill_at:
                         os.kill(os.getpid(), signal.SIGKILL)
-                    seen += 1
+                    event_count += 1
             if kill_at is not None:
                 sys.addaudithook(watch)
             config = AnnotateConfig(2, samples_per_shard=4, workers=1, decoder="pillow")

@@ -119,7 +119,7 @@ def test_shards_without_a_manifest_are_not_overwritten(tmp_path: Path) -> None:
     precious = tmp_path / "out" / "shards" / "00000.tar"
     precious.parent.mkdir(parents=True)
     precious.write_bytes(b"precious")
-    with pytest.raises(ValueError, match="holds shards but no manifest"):
+    with pytest.raises(ValueError, match="has shards but no manifest"):
         annotate(tmp_path / "in", tmp_path / "out", rewards=["sharpness"])
     assert precious.read_bytes() == b"precious"
 
@@ -308,7 +308,7 @@ def test_annotate_stops_above_the_allowed_share_of_rejected_samples(tmp_path: Pa
 def test_a_source_without_a_usable_sample_raises(tmp_path: Path) -> None:
     write_pair(tmp_path / "in", "a.png", b"")
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"not one of its samples.*rejected.jsonl.*new folder"):
+        with pytest.raises(ValueError, match=r"none of its samples.*rejected.jsonl.*new folder"):
             annotate(tmp_path / "in", tmp_path / "out", rewards=["sharpness"], config=SMALL)
     assert len(reasons(tmp_path / "out")) == 1
 

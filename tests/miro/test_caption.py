@@ -206,7 +206,7 @@ def test_pictures_that_rotted_and_originals_that_were_only_a_name(
 
     rgb = encoded(Image.new("RGB", (20, 20), "red"))
     samples = [
-        ("a", sample(NOISE_PNG[:60], "kept")),
+        ("a", sample(NOISE_PNG[:60], "a caption")),
         ("b", sample(rgb, " <PERSON> and a dog", width=3)),
         ("c", sample(NOISE_PNG[:60], "<person>")),
     ]
@@ -216,7 +216,7 @@ def test_pictures_that_rotted_and_originals_that_were_only_a_name(
     summary = caption(tmp_path / "in", tmp_path / "out", config=small(llava, types=("short",)))
 
     captions = captions_of(tmp_path / "out")
-    assert summary.samples == 2 and captions["a"] == {"original": "kept"}
+    assert summary.samples == 2 and captions["a"] == {"original": "a caption"}
     assert list(captions["b"]) == ["original", "short"]
     assert captions["b"]["original"] == "and a dog"
     made = dict(iterate_shard(tmp_path / "out" / "shards" / "00000.tar"))
@@ -228,8 +228,8 @@ def test_pictures_that_rotted_and_originals_that_were_only_a_name(
 @pytest.mark.parametrize("ending", ["parquet", "csv", "tsv", "jsonl"])
 def test_captions_are_taken_from_a_table(source: Path, tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"captions.{ending}"
-    said = 'a "quoted", long one\nof two lines'
-    rows = [(key, kind, f"{said} {key}") for key in KEYS for kind in ("short", "dense-2")]
+    text = 'a "quoted", long one\nof two lines'
+    rows = [(key, name, f"{text} {key}") for key in KEYS for name in ("short", "dense-2")]
     if ending == "parquet":
         write_table(path, rows)
     elif ending == "jsonl":
@@ -239,7 +239,9 @@ def test_captions_are_taken_from_a_table(source: Path, tmp_path: Path, ending: s
         path.write_text("\n".join(lines))
     else:
         mark = "," if ending == "csv" else "\t"
-        quoted = [(key, kind, '"' + text.replace('"', '""') + '"') for key, kind, text in rows]
+        quoted = [
+            (key, name, '"' + caption.replace('"', '""') + '"') for key, name, caption in rows
+        ]
         path.write_text("\n".join(mark.join(r) for r in [("key", "kind", "caption"), *quoted]))
 
     summary = caption(source, tmp_path / "out", config=CaptionConfig(table=path))
@@ -248,8 +250,8 @@ def test_captions_are_taken_from_a_table(source: Path, tmp_path: Path, ending: s
     assert Manifest.read(tmp_path / "out").captions == ("original", "short", "dense-2")
     assert captions_of(tmp_path / "out")["02"] == {
         "original": "photo 2 of",
-        "short": f"{said} 02",
-        "dense-2": f"{said} 02",
+        "short": f"{text} 02",
+        "dense-2": f"{text} 02",
     }
 
 
@@ -344,5 +346,5 @@ def test_each_caption_is_scored_and_encoded_by_itself(
     dataset = EncodedDataset(tmp_path / "encoded")
     assert dataset.caption_types == ("original", "long", "short")
     np.testing.assert_array_equal(dataset.scores[..., 0], vqa)
-    lengths = [len(dataset.text(0, kind)) for kind in range(3)]
+    lengths = [len(dataset.text(0, number)) for number in range(3)]
     assert min(lengths) > 0

@@ -25,15 +25,15 @@ KILLED = """
         "Caption in a fork, killed at an event; True if it finished."
         child = os.fork()
         if child == 0:
-            seen = 0
+            event_count = 0
             def watch(event, arguments):
-                nonlocal seen
+                nonlocal event_count
                 if event in ("os.rename", "os.truncate", "os.mkdir") or (
                     event == "open" and arguments[1] and set(arguments[1]) & set("wa")
                 ):
-                    if seen == kill_at:
+                    if event_count == kill_at:
                         os.kill(os.getpid(), signal.SIGKILL)
-                    seen += 1
+                    event_count += 1
             if kill_at is not None:
                 sys.addaudithook(watch)
             caption(source, dest, config=CaptionConfig(table=table, batch_size=2, workers=1))
@@ -45,13 +45,13 @@ KILLED = """
         return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
     assert run(root / "whole")
-    for moment in itertools.count():
-        dest = root / str(moment)
-        if run(dest, moment):
+    for event in itertools.count():
+        dest = root / str(event)
+        if run(dest, event):
             break
         assert run(dest)
-        assert contents(dest) == contents(root / "whole"), moment
-    print(moment)
+        assert contents(dest) == contents(root / "whole"), event
+    print(event)
 """
 
 
@@ -64,8 +64,8 @@ def test_a_run_killed_at_any_file_operation_resumes_to_the_same_bytes(tmp_path: 
         path.with_suffix(".txt").write_text(f"photo {key}")
     source, table = tmp_path / "source", tmp_path / "captions.parquet"
     annotate(path.parent, source, rewards=[], config=AnnotateConfig(samples_per_shard=3, workers=1))
-    rows = [(key, kind) for key in keys[1:] for kind in ("long", "short")]
-    columns = {"key": [key for key, _ in rows], "kind": [kind for _, kind in rows]}
+    rows = [(key, name) for key in keys[1:] for name in ("long", "short")]
+    columns = {"key": [key for key, _ in rows], "kind": [name for _, name in rows]}
     pq.write_table(pa.table({**columns, "caption": [f"{k} of {key}" for key, k in rows]}), table)
     root = Path(__file__).parents[2]
     path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])

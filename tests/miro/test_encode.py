@@ -29,7 +29,7 @@ from miro.data.shards import (
 from miro.prepare.encode import EncodeConfig, encode
 from miro.sources.tar import iterate_shard
 
-KINDS = ("original", "short")
+TYPES = ("original", "short")
 CONFIG = EncodeConfig(workers=1, max_rejected=0.5)
 
 
@@ -47,7 +47,7 @@ def captions(number: int) -> dict[str, str]:
 
 def make_images(folder: Path, shards: int = 3, each: int = 4, **changed: bytes) -> Path:
     """Write a folder as `annotate` does; `changed` are other image files by key."""
-    manifest = Manifest("images", KINDS, (), ("colourfulness", "alignment"))
+    manifest = Manifest("images", TYPES, (), ("colourfulness", "alignment"))
     for shard in range(shards):
         numbers = range(shard * each, (shard + 1) * each)
         samples = [
@@ -61,11 +61,11 @@ def make_images(folder: Path, shards: int = 3, each: int = 4, **changed: bytes) 
             for n in numbers
         ]
         made = write_shard(folder / "shards" / f"{shard:05d}.tar", samples)
-        rows = [(f"k{n}", kind) for n in numbers for kind in KINDS]
+        rows = [(f"k{n}", name) for n in numbers for name in TYPES]
         values = np.arange(len(rows), dtype=np.float32) + 100 * shard
         scores = {"colourfulness": values, "alignment": -values}
-        keys, kinds = zip(*rows, strict=True)
-        write_scores(scores_path(folder, made), keys, kinds, scores)
+        keys, types = zip(*rows, strict=True)
+        write_scores(scores_path(folder, made), keys, types, scores)
         manifest = replace(manifest, shards=(*manifest.shards, made))
     manifest.write(folder)
     return folder
@@ -87,7 +87,7 @@ def test_every_sample_has_its_latent_its_texts_and_its_json(images, encoded):
     data = EncodedDataset(encoded)
     assert len(data) == 12
     assert (data.latent_shape, data.has_std, data.text_dim) == ((3, 8, 8), False, 384)
-    assert data.caption_types == KINDS
+    assert data.caption_types == TYPES
     source = ShardIndex(images)
     for i, key in enumerate(source.keys):
         assert data.keys[i] == key
@@ -109,8 +109,8 @@ def test_texts_are_the_encoders_states(encoded):
     from miro.encoders.text import build_text_encoder
 
     data = EncodedDataset(encoded)
-    for caption, kind in enumerate(KINDS):
-        states = build_text_encoder("minilm").encode([captions(i)[kind] for i in range(len(data))])
+    for caption, name in enumerate(TYPES):
+        states = build_text_encoder("minilm").encode([captions(i)[name] for i in range(len(data))])
         for i, expected in enumerate(states):
             assert data.text(i, caption).dtype == np.float16
             np.testing.assert_allclose(data.text(i, caption), expected.numpy(), atol=5e-3)
