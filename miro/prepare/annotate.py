@@ -65,7 +65,7 @@ class AnnotateConfig:
     device: str = "cpu"  # of rewards, and of DALI
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, else fp32
     compile: Literal["auto", "always", "never"] = "auto"  # torch.compile; auto: on a GPU
-    allow_code: bool = False  # run Python code that comes with weights (trust_remote_code)
+    allow_code: bool = False  # run Python code of the model folder (trust_remote_code)
     offload: Offload = "auto"  # networks on the device one at a time
     window: int = 2_048  # samples decoded before offloaded networks score them
     image_column: str | None = None  # of a table; default: found by name

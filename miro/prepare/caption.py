@@ -77,7 +77,7 @@ class CaptionConfig:
     workers: int = 0  # decoder threads; 0: one per core, at most 16
     decoder: DecoderName = "auto"  # auto: DALI if it is installed, else Pillow
     device: str = "cpu"
-    allow_code: bool = False  # run Python code that comes with the weights (trust_remote_code)
+    allow_code: bool = False  # run Python code of the model folder (trust_remote_code)
 
     def __post_init__(self) -> None:
         for name in ("long_tokens", "short_tokens", "batch_size"):
