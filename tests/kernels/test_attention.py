@@ -14,8 +14,10 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from miro_kernels import attention, use_backend
-from miro_kernels.attention import attention_op, attention_reference
-from miro_kernels.attention_on_cpu import LEAST_TOKENS, attention_on_cpu
+from miro_kernels.attention import attention_reference
+from miro_kernels.attention.op import attention_op
+from miro_kernels.attention.cpu import attention_on_cpu
+from miro_kernels.attention.reference import CPU_FLASH_MIN_TOKENS
 from miro_kernels.lab import testing
 
 Draw = Callable[..., Tensor]
@@ -194,11 +196,11 @@ def test_offsets_that_do_not_rise_over_the_text_are_refused(draw: Draw, offsets:
 
 
 def test_a_bound_below_the_longest_text_is_refused(draw: Draw) -> None:
-    with pytest.raises(ValueError, match="longest_text must bound .* longest is 3, got 2"):
+    with pytest.raises(ValueError, match="longest_text must be .* length 3, got 2"):
         attention(**arguments(draw, [3, 0, 2]), longest_text=2)
 
 
-def test_triton_asked_for_in_vain_says_why(draw: Draw) -> None:
+def test_an_unavailable_triton_backend_is_refused_with_the_reason(draw: Draw) -> None:
     with use_backend("triton"), pytest.raises(ValueError, match="attention: .* triton .* but"):
         attention(**arguments(draw, [3, 0, 2], size=32, dtype=torch.float32))
 
@@ -206,12 +208,12 @@ def test_triton_asked_for_in_vain_says_why(draw: Draw) -> None:
 @pytest.mark.parametrize(
     ("lengths", "dtype", "reason"),
     [
-        ([3, 0, 2], torch.bfloat16, "no ragged text beside the image, got 5 tokens"),
+        ([3, 0, 2], torch.bfloat16, "no ragged text keys, got 5 text tokens"),
         ([0, 0], torch.float32, "bf16 and fp16 on a CUDA device, got torch.float32 on cpu"),
         ([0, 0], torch.bfloat16, "bf16 and fp16 on a CUDA device, got torch.bfloat16 on cpu"),
     ],
 )
-def test_flash_attn_asked_for_in_vain_says_why(
+def test_an_unavailable_flash_attn_backend_is_refused_with_the_reason(
     draw: Draw, lengths: list[int], dtype: torch.dtype, reason: str
 ) -> None:
     with use_backend("flash_attn"), pytest.raises(ValueError, match=reason):
@@ -250,7 +252,7 @@ def test_flash_attn_serves_attention_without_text(
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_many_tokens_on_a_cpu(draw: Draw, lengths: list[int], dtype: torch.dtype) -> None:
     """Views of one projection, and texts padded to more than the longest."""
-    image = draw(len(lengths), LEAST_TOKENS + 1, 3, 2, 32).to(dtype).unbind(2)
+    image = draw(len(lengths), CPU_FLASH_MIN_TOKENS + 1, 3, 2, 32).to(dtype).unbind(2)
     text = draw(sum(lengths), 2, 2, 32).to(dtype).unbind(1)
     offsets = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
     names = ("q", "k", "v", "text_k", "text_v")
@@ -265,7 +267,7 @@ def test_many_tokens_on_a_cpu(draw: Draw, lengths: list[int], dtype: torch.dtype
 
 
 def test_many_tokens_on_a_cpu_keep_their_arguments_and_the_output_alone(draw: Draw) -> None:
-    given = arguments(draw, [3, 0, 9], LEAST_TOKENS, 2, 32, torch.bfloat16)
+    given = arguments(draw, [3, 0, 9], CPU_FLASH_MIN_TOKENS, 2, 32, torch.bfloat16)
     leaves = [given[name].requires_grad_() for name in ("q", "k", "v", "text_k", "text_v")]
     kept: list[Tensor] = []
 
@@ -278,11 +280,11 @@ def test_many_tokens_on_a_cpu_keep_their_arguments_and_the_output_alone(draw: Dr
 
     known = {z.untyped_storage().data_ptr() for z in (*leaves, out, given["text_offsets"])}
     (lse,) = (z for z in kept if z.untyped_storage().data_ptr() not in known)
-    assert lse.shape == (3, 2, LEAST_TOKENS)
+    assert lse.shape == (3, 2, CPU_FLASH_MIN_TOKENS)
 
 
 def test_flops_on_a_cpu_count_the_padding() -> None:
-    batch, tokens, text, heads, size, longest = 3, LEAST_TOKENS, 7, 2, 32, 4
+    batch, tokens, text, heads, size, longest = 3, CPU_FLASH_MIN_TOKENS, 7, 2, 32, 4
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
         q = torch.empty(batch, tokens, heads, size, requires_grad=True)
         words = torch.empty(text, heads, size, requires_grad=True)

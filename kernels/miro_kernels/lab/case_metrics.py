@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from miro_kernels import attention, backend, tiles
+from miro_kernels import backend, tiles
+from miro_kernels.attention import op, reference
 from miro_kernels.lab import testing
 from miro_kernels.lab.cases import BATCH, Arguments, Case, Make
 from miro_kernels.lab.eager import EagerBytes, eager_bytes
@@ -67,12 +68,10 @@ def shaped_for_whole_batch(samples: int) -> Iterator[None]:
 @contextmanager
 def eager_as_on_a_gpu() -> Iterator[None]:
     """References compute attention in the arguments' dtype, and not as a CPU does."""
-    # Named through sys.modules: in the package the function hides its module.
-    module = sys.modules[attention.__module__]
     with (
         backend.use_backend("torch"),
-        mock.patch.object(module, "widen", lambda tensor: tensor),
-        mock.patch.object(module, "LEAST_TOKENS", sys.maxsize),
+        mock.patch.object(reference, "widen", lambda tensor: tensor),
+        mock.patch.object(op, "CPU_FLASH_MIN_TOKENS", sys.maxsize),
     ):
         yield
 

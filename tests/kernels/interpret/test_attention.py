@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from miro_kernels import attention, tiles, use_backend
-from miro_kernels.attention import attention_op, attention_reference
+from miro_kernels.attention import attention_reference
+from miro_kernels.attention.op import attention_op
 from miro_kernels.lab import testing
 
 Draw = Callable[..., Tensor]
