@@ -26,9 +26,9 @@ else:
     INTERPRETING = False
 if INTERPRETING:
     # As it comes, the interpreter multiplies the bits of bf16 numbers, and says nothing.
-    from miro_kernels.lab.interpret import correct
+    from miro_kernels.lab.interpreter import patch_interpreter
 
-    correct()
+    patch_interpreter()
 
 
 def jit(function: Callable[..., Any]) -> Any:

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from miro_kernels import attention, use_backend
 from miro_kernels.attention import attention_reference
-from miro_kernels.attention.op import attention_op
 from miro_kernels.attention.cpu import attention_on_cpu
+from miro_kernels.attention.op import attention_op
 from miro_kernels.attention.reference import CPU_FLASH_MIN_TOKENS
 from miro_kernels.lab import testing
 

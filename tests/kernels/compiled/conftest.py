@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from miro_kernels.lab import interpret
+from miro_kernels.lab import interpreter
 
 HERE = Path(__file__).parent
 
 
 def pytest_configure() -> None:
-    if interpret.interpreting():
+    if interpreter.interpreting():
         raise pytest.UsageError(
             f"{HERE} compiles kernels, which TRITON_INTERPRET=1 prevents: "
             "python -m pytest tests/kernels/compiled, without it"

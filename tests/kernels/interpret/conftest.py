@@ -13,10 +13,10 @@ from PIL import Image
 
 from miro.prepare.annotate import annotate
 from miro.prepare.encode import EncodeConfig, encode
-from miro_kernels.lab import interpret, traffic
+from miro_kernels.lab import interpreter, traffic
 
 HERE = Path(__file__).parent
-DEVICE = "cpu" if interpret.interpreting() else "cuda"
+DEVICE = "cpu" if interpreter.interpreting() else "cuda"
 os.environ["DS_ACCELERATOR"] = DEVICE
 
 
@@ -27,7 +27,7 @@ def pytest_configure() -> None:
             "TRITON_INTERPRET=1 python -m pytest tests/kernels/interpret"
         )
     if DEVICE == "cpu":
-        interpret.correct()
+        interpreter.patch_interpreter()
 
 
 @pytest.fixture

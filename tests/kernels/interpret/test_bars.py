@@ -48,4 +48,4 @@ def test_attention_does_no_work_on_padding(count: Count, lengths: tuple[int, ...
         attention(**given, longest_text=512)
 
     in_tiles = sum(tokens + ceil(length / 64) * 64 for length in lengths)
-    assert 0 < traffic.products <= 2 * heads * size * tokens * in_tiles
+    assert 0 < traffic.multiplications <= 2 * heads * size * tokens * in_tiles
