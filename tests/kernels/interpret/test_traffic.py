@@ -110,7 +110,7 @@ def test_sectors_and_not_elements_are_counted(count: Count) -> None:
         copy_kernel[(1,)](x, y, 256, BLOCK=256, SLACK=0)
 
     assert traffic.launches[0].stored == 1024
-    # The kernel ignores the stride of 16 elements: its 256 addresses span 16 rows, and 16 are valid.
+    # The kernel ignores the stride of 16: its 256 addresses contain 16 elements of the view.
     assert traffic.faults and traffic.launches[0].loaded == 16 * 32
 
 
@@ -148,9 +148,7 @@ def test_a_program_that_reads_what_another_writes_is_caught(count: Count) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_masked_load_without_other_is_caught_and_gives_nan(
-    count: Count, dtype: torch.dtype
-) -> None:
+def test_a_masked_load_without_other_is_caught_and_nan(count: Count, dtype: torch.dtype) -> None:
     x, y = torch.randn(40).to(dtype), torch.empty(1, dtype=dtype)
     with count():
         sum_kernel[(1,)](x, y, 40, BLOCK=64, FILLED=True)
