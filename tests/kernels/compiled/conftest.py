@@ -1,4 +1,4 @@
-"""The compile lane: kernels are compiled for GPUs that are not there, and what came out is read."""
+"""Tests of compiled code for GPUs that are not present, in a process without the interpreter."""
 
 from pathlib import Path
 
@@ -12,6 +12,6 @@ HERE = Path(__file__).parent
 def pytest_configure() -> None:
     if interpreter.interpreting():
         raise pytest.UsageError(
-            f"{HERE} compiles kernels, which TRITON_INTERPRET=1 prevents: "
-            "python -m pytest tests/kernels/compiled, without it"
+            f"{HERE} compiles kernels; unset TRITON_INTERPRET and run "
+            "python -m pytest tests/kernels/compiled"
         )

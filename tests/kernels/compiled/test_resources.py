@@ -115,13 +115,13 @@ def test_too_much_shared_memory_does_not_fit(target: str) -> None:
     ("target", "instruction"),
     [("sm_80", "HMMA"), ("sm_90", "HGMMA"), ("sm_100", "UTCHMMA"), ("gfx942", "v_mfma")],
 )
-def test_a_product_uses_the_matrix_unit_of_its_target(target: str, instruction: str) -> None:
+def test_a_matrix_product_uses_the_tensor_cores(target: str, instruction: str) -> None:
     kernel = compile_product(target, 128, num_warps=4 if target == "sm_100" else 8)
 
     assert kernel.mma > 0 and all(name.startswith(instruction) for name in kernel.matrix)
 
 
-def test_a_kernel_launched_twice_is_listed_once_and_nothing_runs() -> None:
+def test_a_kernel_launched_twice_is_listed_once_and_does_not_run() -> None:
     x, y = torch.zeros(2048), torch.ones(2048)
 
     with capture("sm_90") as kernels:

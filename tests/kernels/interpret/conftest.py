@@ -1,5 +1,4 @@
-"""The interpreter lane: kernels run on a CPU, every access checked; or on the device of a machine
-that has one."""
+"""Kernel tests in Triton's interpreter with every access checked, or on a GPU without checks."""
 
 import os
 from collections.abc import Callable
@@ -23,7 +22,7 @@ os.environ["DS_ACCELERATOR"] = DEVICE
 def pytest_configure() -> None:
     if DEVICE == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError(
-            f"{HERE} needs a GPU or the interpreter, which is chosen before triton is imported: "
+            f"{HERE} needs a GPU or the interpreter: run "
             "TRITON_INTERPRET=1 python -m pytest tests/kernels/interpret"
         )
     if DEVICE == "cpu":
@@ -32,13 +31,13 @@ def pytest_configure() -> None:
 
 @pytest.fixture
 def device() -> str:
-    """Where this lane's tensors are to lie."""
+    """cpu in the interpreter, else cuda."""
     return DEVICE
 
 
 @pytest.fixture
 def count() -> Callable[..., AbstractContextManager[traffic.Traffic]]:
-    """lab.traffic.count; a test that counts is skipped on a device, where nothing can."""
+    """lab.traffic.count; skips the test on a GPU, where traffic cannot be counted."""
     if DEVICE != "cpu":
         pytest.skip("traffic is counted in the interpreter")
     return traffic.count
@@ -46,9 +45,9 @@ def count() -> Callable[..., AbstractContextManager[traffic.Traffic]]:
 
 @pytest.fixture(autouse=True)
 def checked(request: pytest.FixtureRequest):
-    """Every kernel of every test has its accesses checked, unless the test counts by itself.
+    """Check the accesses of every kernel of every test, unless the test uses `count` itself.
 
-    What torch.empty returns holds NaN, so that a result nobody wrote is seen.
+    torch.empty returns NaN, which exposes results that no kernel wrote.
     """
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -61,7 +60,7 @@ def checked(request: pytest.FixtureRequest):
 
 @pytest.fixture(scope="session")
 def encoded(tmp_path_factory: pytest.TempPathFactory, tiny_t5: Path) -> Path:
-    """An encoded dataset folder of 64 pictures of noise: a GPU's machine may lack the artwork."""
+    """An encoded dataset of 64 noise images, since a GPU machine may lack the OpenMoji artwork."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "images").mkdir()
     draw = np.random.default_rng(3)
