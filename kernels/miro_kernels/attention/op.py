@@ -34,17 +34,17 @@ from miro_kernels.attention.reference import CPU_FLASH_MIN_TOKENS, attention_ref
 from miro_kernels.attention.tile_ops import HEAD_SIZES
 
 
-def _channel_contiguous(*tensors: Tensor) -> list[Tensor]:
-    """The tensors with a channel stride of 1; views of a packed projection are not copied."""
-    return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
+def _channel_contiguous(tensor: Tensor) -> Tensor:
+    """The tensor with a channel stride of 1; a view of a packed projection is not copied."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, text_k: Tensor, text_v: Tensor, text_offsets: Tensor,
     longest_text: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    tensors = _channel_contiguous(q, k, v, text_k, text_v)
-    return attention_forward(*tensors, text_offsets.contiguous())
+    q, k, v, text_k, text_v = map(_channel_contiguous, (q, k, v, text_k, text_v))
+    return attention_forward(q, k, v, text_k, text_v, text_offsets.contiguous())
 
 
 def _backward(
@@ -52,8 +52,9 @@ def _backward(
     q: Tensor, k: Tensor, v: Tensor, text_k: Tensor, text_v: Tensor, text_offsets: Tensor,
     longest_text: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dout, *tensors = _channel_contiguous(dout, q, k, v, text_k, text_v)
-    return attention_backward(dout, out, lse, *tensors, text_offsets.contiguous(), longest_text)
+    dout, q, k, v, text_k, text_v = map(_channel_contiguous, (dout, q, k, v, text_k, text_v))
+    text_offsets = text_offsets.contiguous()
+    return attention_backward(dout, out, lse, q, k, v, text_k, text_v, text_offsets, longest_text)
 
 
 def _query_key_pairs(q: tuple, text_k: tuple, longest_text: int) -> int:

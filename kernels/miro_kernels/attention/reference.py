@@ -28,16 +28,9 @@ def attention_reference(
     text_offsets: Tensor,
     longest_text: int,
 ) -> Tensor:
-    """Attention of q over [k, the sample's text_k]: the specification of `attention`.
+    """The specification of `attention`, which documents the arguments.
 
-    Args:
-        q, k, v: (B, N, heads, head size).
-        text_k, text_v: (T, heads, head size), the texts of the batch, packed.
-        text_offsets: (B + 1,) int32; sample b's text is rows offsets[b] to offsets[b + 1].
-        longest_text: an upper bound of the text lengths, to which texts are padded.
-
-    Returns:
-        (B, N, heads, head size) in q's dtype.
+    Texts are padded to `longest_text`, which is required here.
     """
     if longest_text == 0 or len(text_k) == 0:
         # Add an empty sum so that the text has a zero gradient, as in the kernels: a None gradient

@@ -121,9 +121,8 @@ def test_nan_in_one_sample_does_not_reach_other_samples(draw: Draw, device: str,
     given = arguments(draw, device, [3, 2, 4], 9, 1, 32)
     clean = testing.evaluate(attention, given)
     with torch.no_grad():
-        given[name][3 if name.startswith("text") else 1] = (
-            torch.nan
-        )  # sample 1, or its first text token
+        row = 3 if name.startswith("text") else 1  # sample 1, or its first text token
+        given[name][row] = torch.nan
 
     results = testing.evaluate(attention, given)
 
