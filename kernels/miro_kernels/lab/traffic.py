@@ -22,7 +22,6 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -122,15 +121,15 @@ class InstrumentedInterpreter:
         self.log: AccessLog | None = None
         self.without_other = False
         self.semantic_load = interpreter_semantic.load
+        self.replacements: dict[str, Callable[..., Any]] = {
+            "create_masked_load": self.masked_load,
+            "create_masked_store": self.masked_store,
+            "create_atomic_rmw": self.atomic_rmw,
+            "create_atomic_cas": self.atomic_cas,
+            "create_dot": self.dot,
+        }
         self.originals: dict[str, Callable[..., Any]] = {
-            name: getattr(InterpreterBuilder, name)
-            for name in (
-                "create_masked_load",
-                "create_masked_store",
-                "create_atomic_rmw",
-                "create_atomic_cas",
-                "create_dot",
-            )
+            name: getattr(InterpreterBuilder, name) for name in self.replacements
         }
         self.executor_call = GridExecutor.__call__
 
@@ -218,15 +217,11 @@ def count(check: bool = True) -> Iterator[Traffic]:
     patch_interpreter()
     traffic = Traffic()
     patched = InstrumentedInterpreter(traffic)
-    builder = partial(mock.patch.object, InterpreterBuilder)
+    builder_methods = {name: _method(method) for name, method in patched.replacements.items()}
     with (
         mock.patch.object(GridExecutor, "__call__", _method(patched.call)),
         mock.patch.object(interpreter_semantic, "load", patched.load),
-        builder("create_masked_load", _method(patched.masked_load)),
-        builder("create_masked_store", _method(patched.masked_store)),
-        builder("create_atomic_rmw", _method(patched.atomic_rmw)),
-        builder("create_atomic_cas", _method(patched.atomic_cas)),
-        builder("create_dot", _method(patched.dot)),
+        mock.patch.multiple(InterpreterBuilder, **builder_methods),
     ):
         yield traffic
     if check and traffic.faults:
