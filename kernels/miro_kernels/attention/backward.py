@@ -39,7 +39,7 @@ def _accumulate_dq(
     dq, q, do, lse, delta, k_ptr, v_ptr, k_row, v_row, start, count, scale_log2,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dq + dz · k of keys start … start + BLOCK of `count`."""
+    """Add dz · k to dq, for keys start … start + BLOCK of `count`."""
     rows = tl.arange(0, BLOCK)
     mask = rows < count - start
     k = load_rows(k_ptr + tl.cast(start, tl.int64) * k_row, k_row, rows, mask, SIZE, MASKED)
@@ -184,16 +184,9 @@ def attention_backward(
     q: Tensor, k: Tensor, v: Tensor, text_k: Tensor, text_v: Tensor, offsets: Tensor,
     longest_text: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Launch both backward kernels.
+    """Launch both backward kernels: the contiguous gradients of q, k, v, text_k and text_v.
 
-    Args:
-        dout: gradient of `out`.
-        out, lse: results of `attention_forward`.
-        q, k, v, text_k, text_v, offsets: its arguments.
-        longest_text: an upper bound of the text lengths.
-
-    Returns:
-        The contiguous gradients of q, k, v, text_k and text_v.
+    Takes the gradient of `out`, then the results and arguments of `attention_forward`.
     """
     batch, tokens, heads, size = q.shape
     dq, dk, dv, dtext_k, dtext_v = (

@@ -127,8 +127,11 @@ def attention(
     """Attention of q over [k, the sample's text_k].
 
     Args:
-        q, k, v: (B, N, heads, head size); views of one packed projection are not copied.
-        text_k, text_v: (T, heads, head size), the texts of the batch, packed.
+        q: (B, N, heads, head size); q, k and v may be views of one packed projection.
+        k: image keys, like q.
+        v: image values, like q.
+        text_k: text keys of the batch without padding, (T, heads, head size).
+        text_v: text values, like text_k.
         text_offsets: (B + 1,) int32; sample b's text is rows offsets[b] to offsets[b + 1].
         longest_text: an upper bound of the text lengths. None computes it from the offsets, which
             syncs with the device (inside torch.compile T is used instead). Offsets are validated

@@ -113,7 +113,7 @@ def scale_rows(tile, factor):
 
 @jit
 def qk_dot(left, right):
-    """left · rightᵀ, (ROWS, COLUMNS) in fp32.
+    """Compute left · rightᵀ, (ROWS, COLUMNS) in fp32.
 
     Tensor cores would round fp32 operands to tf32's 10 mantissa bits, hence `ieee`.
     """
@@ -145,7 +145,7 @@ def softmax_probs(logits, scale_log2, lse):
 
 @jit
 def accumulate_pv(acc, p, tile):
-    """acc + p · tile, with p cast to the tile's dtype for the tensor cores."""
+    """Compute acc + p · tile, with p cast to the tile's dtype for the tensor cores."""
     p = p.to(tile[0].dtype)
     first = tl.dot(p, tile[0], acc[0], input_precision="ieee")
     if len(tile) == 2:

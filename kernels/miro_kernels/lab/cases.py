@@ -89,7 +89,7 @@ class Case:
 
     @property
     def directions(self) -> tuple[str, ...]:
-        """forward and backward, or forward alone for the optimizer."""
+        """The directions of the op: forward and backward, or forward alone for the optimizer."""
         return ("forward",) if self.op == "adamw_ema" else ("forward", "backward")
 
 

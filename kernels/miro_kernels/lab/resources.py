@@ -46,7 +46,7 @@ class Machine:
 
     @property
     def vendor(self) -> str:
-        """cuda or hip."""
+        """Triton's backend: cuda or hip."""
         return self.target.backend
 
 
@@ -85,7 +85,7 @@ class Compiled:
         return self.shared <= self.shared_limit
 
 
-class StubDriver:
+class _StubDriver:
     """A Triton driver with a target and no device."""
 
     def __init__(self, target: GPUTarget) -> None:
@@ -129,7 +129,7 @@ def capture(target: str) -> Iterator[list[Compiled]]:
     with (
         backend.capturing(),
         backend.use_backend("triton"),
-        mock.patch.object(driver, "_active", StubDriver(machine.target)),
+        mock.patch.object(driver, "_active", _StubDriver(machine.target)),
         mock.patch.object(JITFunction, "run", compile_only),
     ):
         yield kernels

@@ -113,7 +113,7 @@ def _poison(dtype: Any, shape: tuple[int, ...]) -> TensorHandle:
     return TensorHandle(np.full(shape, value, np_type), dtype)
 
 
-class InstrumentedInterpreter:
+class _InstrumentedInterpreter:
     """The interpreter's entry points, which record to an AccessLog and call `originals`."""
 
     def __init__(self, traffic: Traffic) -> None:
@@ -216,7 +216,7 @@ def count(check: bool = True) -> Iterator[Traffic]:
     assert interpreting(), "counting traffic needs the interpreter: set TRITON_INTERPRET=1"
     patch_interpreter()
     traffic = Traffic()
-    patched = InstrumentedInterpreter(traffic)
+    patched = _InstrumentedInterpreter(traffic)
     builder_methods = {name: _method(method) for name, method in patched.replacements.items()}
     with (
         mock.patch.object(GridExecutor, "__call__", _method(patched.call)),
