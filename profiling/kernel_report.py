@@ -31,7 +31,7 @@ import triton
 
 from miro_kernels.lab import case_metrics, testing
 from miro_kernels.lab.cases import CASES, MOST_BYTES, MOST_OVER_INDUCTOR, SHORTFALLS, Case
-from miro_kernels.lab.interpret import interpreting
+from miro_kernels.lab.interpreter import interpreting
 from miro_kernels.lab.resources import MACHINES, Compiled
 
 ROOT = Path(__file__).parent.parent

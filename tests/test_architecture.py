@@ -126,7 +126,7 @@ def test_the_package_is_small_enough_to_scan() -> None:
 def test_kernels_import_torch_triton_and_the_standard_library_alone() -> None:
     allowed = {"torch", "triton", "miro_kernels"} | sys.stdlib_module_names
     # The interpreter computes with numpy; flash-attn is a backend, where it is installed.
-    also = {"lab": "numpy", "attention.py": "flash_attn"}
+    also = {"lab": "numpy", "attention": "flash_attn"}
     wrong = [
         f"{path.relative_to(ROOT)} imports {name}"
         for path in sources("kernels")

@@ -27,10 +27,10 @@ else:
     triton = tl = None
     INTERPRETING = False
 if INTERPRETING:
-    # The stock interpreter multiplies the bit patterns of bf16 numbers, without an error.
-    from miro_kernels.lab.interpret import correct
+    # As it comes, the interpreter multiplies the bits of bf16 numbers, and says nothing.
+    from miro_kernels.lab.interpreter import patch_interpreter
 
-    correct()
+    patch_interpreter()
 
 # torch's multi-tensor functions, on which the foreach implementations of torch.optim are built.
 _FOREACH = ("add_", "addcdiv_", "addcmul_", "div_", "lerp_", "mul", "mul_", "sqrt")

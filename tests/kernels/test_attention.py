@@ -1,4 +1,4 @@
-"""Attention over image and ragged text, against a softmax written out for each sample alone."""
+"""Attention over image and ragged text, against an explicit softmax per sample and head."""
 
 import sys
 from collections.abc import Callable
@@ -14,8 +14,10 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from miro_kernels import attention, use_backend
-from miro_kernels.attention import attention_op, attention_reference
-from miro_kernels.attention_on_cpu import LEAST_TOKENS, attention_on_cpu
+from miro_kernels.attention import attention_reference
+from miro_kernels.attention.cpu import attention_on_cpu
+from miro_kernels.attention.op import attention_op
+from miro_kernels.attention.reference import CPU_FLASH_MIN_TOKENS
 from miro_kernels.lab import testing
 
 Draw = Callable[..., Tensor]
@@ -36,14 +38,14 @@ def arguments(
     dtype: torch.dtype = torch.float64,
 ) -> dict[str, Any]:  # fmt: skip
     image, text = (len(lengths), tokens, heads, size), (sum(lengths), heads, size)
-    made: dict[str, Any] = {name: draw(*image, dtype=dtype) * 1.5 for name in ("q", "k", "v")}
-    made |= {name: draw(*text, dtype=dtype) * 1.5 for name in ("text_k", "text_v")}
+    inputs: dict[str, Any] = {name: draw(*image, dtype=dtype) * 1.5 for name in ("q", "k", "v")}
+    inputs |= {name: draw(*text, dtype=dtype) * 1.5 for name in ("text_k", "text_v")}
     offsets = list(accumulate(lengths, initial=0))
-    return made | {"text_offsets": torch.tensor(offsets, dtype=torch.int32)}
+    return inputs | {"text_offsets": torch.tensor(offsets, dtype=torch.int32)}
 
 
-def by_samples(given: dict[str, Any]) -> Tensor:
-    """Each sample and head by itself; no mask, no padding."""
+def explicit_attention(given: dict[str, Any]) -> Tensor:
+    """One sample and head at a time, without mask and padding."""
     out = torch.empty_like(given["q"])
     offsets = given["text_offsets"].tolist()
     for b, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
@@ -51,8 +53,8 @@ def by_samples(given: dict[str, Any]) -> Tensor:
         values = torch.cat((given["v"][b], given["text_v"][start:end]))
         for head in range(keys.shape[1]):
             logits = given["q"][b, :, head] @ keys[:, head].T / keys.shape[2] ** 0.5
-            weights = logits.exp() / logits.exp().sum(1, keepdim=True)
-            out[b, :, head] = weights @ values[:, head]
+            probs = logits.exp() / logits.exp().sum(1, keepdim=True)
+            out[b, :, head] = probs @ values[:, head]
     return out
 
 
@@ -62,18 +64,18 @@ def test_each_sample_attends_to_its_image_and_its_own_text(draw: Draw, lengths: 
 
     out = attention(**given)
 
-    torch.testing.assert_close(out, by_samples(given), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(out, explicit_attention(given), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("tokens", "heads", "size"), [(1, 1, 1), (7, 3, 31), (0, 2, 4)])
 def test_odd_and_tiny_sizes(draw: Draw, tokens: int, heads: int, size: int) -> None:
     given = arguments(draw, [2, 0, 5], tokens, heads, size)
 
-    torch.testing.assert_close(attention(**given), by_samples(given), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(attention(**given), explicit_attention(given), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("bound", [3, 4, 20])
-def test_the_longest_text_may_be_any_bound(draw: Draw, bound: int) -> None:
+def test_longest_text_may_be_any_upper_bound(draw: Draw, bound: int) -> None:
     given = arguments(draw, [3, 0, 2])
 
     out = attention(**given, longest_text=bound)
@@ -81,7 +83,7 @@ def test_the_longest_text_may_be_any_bound(draw: Draw, bound: int) -> None:
     torch.testing.assert_close(out, attention(**given), rtol=1e-12, atol=1e-12)
 
 
-def test_slices_of_one_projection_give_what_their_copies_give(draw: Draw) -> None:
+def test_views_of_one_projection_give_the_results_of_contiguous_copies(draw: Draw) -> None:
     given = arguments(draw, [3, 0, 2])
     given["q"], given["k"], given["v"] = draw(3, 4, 3, 2, 6).unbind(2)
     given["text_k"], given["text_v"] = draw(5, 2, 2, 6).unbind(1)
@@ -95,7 +97,7 @@ def test_slices_of_one_projection_give_what_their_copies_give(draw: Draw) -> Non
 
 @pytest.mark.parametrize("name", ["text_k", "text_v"])
 @pytest.mark.parametrize("lengths", [[2, 3, 0, 1], [0, 1, 4, 0]])
-def test_a_nan_in_one_samples_text_stays_in_that_sample(
+def test_nan_in_the_text_of_a_sample_does_not_reach_other_samples(
     draw: Draw, name: str, lengths: list[int]
 ) -> None:
     given = arguments(draw, lengths)
@@ -109,7 +111,7 @@ def test_a_nan_in_one_samples_text_stays_in_that_sample(
     assert torch.equal(out[others], clean[others])
 
 
-def test_bf16_results_are_the_exact_ones_rounded_once(draw: Draw) -> None:
+def test_bf16_output_is_the_fp64_output_rounded_once(draw: Draw) -> None:
     given = arguments(draw, [3, 0, 9], 16, 2, 32, torch.bfloat16)
 
     out = attention(**given)
@@ -120,7 +122,7 @@ def test_bf16_results_are_the_exact_ones_rounded_once(draw: Draw) -> None:
 
 
 @pytest.mark.parametrize("lengths", [[2, 0, 1], [0, 2, 0], [0, 0]], ids=str)
-def test_every_gradient(draw: Draw, lengths: list[int]) -> None:
+def test_gradcheck_of_every_argument(draw: Draw, lengths: list[int]) -> None:
     given = arguments(draw, lengths, tokens=2, heads=2, size=3)
     names = ["q", "k", "v"] + ["text_k", "text_v"] * (sum(lengths) > 0)
 
@@ -131,16 +133,16 @@ def test_every_gradient(draw: Draw, lengths: list[int]) -> None:
     assert torch.autograd.gradcheck(op, [given[name].requires_grad_() for name in names])
 
 
-def test_gradients_do_not_depend_on_the_bound(draw: Draw) -> None:
+def test_gradients_do_not_depend_on_the_bound_of_text_lengths(draw: Draw) -> None:
     given = arguments(draw, [3, 0, 2])
     leaves = [given[name].requires_grad_() for name in ("q", "k", "v", "text_k", "text_v")]
 
-    found = [
+    grads = [
         torch.autograd.grad(attention(**given, longest_text=bound).square().sum(), leaves)
         for bound in (3, 12)
     ]
 
-    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("changed", ["k", "v", "text_k", "text_v", "text_offsets"])
@@ -156,7 +158,7 @@ def test_an_argument_of_the_wrong_shape_is_named(draw: Draw, changed: str) -> No
         assert part in str(error.value)
 
 
-def test_offsets_of_another_integer_are_refused(draw: Draw) -> None:
+def test_offsets_of_another_integer_dtype_are_refused(draw: Draw) -> None:
     given = arguments(draw, [3, 0, 2])
     given["text_offsets"] = given["text_offsets"].long()
 
@@ -194,11 +196,11 @@ def test_offsets_that_do_not_rise_over_the_text_are_refused(draw: Draw, offsets:
 
 
 def test_a_bound_below_the_longest_text_is_refused(draw: Draw) -> None:
-    with pytest.raises(ValueError, match="longest_text must bound .* longest is 3, got 2"):
+    with pytest.raises(ValueError, match="longest_text must be .* length 3, got 2"):
         attention(**arguments(draw, [3, 0, 2]), longest_text=2)
 
 
-def test_triton_asked_for_in_vain_says_why(draw: Draw) -> None:
+def test_an_unavailable_triton_backend_is_refused_with_the_reason(draw: Draw) -> None:
     with use_backend("triton"), pytest.raises(ValueError, match="attention: .* triton .* but"):
         attention(**arguments(draw, [3, 0, 2], size=32, dtype=torch.float32))
 
@@ -206,12 +208,12 @@ def test_triton_asked_for_in_vain_says_why(draw: Draw) -> None:
 @pytest.mark.parametrize(
     ("lengths", "dtype", "reason"),
     [
-        ([3, 0, 2], torch.bfloat16, "no ragged text beside the image, got 5 tokens"),
+        ([3, 0, 2], torch.bfloat16, "no ragged text keys, got 5 text tokens"),
         ([0, 0], torch.float32, "bf16 and fp16 on a CUDA device, got torch.float32 on cpu"),
         ([0, 0], torch.bfloat16, "bf16 and fp16 on a CUDA device, got torch.bfloat16 on cpu"),
     ],
 )
-def test_flash_attn_asked_for_in_vain_says_why(
+def test_an_unavailable_flash_attn_backend_is_refused_with_the_reason(
     draw: Draw, lengths: list[int], dtype: torch.dtype, reason: str
 ) -> None:
     with use_backend("flash_attn"), pytest.raises(ValueError, match=reason):
@@ -219,15 +221,14 @@ def test_flash_attn_asked_for_in_vain_says_why(
 
 
 @pytest.mark.parametrize("version", [2, 4])
-def test_flash_attn_serves_attention_without_text(
+def test_flash_attn_computes_attention_without_text(
     monkeypatch: pytest.MonkeyPatch, version: int
 ) -> None:
-    """On tensors that say they are on a device; flash-attn 2 returns o, 4 returns (o, lse)."""
-
-    served = []
+    """On fake CUDA tensors; flash-attn 2 returns o, 4 returns (o, lse)."""
+    calls = []
 
     def flash_attn_func(q: Tensor, k: Tensor, v: Tensor) -> Tensor | tuple[Tensor, None]:
-        served.append(q)
+        calls.append(q)
         out = F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, k, v)))
         out = out.transpose(1, 2)
         return out if version == 2 else (out, None)
@@ -243,14 +244,14 @@ def test_flash_attn_serves_attention_without_text(
         text = q.new_empty(0, 3, 32)
         offsets = torch.empty(3, dtype=torch.int32, device="cuda")
         assert attention(q, q, q, text, text, offsets, 0).shape == q.shape
-        assert len(served) == 1
+        assert len(calls) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_many_tokens_on_a_cpu(draw: Draw, lengths: list[int], dtype: torch.dtype) -> None:
-    """Views of one projection, and texts padded to more than the longest."""
-    image = draw(len(lengths), LEAST_TOKENS + 1, 3, 2, 32).to(dtype).unbind(2)
+    """Views of one projection, with a bound larger than the longest text."""
+    image = draw(len(lengths), CPU_FLASH_MIN_TOKENS + 1, 3, 2, 32).to(dtype).unbind(2)
     text = draw(sum(lengths), 2, 2, 32).to(dtype).unbind(1)
     offsets = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
     names = ("q", "k", "v", "text_k", "text_v")
@@ -264,42 +265,42 @@ def test_many_tokens_on_a_cpu(draw: Draw, lengths: list[int], dtype: torch.dtype
     )
 
 
-def test_many_tokens_on_a_cpu_keep_their_arguments_and_the_output_alone(draw: Draw) -> None:
-    given = arguments(draw, [3, 0, 9], LEAST_TOKENS, 2, 32, torch.bfloat16)
+def test_on_a_cpu_many_tokens_save_only_arguments_output_and_lse(draw: Draw) -> None:
+    given = arguments(draw, [3, 0, 9], CPU_FLASH_MIN_TOKENS, 2, 32, torch.bfloat16)
     leaves = [given[name].requires_grad_() for name in ("q", "k", "v", "text_k", "text_v")]
-    kept: list[Tensor] = []
+    saved: list[Tensor] = []
 
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = attention(**given)
 
     known = {z.untyped_storage().data_ptr() for z in (*leaves, out, given["text_offsets"])}
-    (lse,) = (z for z in kept if z.untyped_storage().data_ptr() not in known)
-    assert lse.shape == (3, 2, LEAST_TOKENS)
+    (lse,) = (z for z in saved if z.untyped_storage().data_ptr() not in known)
+    assert lse.shape == (3, 2, CPU_FLASH_MIN_TOKENS)
 
 
-def test_flops_on_a_cpu_count_the_padding() -> None:
-    batch, tokens, text, heads, size, longest = 3, LEAST_TOKENS, 7, 2, 32, 4
+def test_flops_on_a_cpu_include_padding() -> None:
+    batch, tokens, text, heads, size, longest = 3, CPU_FLASH_MIN_TOKENS, 7, 2, 32, 4
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
         q = torch.empty(batch, tokens, heads, size, requires_grad=True)
-        words = torch.empty(text, heads, size, requires_grad=True)
+        text_k = torch.empty(text, heads, size, requires_grad=True)
         offsets = torch.empty(batch + 1, dtype=torch.int32)
-        attention_on_cpu(q, q, q, words, words, offsets, longest)[0].sum().backward()
+        attention_on_cpu(q, q, q, text_k, text_k, offsets, longest)[0].sum().backward()
 
-    met = batch * tokens * (tokens + longest)
-    assert counter.get_total_flops() == (2 + 5) * 2 * met * heads * size
+    pairs = batch * tokens * (tokens + longest)
+    assert counter.get_total_flops() == (2 + 5) * 2 * pairs * heads * size
 
 
-def test_flops_are_those_of_the_keys_each_query_meets() -> None:
+def test_flops_count_each_pair_of_query_and_key_without_padding() -> None:
     batch, tokens, text, heads, size = 3, 5, 7, 2, 32
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
         q = torch.empty(batch, tokens, heads, size, requires_grad=True)
-        words = torch.empty(text, heads, size, requires_grad=True)
+        text_k = torch.empty(text, heads, size, requires_grad=True)
         offsets = torch.empty(batch + 1, dtype=torch.int32)
-        attention_op(q, q, q, words, words, offsets, 4)[0].sum().backward()
+        attention_op(q, q, q, text_k, text_k, offsets, 4)[0].sum().backward()
 
-    met = tokens * (batch * tokens + text)
-    assert counter.get_total_flops() == (2 + 5) * 2 * met * heads * size
+    pairs = tokens * (batch * tokens + text)
+    assert counter.get_total_flops() == (2 + 5) * 2 * pairs * heads * size

@@ -1,8 +1,8 @@
-"""Measures a case: what it moves, how far it is from the oracle, what it compiles to.
+"""Bytes, errors and compiled resources of a case.
 
-Interpreted cases run on fewer samples than the preset's batch, which would take minutes. Where a
-kernel shapes its programs by the size of the batch, its table entry is scaled along, so that every
-program does what it does in the whole batch, and a byte ratio is the same.
+Interpreting the preset's whole batch would take minutes, so fewer samples are interpreted. A kernel
+that chooses tokens per program by the batch size gets its `programs` setting scaled along, so that
+every program does the work it does in the whole batch and byte ratios are the same.
 """
 
 from __future__ import annotations
@@ -16,42 +16,42 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from miro_kernels import attention, backend, tiles
+from miro_kernels import backend, tiles
+from miro_kernels.attention import op, reference
 from miro_kernels.lab import testing
 from miro_kernels.lab.cases import BATCH, Arguments, Case, Make
 from miro_kernels.lab.eager import EagerBytes, eager_bytes
 from miro_kernels.lab.inductor import generate
+from miro_kernels.lab.private_torch import FakeTensorMode
 from miro_kernels.lab.resources import Compiled, capture
+from miro_kernels.lab.testing import outputs_of
 from miro_kernels.lab.traffic import count
 
 
 @dataclass(frozen=True)
-class Moved:
-    """Bytes of one direction of a case."""
+class ByteCounts:
+    """Bytes moved by one direction of a case."""
 
-    kernels: int  # sectors of every instruction, and the torch operations of the launcher
-    distinct: int  # the same with every sector of a launch counted once
+    kernels: int  # sectors of every access, and the launcher's torch operations
+    distinct: int  # the same, with each sector of a launch counted once
     eager: int
     least: int
 
 
 def leaves_of(arguments: Arguments) -> list[Tensor]:
+    """The tensors among the arguments that require a gradient."""
     return [v for v in arguments.values() if isinstance(v, Tensor) and v.requires_grad]
 
 
-def outputs_of(result: Any) -> list[Tensor]:
-    return list(result) if isinstance(result, tuple | list) else [result]
-
-
 def gradients_for(outputs: list[Tensor]) -> list[Tensor]:
+    """A random gradient for each output."""
     return [testing.random_gradient(output.detach(), n) for n, output in enumerate(outputs)]
 
 
 @contextmanager
-def shaped_for_whole_batch(samples: int) -> Iterator[None]:
-    """Kernels of `samples` samples get programs like those of the preset's batch."""
+def _programs_of_whole_batch(samples: int) -> Iterator[None]:
+    """Launches of `samples` samples have programs like those of the preset's batch."""
     scaled = {
         family: {
             kernel: {**tile, "programs": max(1, tile["programs"] * samples // BATCH)}
@@ -66,55 +66,55 @@ def shaped_for_whole_batch(samples: int) -> Iterator[None]:
 
 @contextmanager
 def eager_as_on_a_gpu() -> Iterator[None]:
-    """References compute attention in the arguments' dtype, and not as a CPU does."""
-    # Named through sys.modules: in the package the function hides its module.
-    module = sys.modules[attention.__module__]
+    """References on CPU tensors compute attention as on a GPU: in the arguments' dtype, by SDPA."""
     with (
         backend.use_backend("torch"),
-        mock.patch.object(module, "widen", lambda tensor: tensor),
-        mock.patch.object(module, "LEAST_TOKENS", sys.maxsize),
+        mock.patch.object(reference, "widen", lambda tensor: tensor),
+        mock.patch.object(op, "CPU_FLASH_MIN_TOKENS", sys.maxsize),
     ):
         yield
 
 
-def bytes_moved(case: Case, dtype: torch.dtype) -> dict[str, Moved]:
-    """The bytes of each direction, in the interpreter."""
-    *few, batch = case.batches
-    found = counted(case, dtype, batch)
-    if not few:
-        return found
-    # A fixed part and one that grows with the samples: carried on to the whole batch.
-    before, steps = counted(case, dtype, few[0]), (BATCH - batch) / (batch - few[0])
-    least = least_of_whole_batch(case, dtype)
+def bytes_moved(case: Case, dtype: torch.dtype) -> dict[str, ByteCounts]:
+    """The bytes of each direction, from the interpreter.
 
-    def carried(direction: str, name: str) -> int:
-        last = getattr(found[direction], name)
+    For a case with two batch sizes, a linear fit extrapolates to the whole batch.
+    """
+    *smaller, batch = case.batches
+    counts = counted(case, dtype, batch)
+    if not smaller:
+        return counts
+    before, steps = counted(case, dtype, smaller[0]), (BATCH - batch) / (batch - smaller[0])
+    least = _least_of_whole_batch(case, dtype)
+
+    def extrapolated(direction: str, name: str) -> int:
+        last = getattr(counts[direction], name)
         return round(last + steps * (last - getattr(before[direction], name)))
 
     return {
-        direction: Moved(
-            *(carried(direction, name) for name in ("kernels", "distinct", "eager")),
+        direction: ByteCounts(
+            *(extrapolated(direction, name) for name in ("kernels", "distinct", "eager")),
             least=least[direction],
         )
-        for direction in found
+        for direction in counts
     }
 
 
-def counted(case: Case, dtype: torch.dtype, batch: int) -> dict[str, Moved]:
-    """The bytes of each direction for a batch, its programs shaped as for a whole one."""
+def counted(case: Case, dtype: torch.dtype, batch: int) -> dict[str, ByteCounts]:
+    """The bytes of each direction at this batch size, with the whole batch's programs."""
     arguments = case.arguments(Make("cpu", dtype), batch)
     leaves = leaves_of(arguments)
-    with shaped_for_whole_batch(batch), backend.use_backend("triton"):
+    with _programs_of_whole_batch(batch), backend.use_backend("triton"):
         run = case.prepare(arguments)
-        with count() as forward, EagerBytes() as beside:
+        with count() as forward, EagerBytes() as launcher:
             result = run()
-        found = {"forward": (forward, beside)}
+        traffics = {"forward": (forward, launcher)}
         outputs = [] if result is None else outputs_of(result)
         if "backward" in case.directions:
             gradients = gradients_for(outputs)
-            with count() as backward, EagerBytes() as beside:
+            with count() as backward, EagerBytes() as launcher:
                 torch.autograd.grad(outputs, leaves, gradients)
-            found["backward"] = (backward, beside)
+            traffics["backward"] = (backward, launcher)
     eager = {}
     with eager_as_on_a_gpu():
         run = case.prepare(arguments)
@@ -125,50 +125,48 @@ def counted(case: Case, dtype: torch.dtype, batch: int) -> dict[str, Moved]:
             eager["backward"] = eager_bytes(lambda: torch.autograd.grad(results, leaves, gradients))
     least = case.least(arguments, outputs)
     return {
-        direction: Moved(
-            kernels=traffic.bytes + torchs.bytes,
-            distinct=traffic.distinct + torchs.bytes,
+        direction: ByteCounts(
+            kernels=traffic.bytes + launcher.bytes,
+            distinct=traffic.distinct + launcher.bytes,
             eager=eager[direction],
             least=least[direction],
         )
-        for direction, (traffic, torchs) in found.items()
+        for direction, (traffic, launcher) in traffics.items()
     }
 
 
 def errors(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, float]:
-    """The largest error over eager's of each direction's results."""
-    # Two samples show what many do, and the oracle takes its time.
+    """The kernel's largest error over eager's, by direction; of at most two samples."""
     arguments = case.arguments(Make(device, dtype), min(case.batches[-1], 2))
 
-    def kernel(**given: Any) -> Any:
+    def kernel(**arguments: Any) -> Any:
         with backend.use_backend("triton"):
-            return case.function(**given)
+            return case.function(**arguments)
 
-    compared = testing.compare(kernel, case.reference, arguments)
-    worst: dict[str, float] = dict.fromkeys(case.directions, 0.0)
-    for comparison in compared:
+    largest: dict[str, float] = dict.fromkeys(case.directions, 0.0)
+    for comparison in testing.compare(kernel, case.reference, arguments):
         direction = "backward" if comparison.name.startswith("d ") else "forward"
-        worst[direction] = max(worst[direction], comparison.over_eager)
-    return worst
+        largest[direction] = max(largest[direction], comparison.over_eager)
+    return largest
 
 
 def compiled(case: Case, dtype: torch.dtype, target: str) -> dict[str, list[Compiled]]:
-    """The kernels of each direction at the preset's whole batch, for `target`."""
+    """The kernels of each direction at the preset's batch, compiled for `target`."""
     arguments = case.arguments(Make("cpu", dtype, filled=False), BATCH)
     run = case.prepare(arguments) if case.prepared else None
     with capture(target) as forward:
         result = (run or case.prepare(arguments))()
-    found = {"forward": forward}
+    kernels = {"forward": forward}
     if "backward" in case.directions:
         outputs = outputs_of(result)
         with capture(target) as backward:
             gradients = [torch.empty_like(output) for output in outputs]
             torch.autograd.grad(outputs, leaves_of(arguments), gradients)
-        found["backward"] = backward
-    return found
+        kernels["backward"] = backward
+    return kernels
 
 
-def least_of_whole_batch(case: Case, dtype: torch.dtype) -> dict[str, int]:
+def _least_of_whole_batch(case: Case, dtype: torch.dtype) -> dict[str, int]:
     arguments = case.arguments(Make("cpu", dtype, filled=False), BATCH)
     with FakeTensorMode() as mode:
         fakes = {
@@ -179,12 +177,12 @@ def least_of_whole_batch(case: Case, dtype: torch.dtype) -> dict[str, int]:
 
 
 def inductor_bytes(case: Case, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
-    """Of each direction: the bytes of what Inductor would generate, and the least."""
+    """(bytes of what Inductor would generate, least bytes) of each direction."""
     arguments = case.arguments(Make("cpu", dtype, filled=False), BATCH)
     with eager_as_on_a_gpu():
         forward, backward = generate(case.reference, arguments)
-    least = least_of_whole_batch(case, dtype)
-    found = {"forward": (forward.bytes, least["forward"])}
+    least = _least_of_whole_batch(case, dtype)
+    moved = {"forward": (forward.bytes, least["forward"])}
     if backward is not None:
-        found["backward"] = (backward.bytes, least["backward"])
-    return found
+        moved["backward"] = (backward.bytes, least["backward"])
+    return moved

@@ -1,8 +1,7 @@
-"""The ops at the shapes of the 0.36 B preset, for the bars, the report and the GPU.
+"""Every op at the shapes of the 0.36 B preset, for tests, the kernel report and the GPU check.
 
-A case says how to make an op's arguments, how to run it, and the least bytes any implementation
-must move: every argument it needs read once and every result written once. Saved statistics and
-partial sums are no part of the least.
+A case has an op's arguments, how to run it, and the least bytes that any implementation must move:
+each needed argument read once and each result written once, without saved statistics and partials.
 """
 
 from __future__ import annotations
@@ -45,14 +44,14 @@ Arguments = dict[str, Any]
 
 
 class Make:
-    """Random arguments of one device and dtype, the same every time; or memory as it is found."""
+    """Makes arguments on one device in one dtype: random from a fixed seed, or uninitialized."""
 
     def __init__(self, device: str, dtype: torch.dtype, *, filled: bool = True) -> None:
         self.device, self.dtype, self.filled = device, dtype, filled
         self.generator = torch.Generator(device).manual_seed(5)
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0) -> Tensor:
-        """Numbers of deviation `scale`, to be differentiated."""
+        """Normal numbers with standard deviation `scale`, requiring a gradient."""
         dtype = dtype or self.dtype
         if not self.filled:
             return torch.empty(shape, dtype=dtype, device=self.device, requires_grad=True)
@@ -60,6 +59,7 @@ class Make:
         return (values * scale).to(dtype).requires_grad_()
 
     def integers(self, high: int, *shape: int) -> Tensor:
+        """Uniform integers below `high`."""
         return torch.randint(high, shape, generator=self.generator, device=self.device)
 
 
@@ -68,12 +68,13 @@ class Case:
     """One op at the preset's shapes.
 
     Attributes:
-        arguments: (Make, batch) to the op's arguments; what requires gradients gets them.
-        function, reference: the public op and its specification, both by keyword.
-        least: (arguments, outputs) to bytes, forward and backward.
-        batches: samples that are enough to count on, where a whole batch takes long to interpret;
-            two numbers where some bytes do not grow with the batch, as the gradient of a table.
-        prepared: arguments to what is to be run, where that is not `function` of them.
+        arguments: (Make, batch) to the op's arguments, of which some require gradients.
+        function: the public op, called by keyword.
+        reference: its reference, called by keyword.
+        least: (arguments, outputs) to the least bytes, forward and backward.
+        batches: the batch size to interpret, small because that is slow; two sizes, to extrapolate
+            from, if some bytes do not grow with the batch, like the gradient of a table.
+        prepared: arguments to the callable to measure, if that is not `function` of them.
     """
 
     op: str
@@ -86,11 +87,12 @@ class Case:
     prepared: Callable[..., Callable[[], Any]] | None = None
 
     def prepare(self, arguments: Arguments) -> Callable[[], Any]:
-        """What to run, and count, once the arguments are there."""
+        """The callable to measure."""
         return (self.prepared or partial(partial, self.function))(**arguments)
 
     @property
     def directions(self) -> tuple[str, ...]:
+        """The directions of the op: forward and backward, or forward alone for the optimizer."""
         return ("forward",) if self.op == "adamw_ema" else ("forward", "backward")
 
 
@@ -122,7 +124,7 @@ def _gated_arguments(make: Make, batch: int) -> Arguments:
 
 def _gated_least(given: Arguments, outputs: list[Tensor]) -> dict[str, int]:
     x, branch, gate, shift, scale = (given[n] for n in ("x", "branch", "gate", "shift", "scale"))
-    # Backward reads x′, or x, and the gradients of both outputs.
+    # Backward reads x′ (or x) and the gradients of both outputs.
     return {
         "forward": size(x, branch, gate, shift, scale, *outputs),
         "backward": size(x, branch, gate, scale, *outputs) + size(x, branch, gate, shift, scale),
@@ -133,7 +135,7 @@ def _reward_arguments(make: Make, batch: int, parts: int) -> Arguments:
     given = {"x": make.normal(batch, TOKENS, CHANNELS)}
     if parts == 3:
         given["branch"] = make.normal(batch, TOKENS, CHANNELS)
-    # As the model has them: slices of what all sites of a kind share.
+    # Slices of tensors that all blocks share, as in the model.
     base = make.normal(batch, 2, parts, CHANNELS, scale=0.2).detach()[:, 1]
     table = make.normal(REWARDS, LEVELS, 2, parts, CHANNELS, scale=0.1).detach()[:, :, 1]
     return given | {
@@ -150,17 +152,17 @@ def _reward_least(given: Arguments, outputs: list[Tensor]) -> dict[str, int]:
     tokens = [given[name] for name in ("x", "branch") if name in given]
     base, block, table = given["base"], given["block"], given["table"]
     rewards = torch.arange(REWARDS, device=given["bins"].device)
-    chosen = (rewards * LEVELS + given["bins"])[given["keep"]].unique().numel()
-    rows = chosen * size(table[0, 0])
-    small = size(base, block, given["bins"], given["keep"]) + rows
+    n_rows = (rewards * LEVELS + given["bins"])[given["keep"]].unique().numel()
+    rows = n_rows * size(table[0, 0])
+    modulation = size(base, block, given["bins"], given["keep"]) + rows
     return {
-        "forward": size(*tokens, *outputs) + small,
-        "backward": size(*tokens, *outputs) + small + size(*tokens, base, block, table),
+        "forward": size(*tokens, *outputs) + modulation,
+        "backward": size(*tokens, *outputs) + modulation + size(*tokens, base, block, table),
     }
 
 
 def _qk_arguments(make: Make, batch: int) -> Arguments:
-    # Views of one projection of q, k and v, as the model has them.
+    # Views of one qkv projection, as in the model.
     packed = make.normal(batch, TOKENS, 3, HEADS, HEAD).detach()
     q, k, _ = (part.requires_grad_() for part in packed.unbind(2))
     angles = make.normal(TOKENS, HEAD // 2, dtype=torch.float32).detach()
@@ -204,7 +206,7 @@ def _attention_least(given: Arguments, outputs: list[Tensor]) -> dict[str, int]:
     inputs = [given[name] for name in ("q", "k", "v", "text_k", "text_v")]
     return {
         "forward": size(*inputs, *outputs),
-        # The gradient of each argument; o and its gradient.
+        # Each argument and its gradient, o and its gradient.
         "backward": 2 * size(*inputs, *outputs),
     }
 
@@ -234,7 +236,7 @@ def _adamw_arguments(make: Make, batch: int) -> Arguments:
 def adamw_ema(
     param: Tensor, grad: Tensor, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, ema: Tensor
 ) -> tuple[Tensor, ...]:
-    """The third step of AdamWEMA from the given state: what it updates, first the parameter."""
+    """The third step of AdamWEMA: (parameter, master, exp_avg, exp_avg_sq, ema) after it."""
     optimizer, weights = _optimizer(param, grad, master, exp_avg, exp_avg_sq, ema)
     optimizer.step()
     state = optimizer.state[weights]
@@ -245,7 +247,7 @@ def adamw_ema(
 def _optimizer(
     param: Tensor, grad: Tensor, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, ema: Tensor
 ) -> tuple[AdamWEMA, nn.Parameter]:
-    """An optimizer whose next step is the third, and its only parameter."""
+    """An optimizer at step 2 with one parameter, and that parameter."""
     weights = nn.Parameter(param.clone())
     optimizer = AdamWEMA([weights], **ADAMW)
     optimizer.master(weights).data.copy_(master)
@@ -263,7 +265,7 @@ def _step(**arguments: Tensor) -> Callable[[], Any]:
 def adamw_ema_formula(
     param: Tensor, grad: Tensor, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, ema: Tensor
 ) -> tuple[Tensor, ...]:
-    """What `adamw_ema` computes, in the precision of the state and changing nothing."""
+    """The reference of `adamw_ema`, out of place and in the precision of the state."""
     (beta1, beta2), rate = ADAMW["betas"], ADAMW["lr"]
     grad = grad.to(master.dtype)
     exp_avg = exp_avg.lerp(grad, 1 - beta1)
@@ -315,26 +317,26 @@ CASES = (
 )  # fmt: skip
 
 NORMS = ("adaln", "gated_residual_adaln", "reward_adaln", "reward_adaln gated")
-# The most a case may move, over the least there is.
+# Upper bounds of bytes moved over the least bytes.
 MOST_BYTES = {(case.op, "forward"): 1.05 for case in CASES}
 MOST_BYTES |= {(op, "backward"): 1.10 for op in NORMS}
 MOST_BYTES["attention", "forward"] = 1.6
-# The most the backward of a norm may move, over what Inductor moves.
+# Upper bounds of bytes moved over Inductor's.
 MOST_OVER_INDUCTOR = {(op, "backward"): 0.65 for op in NORMS}
 
 _MODULATION = (
-    "a sample's rows of modulation (base, block, up to 7 of the table for each part) are summed "
-    "anew by each of its 4 programs; with every sector counted once the bar is met (distinct). On "
-    "an H100 longer chunks gain nothing: backward 128 tokens, which halve this, take as long as "
-    "64, and forward 16 and 32 are the fastest of 8 to 64 (profiling/results/tiles-*.json)"
+    "each of a sample's 4 programs loads and sums its modulation rows (base, block, up to 7 rows "
+    "of the table per part); distinct sectors meet the bar. On an H100 longer chunks gain nothing: "
+    "backward, 128 tokens halve these loads and take as long as 64; forward, 16 and 32 are the "
+    "fastest of 8 to 64 (profiling/results/tiles-*.json)"
 )
 _REPEATED_KEYS = (
-    "two programs read each key. One program of 256 queries reads it once, moves 1.01 times the "
-    "least and takes 131 µs on an H100 where this takes 117 (64 queries, 2.8 times the least: "
-    "113), since the second-level cache has what is read again: profiling/results/tiles-*.json"
+    "two programs load each key. One program of 256 queries loads it once and moves 1.01 times the "
+    "least, but takes 131 µs on an H100 instead of 117 (64 queries: 2.8 times the least, 113 µs), "
+    "since repeated loads hit L2 (profiling/results/tiles-*.json)"
 )
 
-# By op, direction and figure: why a bar is missed, and what was tried.
+# (op, direction, metric): why the bound is not met, and what was tried.
 SHORTFALLS: dict[tuple[str, str, str], str] = {
     ("reward_adaln", "forward", "bytes_over_least"): _MODULATION,
     ("reward_adaln", "backward", "bytes_over_least"): _MODULATION,

@@ -1,4 +1,4 @@
-"""The bytes that torch's own operations move: what eager costs, and what a launcher adds."""
+"""Bytes moved by torch's own operations: those of eager mode, and those of a kernel's launcher."""
 
 from __future__ import annotations
 
@@ -7,25 +7,30 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch._C import DispatchKey, DispatchKeySet
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-# Views of their input, or uninitialised memory: no bytes are moved.
+from miro_kernels.lab.private_torch import (
+    DispatchKey,
+    DispatchKeySet,
+    TorchDispatchMode,
+    tree_leaves,
+)
+
 FREE = {
     "_reshape_alias", "_unsafe_view", "alias", "as_strided", "chunk", "detach", "empty",
     "empty_like", "empty_strided", "expand", "new_empty", "new_empty_strided", "permute", "reshape",
     "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind",
     "unsqueeze", "view",
 }  # fmt: skip
+"""Operations that move nothing: views and uninitialized allocations."""
 OVERWRITING = {"copy_", "fill_", "zero_"}
+"""In-place operations that do not read the tensor they write."""
 
 
 class EagerBytes(TorchDispatchMode):
-    """Counts, for every operation run inside, its inputs read once and its outputs written once.
+    """Counts each operation's inputs as read once and its outputs as written once.
 
-    No cache is modelled, and an operation of several kernels counts as one: the count is a lower
-    bound of what eager moves. Inside of an op of miro_kernels its own torch operations are counted.
+    There is no cache model, and an operation of several kernels counts as one, so the count is a
+    lower bound. For an op of miro_kernels, the torch operations of its launcher are counted.
     """
 
     def __init__(self) -> None:
@@ -42,8 +47,8 @@ class EagerBytes(TorchDispatchMode):
         result = func(*args, **kwargs)
         name = func.__name__.split(".")[0]
         if name not in FREE:
-            given = _tensors((args, kwargs))
-            changed = _tensors(
+            inputs = _tensors((args, kwargs))
+            mutated = _tensors(
                 [
                     value
                     for value, argument in zip(args, func._schema.arguments, strict=False)
@@ -51,9 +56,9 @@ class EagerBytes(TorchDispatchMode):
                 ]
             )
             if name in OVERWRITING:
-                given = {key: t for key, t in given.items() if key not in changed}
-            self.bytes += sum(map(_size, given.values()))
-            self.bytes += sum(map(_size, (changed | _tensors(result)).values()))
+                inputs = {key: t for key, t in inputs.items() if key not in mutated}
+            self.bytes += size(*inputs.values())
+            self.bytes += size(*(mutated | _tensors(result)).values())
         return result
 
 
@@ -62,19 +67,17 @@ def _tensors(values: Any) -> dict[Any, Tensor]:
     return {(t.data_ptr(), t.shape, t.stride()): t for t in tensors}
 
 
-def _size(tensor: Tensor) -> int:
-    """Bytes of a tensor's elements; what is expanded lies in memory once."""
-    sizes = (n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or not n)
-    return math.prod(sizes) * tensor.element_size()
-
-
 def eager_bytes(run: Callable[[], Any]) -> int:
-    """The bytes run() moves."""
-    with EagerBytes() as counted:
+    """The bytes that run() moves in eager mode."""
+    with EagerBytes() as counter:
         run()
-    return counted.bytes
+    return counter.bytes
 
 
 def size(*tensors: Tensor) -> int:
-    """Bytes of tensors, each read or written once."""
-    return sum(map(_size, tensors))
+    """Bytes of the tensors' elements in memory; an expanded dimension counts once."""
+    total = 0
+    for tensor in tensors:
+        dims = zip(tensor.shape, tensor.stride(), strict=True)
+        total += math.prod(n for n, stride in dims if stride or not n) * tensor.element_size()
+    return total

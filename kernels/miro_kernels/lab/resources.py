@@ -1,15 +1,15 @@
-"""Kernels compiled for GPUs that are not there, and what the assembler made of them.
+"""Kernels compiled ahead of time for GPUs that are not present, and their registers and SASS.
 
     with capture("sm_90") as kernels:
-        adaln(x, shift, scale)         # CPU tensors; nothing runs, results hold nothing
+        adaln(x, shift, scale)         # CPU tensors; nothing runs, results are uninitialized
     kernels[0].registers, kernels[0].spills, kernels[0].matrix
 
-A launch inside goes through the op's own launch code and Triton's own specialisation, so what is
-read is what a GPU would run: shapes divisible by 16, aligned pointers, the tiles of that target.
-Triton brings ptxas and cuobjdump; for gfx942 the assembly text is read.
+A launch goes through the op's own launch code and Triton's own specialization, so the result is
+what a GPU would run: shapes divisible by 16, aligned pointers, the tiles of that target. ptxas and
+cuobjdump come with Triton; for gfx942 the assembly text is parsed.
 
-An access is wide at 128 bits, and narrow if it is not although its tile gives every thread of the
-program 128 bits or more. Scalars and a number or two per row are neither: nothing could widen them.
+An access is wide at 128 bits per thread. It is narrow if it is not, although its tile has 128 bits
+or more for every thread of the program; scalars and one or two numbers per row are neither.
 """
 
 from __future__ import annotations
@@ -26,18 +26,17 @@ from typing import Any
 from unittest import mock
 
 import torch
-import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
-from triton.runtime.jit import JITFunction
 
 from miro_kernels import backend
+from miro_kernels.lab.private_triton import JITFunction, driver
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What one multiprocessor has, by the CUDA C++ Programming Guide; sizes in bytes."""
+    """Limits of one multiprocessor (CUDA C++ Programming Guide, compute capabilities), in bytes."""
 
     target: GPUTarget
     warps: int
@@ -47,6 +46,7 @@ class Machine:
 
     @property
     def vendor(self) -> str:
+        """Triton's backend: cuda or hip."""
         return self.target.backend
 
 
@@ -57,13 +57,13 @@ MACHINES = {
     "sm_100": Machine(GPUTarget("cuda", 100, 32), 64, 32, 228 * KIB, 227 * KIB),
     "gfx942": Machine(GPUTarget("hip", "gfx942", 64), 32, 32, 64 * KIB, 64 * KIB),
 }
-REGISTERS = 65536  # 32-bit, of one multiprocessor, given out 256 at a time to a warp
-WIDE = 16  # bytes
+REGISTERS = 65536  # 32-bit, per multiprocessor; allocated 256 at a time to a warp
+WIDE = 16  # bytes per thread
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One compiled kernel."""
+    """Resources and instruction counts of one compiled kernel."""
 
     kernel: str
     target: str
@@ -72,7 +72,7 @@ class Compiled:
     spills: int  # instructions that move registers to or from local memory
     shared: int
     shared_limit: int
-    occupancy: float  # warps resident on a multiprocessor over those it can hold
+    occupancy: float  # resident warps over the maximum
     wide: int
     narrow: int
     mma: int
@@ -81,11 +81,12 @@ class Compiled:
 
     @property
     def fits(self) -> bool:
+        """Whether one program's shared memory is within the limit."""
         return self.shared <= self.shared_limit
 
 
-class StubDriver:
-    """A driver that names a target and has no device."""
+class _StubDriver:
+    """A Triton driver with a target and no device."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -94,7 +95,7 @@ class StubDriver:
         return self.target
 
     def get_current_device(self) -> str:
-        # JITFunction keeps its compiled kernels by device: one for every target.
+        # JITFunction caches compiled kernels by device: one for every target.
         return str(self.target.arch)
 
     def get_current_stream(self, device: Any) -> int:
@@ -106,15 +107,12 @@ class StubDriver:
 
 @contextmanager
 def capture(target: str) -> Iterator[list[Compiled]]:
-    """Compile every kernel launched inside for `target` instead of running it.
-
-    Args:
-        target: a key of MACHINES.
+    """Compile the kernels launched inside for `target`, a key of MACHINES, without running them.
 
     Yields:
-        The list the kernels are appended to, in the order of their launches, each once.
+        The list to which each kernel is appended, once, in the order of launches.
     """
-    assert not knobs.runtime.interpret, "the interpreter excludes the compiler"
+    assert not knobs.runtime.interpret, "compiling needs a process without TRITON_INTERPRET"
     machine = MACHINES[target]
     kernels: list[Compiled] = []
     seen: set[str] = set()
@@ -128,23 +126,21 @@ def capture(target: str) -> Iterator[list[Compiled]]:
             kernels.append(examine(kernel, target))
         return kernel
 
-    driver: Any = triton.runtime.driver
     with (
         backend.allow_cpu_tensors(),
         backend.use_backend("triton"),
-        mock.patch.object(driver, "_active", StubDriver(machine.target)),
+        mock.patch.object(driver, "_active", _StubDriver(machine.target)),
         mock.patch.object(JITFunction, "run", compile_only),
     ):
         yield kernels
 
 
 def examine(kernel: CompiledKernel, target: str) -> Compiled:
-    """Read a compiled kernel."""
+    """The resources and instruction counts of a compiled kernel."""
     machine = MACHINES[target]
-    read = _read_cuda if machine.vendor == "cuda" else _read_hip
-    found = read(kernel)
+    counts = (_read_cuda if machine.vendor == "cuda" else _read_hip)(kernel)
     metadata: Any = kernel.metadata
-    registers, shared, warps = found.pop("registers"), metadata.shared, metadata.num_warps
+    registers, shared, warps = counts.pop("registers"), metadata.shared, metadata.num_warps
     return Compiled(
         kernel=metadata.name,
         target=target,
@@ -153,21 +149,21 @@ def examine(kernel: CompiledKernel, target: str) -> Compiled:
         shared=shared,
         shared_limit=machine.shared_per_program,
         occupancy=occupancy(machine, registers, warps, shared),
-        **found,
+        **counts,
     )
 
 
 def occupancy(machine: Machine, registers: int, warps: int, shared: int) -> float:
-    """The share of a multiprocessor's warps that its registers and shared memory let it hold."""
+    """Resident warps over the maximum, as limited by registers and shared memory."""
     if shared > machine.shared_per_program:
         return 0.0
     if machine.vendor == "cuda":
         per_warp = -(-registers * 32 // 256) * 256
-        # Registers lie in four banks, and a warp's all in one.
+        # A warp's registers are all in one of four partitions.
         by_registers = REGISTERS // per_warp // 4 * 4 // warps
-        by_shared = machine.shared // (shared + KIB)  # a program takes 1 KiB for itself
+        by_shared = machine.shared // (shared + KIB)  # 1 KiB per program is reserved
     else:
-        # Four SIMD units of 512 vector registers each, given out 8 at a time; 8 waves at most.
+        # Four SIMD units of 512 vector registers each, allocated 8 at a time; at most 8 waves.
         by_registers = 4 * min(8, 512 // (-(-registers // 8) * 8)) // warps
         by_shared = machine.shared // max(shared, 1)
     programs = min(by_registers, by_shared, machine.programs, machine.warps // warps)
@@ -194,7 +190,7 @@ def _read_cuda(kernel: CompiledKernel) -> dict[str, Any]:
         "spills": instructions["LDL"] + instructions["STL"],
         "wide": wide,
         "narrow": narrow,
-        # ATOMS and SYNCS are of shared memory, REDUX of registers.
+        # Global memory only: ATOMS and SYNCS are shared memory, REDUX is registers.
         "atomics": sum(instructions[name] for name in ("ATOM", "ATOMG", "RED", "REDG", "UTMAREDG")),
         **_matrix(instructions, r"(?:[HIQ]G?MMA|UTC\w*MMA)$"),
     }
@@ -216,81 +212,80 @@ def _read_hip(kernel: CompiledKernel) -> dict[str, Any]:
 
 
 def _matrix(instructions: Counter[str], pattern: str) -> dict[str, Any]:
-    found = {name: n for name, n in instructions.items() if re.match(pattern, name)}
-    return {"mma": sum(found.values()), "matrix": found}
+    matrix = {name: n for name, n in instructions.items() if re.match(pattern, name)}
+    return {"mma": sum(matrix.values()), "matrix": matrix}
 
 
-Place = tuple[int, int]  # line and column of the source
+Location = tuple[int, int]  # source line and column
 
 
-def _ptx_accesses(text: str) -> Iterator[tuple[Place, int]]:
-    """Where each access of global memory comes from, and the bytes a thread moves by it."""
-    place, inside, settled = (0, 0), False, False
+def _ptx_accesses(text: str) -> Iterator[tuple[Location, int]]:
+    """(source location, bytes per thread) of each global memory access."""
+    location, in_asm, located_asm = (0, 0), False, False
     for line in text.splitlines():
         if "inline asm" in line:
-            inside, settled = "begin" in line, False
+            in_asm, located_asm = "begin" in line, False
         elif located := re.match(r"\s*\.loc\s+\d+ (\d+) (\d+)", line):
-            # Of the positions inside of inline assembly, which an access is, only the first is
-            # that of the source.
-            if not (inside and settled):
-                place = (int(located[1]), int(located[2]))
-            settled = True
+            # An access is inline assembly, in which only the first location is the source's.
+            if not (in_asm and located_asm):
+                location = (int(located[1]), int(located[2]))
+            located_asm = True
         elif "cp.async.bulk.tensor" in line or "cp.reduce.async.bulk.tensor" in line:
-            yield place, 128
+            yield location, 128
         elif copied := re.search(r"cp\.async\.c[ag]\.shared\.global .*?\], \[.*?\], (\w+)", line):
-            yield place, int(copied[1], 0)
+            yield location, int(copied[1], 0)
         elif moved := re.search(r"\b(?:ld|st)\.[\w.:]*?global\S*?(?:\.v(\d))?\.[bfus](\d+) ", line):
-            yield place, int(moved[1] or 1) * int(moved[2]) // 8
+            yield location, int(moved[1] or 1) * int(moved[2]) // 8
 
 
-def _gcn_accesses(text: str) -> Iterator[tuple[Place, int]]:
+def _gcn_accesses(text: str) -> Iterator[tuple[Location, int]]:
     sizes = {"ubyte": 1, "byte": 1, "ushort": 2, "short": 2, "dword": 4}
-    place = (0, 0)
+    location = (0, 0)
     for line in text.splitlines():
         if located := re.match(r"\s*\.loc\s+\d+ (\d+) (\d+)", line):
-            place = (int(located[1]), int(located[2]))
+            location = (int(located[1]), int(located[2]))
         elif moved := re.match(
             r"\s+(?:buffer|global)_(?:load|store)_(?:lds_)?(ubyte|byte|ushort|short|dword)"
             r"(?:_d16(?:_hi)?)?(?:x(\d))?", line
         ):  # fmt: skip
-            yield place, sizes[moved[1]] * int(moved[2] or 1)
+            yield location, sizes[moved[1]] * int(moved[2] or 1)
 
 
 def _widths(
-    kernel: CompiledKernel, accesses: Iterator[tuple[Place, int]], threads: int
+    kernel: CompiledKernel, accesses: Iterator[tuple[Location, int]], threads: int
 ) -> tuple[int, int]:
-    """How many accesses are wide and how many narrow; `threads` of a warp.
+    """The number of wide and of narrow accesses, with `threads` per warp.
 
-    One whose tile is not found counts as narrow: it shall be looked at, and not be missed.
+    An access without a known tile counts as narrow, so that a test flags it.
     """
     metadata: Any = kernel.metadata
     tiles = tile_sizes(str(kernel.asm["ttgir"]))
     wide = narrow = 0
-    for place, size in accesses:
+    for location, size in accesses:
         if size >= WIDE:
             wide += 1
-        elif tiles.get(place, math.inf) >= WIDE * threads * metadata.num_warps:
+        elif tiles.get(location, math.inf) >= WIDE * threads * metadata.num_warps:
             narrow += 1
     return wide, narrow
 
 
-def tile_sizes(ttgir: str) -> dict[Place, int]:
-    """Bytes of the largest tile that the access at each place of the source moves."""
+def tile_sizes(ttgir: str) -> dict[Location, int]:
+    """Bytes of the largest tile accessed at each source location."""
     names = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", ttgir, re.M))
 
-    def place(name: str) -> Place:
-        """Of a named location or a call, that of the innermost code."""
-        if here := re.match(r'"[^"]*":(\d+):(\d+)', names.get(name, "")):
-            return int(here[1]), int(here[2])
+    def resolve(name: str) -> Location:
+        """The innermost source location of an MLIR location, which may be named or a call site."""
+        if source := re.match(r'"[^"]*":(\d+):(\d+)', names.get(name, "")):
+            return int(source[1]), int(source[2])
         inner = re.search(r"#loc\d*", names.get(name, ""))
-        return place(inner[0]) if inner else (0, 0)
+        return resolve(inner[0]) if inner else (0, 0)
 
-    sizes: dict[Place, int] = {}
-    for shape, kind, name in re.findall(
+    sizes: dict[Location, int] = {}
+    for shape, bits, name in re.findall(
         r"(?:tt\.load|tt\.store|async_copy_global_to_local|buffer_load|buffer_store)[ _].*?"
         r" : (?:tensor<([\dx]+)x)?(?:!tt\.ptr<)?[a-z]+(\d+).* loc\((#loc\d*)\)$", ttgir, re.M
     ):  # fmt: skip
         # A scalar has no shape.
-        size = math.prod(map(int, shape.split("x"))) * int(kind) // 8 if shape else 0
-        sizes[place(name)] = max(sizes.get(place(name), 0), size)
+        size = math.prod(map(int, shape.split("x"))) * int(bits) // 8 if shape else 0
+        sizes[resolve(name)] = max(sizes.get(resolve(name), 0), size)
     return sizes

@@ -1,19 +1,18 @@
-"""The one comparison of a kernel with its reference.
+"""Comparison of a kernel with its reference, used by all kernel tests.
 
-The reference runs twice: on fp64 copies of the arguments, which is the oracle, and on the arguments
-themselves, which is eager. For the output and every gradient the kernel's largest error against the
-oracle must be at most twice eager's, plus a floor that depends on the dtype of the result alone:
+The reference runs twice: in fp64 (the oracle) and in the arguments' dtypes (eager). For the output
+and every gradient, the kernel's maximum absolute error against the oracle must be at most twice
+eager's, plus a floor by dtype, in ulp of the oracle's largest value:
 
-    fp32         8 units in the last place of the oracle's largest value
-    bf16, fp16   half a unit, the error of rounding once
+    fp32         8 ulp, since sums depend on their order
+    bf16, fp16   0.5 ulp, one rounding, since eager's error may happen to be zero
 
-since eager's error may happen to be zero, and fp32 sums depend on their order. Where the oracle is
-NaN the kernel must be; where eager is finite the kernel must be.
+The kernel must be NaN where the oracle is, and finite where eager is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,11 +31,11 @@ class Comparison:
     kernel: float
     eager: float
     floor: float
-    wrong: str = ""  # what no error can express: a shape, a dtype, a NaN
+    wrong: str = ""  # a mismatch of shape, dtype, NaN or inf
 
     @property
     def over_eager(self) -> float:
-        """The kernel's error over eager's, at most BAR where the kernel is right."""
+        """The kernel's error over eager's, floor included; at most BAR to pass."""
         allowed = self.eager + self.floor / BAR
         return 0.0 if self.kernel == 0 else self.kernel / allowed if allowed else float("inf")
 
@@ -52,21 +51,22 @@ class Comparison:
 
 
 def random_gradient(output: Tensor, number: int) -> Tensor:
-    """A gradient for the output of that number: normal, the same every time."""
+    """A normal gradient for output `number`, from a fixed seed."""
     generator = torch.Generator().manual_seed(1000 + number)
     values = torch.randn(output.shape, generator=generator, dtype=torch.float64)
     return values.to(output.device, output.dtype)
 
 
 def transposed_gradient(output: Tensor, number: int) -> Tensor:
-    """`random_gradient` with its first two dimensions swapped in memory."""
+    """`random_gradient` with the strides of its first two dimensions swapped."""
     return random_gradient(output, number).transpose(0, 1).contiguous().transpose(0, 1)
 
 
 Gradient = Callable[[Tensor, int], Tensor]
 
 
-def _outputs(result: Any) -> list[Tensor]:
+def outputs_of(result: Any) -> list[Tensor]:
+    """The result of an op as a list of outputs."""
     return list(result) if isinstance(result, tuple | list) else [result]
 
 
@@ -80,32 +80,36 @@ def evaluate(
     """The outputs of op(**arguments), and the gradients of the arguments that require one.
 
     Args:
-        gradient: makes the gradient of each output; None leaves gradients out.
-        dtype: widen every floating argument, and the gradients of the outputs, to this.
+        op: takes `arguments` by keyword.
+        arguments: tensors and other values.
+        gradient: (output, index) to the gradient of that output; None computes no gradients.
+        dtype: cast floating arguments and the gradients of the outputs to this.
+
+    Returns:
+        Tensors by name: "output" (or "output 0", ...) and "d <argument>".
     """
     leaves: dict[str, Tensor] = {}
     given: dict[str, Any] = {}
     for name, value in arguments.items():
         if isinstance(value, Tensor) and value.is_floating_point():
-            # The strides stay those of the caller: a view of a packed projection, say.
             leaf = value.detach() if dtype is None else value.detach().to(dtype)
             if value.requires_grad and gradient is not None:
                 leaves[name] = leaf = leaf.requires_grad_()
             given[name] = leaf
         else:
             given[name] = value
-    outputs = _outputs(op(**given))
+    outputs = outputs_of(op(**given))
     results = {
         "output" if len(outputs) == 1 else f"output {n}": out for n, out in enumerate(outputs)
     }
     if gradient is not None and leaves:
-        # Eager's dtype decides what values the gradients have, so that all paths get the same.
-        low = next(v.dtype for v in arguments.values() if isinstance(v, Tensor))
-        flows = [
-            gradient(output.detach().to(low), n).to(output.dtype)
+        # Round to the arguments' dtype, so that the oracle gets the same gradients.
+        low_dtype = next(v.dtype for v in arguments.values() if isinstance(v, Tensor))
+        output_grads = [
+            gradient(output.detach().to(low_dtype), n).to(output.dtype)
             for n, output in enumerate(outputs)
         ]
-        found = torch.autograd.grad(outputs, list(leaves.values()), flows, allow_unused=True)
+        found = torch.autograd.grad(outputs, list(leaves.values()), output_grads, allow_unused=True)
         for (name, leaf), grad in zip(leaves.items(), found, strict=True):
             results[f"d {name}"] = torch.zeros_like(leaf) if grad is None else grad
     return {name: result.detach() for name, result in results.items()}
@@ -118,10 +122,9 @@ def compare(
     *,
     gradient: Gradient | None = random_gradient,
 ) -> list[Comparison]:
-    """The errors of op and of its reference, both taking `arguments` by keyword.
+    """The errors of every output and gradient of `op` and of its reference.
 
-    Floating arguments that require gradients are differentiated; the first argument is a tensor
-    whose dtype the outputs have.
+    Both take `arguments` by keyword; the first must be a tensor in the outputs' dtype.
     """
     kernel = evaluate(op, arguments, gradient=gradient)
     eager = evaluate(reference, arguments, gradient=gradient)
@@ -133,10 +136,10 @@ def _compared(name: str, kernel: Tensor, eager: Tensor, oracle: Tensor) -> Compa
     if kernel.shape != eager.shape or kernel.dtype != eager.dtype:
         wrong = f"{kernel.dtype} {tuple(kernel.shape)}, eager {eager.dtype} {tuple(eager.shape)}"
         return Comparison(name, float("inf"), 0.0, 0.0, wrong)
-    undefined = oracle.isnan()
-    finite = eager.isfinite() & ~undefined
+    nan = oracle.isnan()
+    finite = eager.isfinite() & ~nan
     for wrong, where in (
-        ("not NaN where the oracle is", undefined & ~kernel.isnan()),
+        ("not NaN where the oracle is", nan & ~kernel.isnan()),
         ("not finite where eager is", finite & ~kernel.isfinite()),
     ):
         if where.any():
@@ -158,7 +161,7 @@ def assert_close(
     *,
     gradient: Gradient | None = random_gradient,
 ) -> None:
-    """Raise AssertionError with every output and gradient that is too far from the oracle."""
+    """Raise AssertionError that lists the outputs and gradients with too large an error."""
     compared = compare(op, reference, arguments, gradient=gradient)
     bad = [str(c) for c in compared if c.wrong or not c.over_eager <= BAR]
     if bad:
@@ -171,7 +174,7 @@ def assert_repeats(
     *,
     gradient: Gradient | None = random_gradient,
 ) -> None:
-    """Raise AssertionError unless two runs give every output and gradient bit for bit."""
+    """Raise AssertionError unless two runs give identical bits in every output and gradient."""
     first, second = (evaluate(op, arguments, gradient=gradient) for _ in range(2))
     different = [name for name in first if not _same_bits(first[name], second[name])]
     if different:
@@ -180,10 +183,3 @@ def assert_repeats(
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
-
-
-def requiring_gradients(arguments: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """The arguments, those named marked for differentiation in place."""
-    for name in names:
-        arguments[name].requires_grad_()
-    return arguments

@@ -1,17 +1,17 @@
-"""The compiled lane: kernels are compiled without a GPU, and their machine code is examined."""
+"""Tests of compiled code for GPUs that are not present, in a process without the interpreter."""
 
 from pathlib import Path
 
 import pytest
 
-from miro_kernels.lab import interpret
+from miro_kernels.lab import interpreter
 
 HERE = Path(__file__).parent
 
 
 def pytest_configure() -> None:
-    if interpret.interpreting():
+    if interpreter.interpreting():
         raise pytest.UsageError(
-            f"{HERE} compiles kernels, which TRITON_INTERPRET=1 prevents: "
-            "python -m pytest tests/kernels/compiled, without it"
+            f"{HERE} compiles kernels; unset TRITON_INTERPRET and run "
+            "python -m pytest tests/kernels/compiled"
         )

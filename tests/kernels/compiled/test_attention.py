@@ -1,4 +1,4 @@
-"""What attention compiles to off the preset's path: every head size, short images, other dtypes."""
+"""Attention's compiled code beyond the preset: every head size, short images, other dtypes."""
 
 from itertools import accumulate
 
@@ -47,9 +47,9 @@ def test_short_and_odd_images_do_not_spill(tokens: int) -> None:
         assert kernel.matrix.keys() == {"HGMMA"}, kernel
 
 
-def test_the_lengths_of_texts_compile_nothing_anew() -> None:
-    """A batch in the middle of a run must not wait for a compiler."""
-    with capture("sm_90") as kernels:  # which lists each once
+def test_text_lengths_do_not_recompile() -> None:
+    """A batch in the middle of a run must not wait for the compiler."""
+    with capture("sm_90") as kernels:  # lists each kernel once
         for longest in (1, 40, 64 * 16):
             launch(64, longest=longest, dtype=torch.bfloat16)
 

@@ -1,4 +1,4 @@
-"""What every op compiles to at the preset's shapes, with the tiles that are shipped."""
+"""Compiled code of every op at the preset's shapes and tiles."""
 
 import pytest
 import torch
@@ -13,10 +13,10 @@ MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC"}
 @pytest.mark.parametrize("target", MACHINES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.op)
 def test_compiled_code(case: Case, target: str) -> None:
-    found = case_metrics.compiled(case, torch.bfloat16, target)
+    compiled = case_metrics.compiled(case, torch.bfloat16, target)
 
-    assert found.keys() == set(case.directions) and all(found.values())
-    for kernel in (kernel for kernels in found.values() for kernel in kernels):
+    assert compiled.keys() == set(case.directions) and all(compiled.values())
+    for kernel in (kernel for kernels in compiled.values() for kernel in kernels):
         assert kernel.fits and kernel.occupancy > 0, kernel
         assert kernel.atomics == 0, kernel
         if target in MATRIX:
@@ -24,7 +24,7 @@ def test_compiled_code(case: Case, target: str) -> None:
 
 
 @pytest.mark.parametrize("target", MATRIX)
-def test_attention_multiplies_on_the_matrix_unit_of_its_target(target: str) -> None:
+def test_attention_uses_the_tensor_core_instructions_of_its_target(target: str) -> None:
     (case,) = (case for case in CASES if case.op == "attention")
 
     for direction, kernels in case_metrics.compiled(case, torch.bfloat16, target).items():

@@ -1,4 +1,4 @@
-"""The launches per op that profiling/step_budget.py assumes are those of the ops' own code."""
+"""The launches per op in profiling/step_budget.py equal those of the ops' own code."""
 
 import pytest
 import torch
@@ -17,10 +17,10 @@ OPS = {
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_an_op_has_the_launches_of_the_budget(name: str) -> None:
+def test_an_op_has_as_many_launches_as_in_the_step_budget(name: str) -> None:
     (case,) = (case for case in CASES if case.op == name)
 
-    found = case_metrics.compiled(case, torch.bfloat16, "sm_90")
+    kernels = case_metrics.compiled(case, torch.bfloat16, "sm_90")
 
-    assert len(found["forward"]) == LAUNCHES[OPS[name]]
-    assert len(found["backward"]) == LAUNCHES[f"{OPS[name]}_backward"]
+    assert len(kernels["forward"]) == LAUNCHES[OPS[name]]
+    assert len(kernels["backward"]) == LAUNCHES[f"{OPS[name]}_backward"]

@@ -1,4 +1,4 @@
-"""The interpreter lane: kernels run on the CPU with every access checked, or on a GPU."""
+"""Kernel tests in Triton's interpreter with every access checked, or on a GPU without checks."""
 
 import os
 from collections.abc import Callable
@@ -12,32 +12,32 @@ from PIL import Image
 
 from miro.prepare.annotate import annotate
 from miro.prepare.encode import EncodeConfig, encode
-from miro_kernels.lab import interpret, traffic
+from miro_kernels.lab import interpreter, traffic
 
 HERE = Path(__file__).parent
-DEVICE = "cpu" if interpret.interpreting() else "cuda"
+DEVICE = "cpu" if interpreter.interpreting() else "cuda"
 os.environ["DS_ACCELERATOR"] = DEVICE
 
 
 def pytest_configure() -> None:
     if DEVICE == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError(
-            f"{HERE} needs a GPU or the interpreter, which is chosen before triton is imported: "
+            f"{HERE} needs a GPU or the interpreter: run "
             "TRITON_INTERPRET=1 python -m pytest tests/kernels/interpret"
         )
     if DEVICE == "cpu":
-        interpret.correct()
+        interpreter.patch_interpreter()
 
 
 @pytest.fixture
 def device() -> str:
-    """The device of this lane's tensors."""
+    """cpu in the interpreter, else cuda."""
     return DEVICE
 
 
 @pytest.fixture
 def count() -> Callable[..., AbstractContextManager[traffic.Traffic]]:
-    """lab.traffic.count; tests that use it are skipped on a GPU, which cannot count traffic."""
+    """lab.traffic.count; skips the test on a GPU, where traffic cannot be counted."""
     if DEVICE != "cpu":
         pytest.skip("traffic is counted in the interpreter")
     return traffic.count
@@ -45,9 +45,9 @@ def count() -> Callable[..., AbstractContextManager[traffic.Traffic]]:
 
 @pytest.fixture(autouse=True)
 def checked(request: pytest.FixtureRequest):
-    """Check the accesses of every kernel in every test, unless the test counts traffic itself.
+    """Check the accesses of every kernel of every test, unless the test uses `count` itself.
 
-    torch.empty is filled with NaN, so that an output that no kernel stores is noticed.
+    torch.empty returns NaN, which exposes results that no kernel wrote.
     """
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -60,7 +60,7 @@ def checked(request: pytest.FixtureRequest):
 
 @pytest.fixture(scope="session")
 def encoded(tmp_path_factory: pytest.TempPathFactory, tiny_t5: Path) -> Path:
-    """An encoded dataset folder of 64 images of noise: a GPU machine may lack the artwork."""
+    """An encoded dataset of 64 noise images, since a GPU machine may lack the OpenMoji artwork."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "images").mkdir()
     draw = np.random.default_rng(3)

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from miro_kernels import attention, tiles, use_backend
-from miro_kernels.attention import attention_op, attention_reference
+from miro_kernels.attention import attention_reference
+from miro_kernels.attention.op import attention_op
 from miro_kernels.lab import testing
 
 Draw = Callable[..., Tensor]
 LEAVES = ("q", "k", "v", "text_k", "text_v")
-# Lengths of the texts, tokens, heads, head size: every head size; tokens that are odd, prime, fewer
-# than a tile and more than one; texts of more than one tile, of some samples and of none.
+# (text lengths, tokens, heads, head size): every head size; odd and prime numbers of tokens, below
+# and above one tile; texts longer than a tile, of some samples and of none.
 SHAPES = [
     ([3, 0, 40], 37, 2, 32),
     ([0, 70], 131, 1, 64),
@@ -39,11 +40,11 @@ def arguments(
     """q, k and v are views of one projection, text_k and text_v of another."""
     image = draw(len(lengths), tokens, 3, heads, size).to(device, dtype).unbind(2)
     text = draw(sum(lengths), 2, heads, size).to(device, dtype).unbind(1)
-    made: dict[str, Any] = {
+    inputs: dict[str, Any] = {
         name: z.detach().requires_grad_() for name, z in zip(LEAVES, image + text, strict=True)
     }
     offsets = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
-    return made | {
+    return inputs | {
         "text_offsets": offsets.to(device),
         "longest_text": max(lengths, default=0),
     }
@@ -75,7 +76,7 @@ def test_large_values(draw: Draw, device: str, dtype: torch.dtype, size: float) 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 3e4), (torch.bfloat16, 1e15)])
 def test_large_logits(draw: Draw, device: str, dtype: torch.dtype, size: float) -> None:
-    """Forward alone: where one key takes all, gradients are what roundings leave of zero."""
+    """Forward only: the softmax is one-hot, so its gradients are rounding errors around zero."""
     given = arguments(draw, device, [5, 0], 33, 1, 64, dtype)
     for name in ("q", "k", "text_k"):
         given[name] = (given[name].detach().tanh() * size).requires_grad_()
@@ -84,7 +85,7 @@ def test_large_logits(draw: Draw, device: str, dtype: torch.dtype, size: float) 
 
 
 def test_gradients_of_large_logits_are_finite(draw: Draw, device: str) -> None:
-    """A device fuses logit · scale - lse, and what is left of 1e30 may be infinite as a weight."""
+    """A GPU fuses logit · scale - lse; the rounding error of 1e30 may give exp2(large) = inf."""
     given = arguments(draw, device, [5, 0], 33, 1, 64, torch.bfloat16)
     for name in ("q", "k", "text_k"):
         given[name] = (given[name].detach().tanh() * 1e15).requires_grad_()
@@ -93,12 +94,12 @@ def test_gradients_of_large_logits_are_finite(draw: Draw, device: str) -> None:
         assert result.isfinite().all(), name
 
 
-def test_a_channel_apart_from_the_next_is_read_as_well(draw: Draw, device: str) -> None:
+def test_a_channel_stride_of_two(draw: Draw, device: str) -> None:
     given = arguments(draw, device, [2, 3], 5, 2, 32)
     for name in ("k", "text_v"):
-        apart = torch.stack((given[name].detach(),) * 2, -1)[..., 0]
-        assert apart.stride(-1) == 2
-        given[name] = apart.requires_grad_()
+        strided = torch.stack((given[name].detach(),) * 2, -1)[..., 0]
+        assert strided.stride(-1) == 2
+        given[name] = strided.requires_grad_()
 
     assert_close(given, lambda output, number: output.new_ones(()).expand(output.shape))
 
@@ -106,29 +107,30 @@ def test_a_channel_apart_from_the_next_is_read_as_well(draw: Draw, device: str) 
 @pytest.mark.parametrize(
     ("lengths", "tokens"), [([], 4), ([2, 1], 0), ([0, 0], 0)], ids=["batch", "tokens", "both"]
 )
-def test_nothing_gives_nothing(
+def test_empty_inputs_give_empty_outputs_and_zero_gradients(
     draw: Draw, device: str, lengths: list[int], tokens: int
 ) -> None:  # fmt: skip
-    found = testing.evaluate(attention, arguments(draw, device, lengths, tokens, 1, 32))
+    results = testing.evaluate(attention, arguments(draw, device, lengths, tokens, 1, 32))
 
-    assert found["output"].shape == (len(lengths), tokens, 1, 32)
-    assert all(not found[f"d {name}"].any() for name in LEAVES)
+    assert results["output"].shape == (len(lengths), tokens, 1, 32)
+    assert all(not results[f"d {name}"].any() for name in LEAVES)
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "text_k", "text_v"])
-def test_a_nan_in_one_sample_stays_in_that_sample(draw: Draw, device: str, name: str) -> None:
+def test_nan_in_one_sample_does_not_reach_other_samples(draw: Draw, device: str, name: str) -> None:
     given = arguments(draw, device, [3, 2, 4], 9, 1, 32)
     clean = testing.evaluate(attention, given)
     with torch.no_grad():
-        given[name][3 if name.startswith("text") else 1] = torch.nan  # all or one of sample 1
+        row = 3 if name.startswith("text") else 1  # sample 1, or its first text token
+        given[name][row] = torch.nan
 
-    found = testing.evaluate(attention, given)
+    results = testing.evaluate(attention, given)
 
-    assert found["output"][1].isnan().all()
+    assert results["output"][1].isnan().all()
     others, texts = [0, 2], [0, 1, 2, 5, 6, 7, 8]
-    for result in found:
-        rows = texts if result.startswith("d text") else others
-        assert torch.equal(found[result][rows], clean[result][rows]), result
+    for key in results:
+        rows = texts if key.startswith("d text") else others
+        assert torch.equal(results[key][rows], clean[key][rows]), key
 
 
 def test_two_runs_give_the_same_bits(draw: Draw, device: str) -> None:
@@ -139,7 +141,7 @@ def test_two_runs_give_the_same_bits(draw: Draw, device: str) -> None:
 
 @pytest.mark.usefixtures("count")
 def test_nothing_is_computed_for_padding(draw: Draw, device: str) -> None:
-    """Products of tiles are counted: texts cost their own tiles, whatever the bound on lengths."""
+    """The number of tl.dot follows from each text's own tiles, not from the bound of lengths."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     lengths, tokens, heads = [0, 5, 70, 0, 33], 150, 2
@@ -153,21 +155,21 @@ def test_nothing_is_computed_for_padding(draw: Draw, device: str) -> None:
         forward = dots.call_count
         out.backward(torch.ones_like(out))
 
-    def met(kernel: str) -> int:
-        """Pairs of a tile of queries and a tile of keys, when text has tiles of its own."""
+    def tile_pairs(kernel: str) -> int:
+        """Pairs of a tile of queries and a tile of image or text keys."""
         tile = tiles.tile(f"attention_{kernel}_64")
         queries, keys = (-(-tokens // tile[name]) for name in ("queries", "keys"))
         return queries * sum(keys + -(-length // tile["text"]) for length in lengths) * heads
 
-    assert forward == 2 * met("forward")
-    assert dots.call_count - forward == 3 * met("queries") + 4 * met("keys")
+    assert forward == 2 * tile_pairs("forward")
+    assert dots.call_count - forward == 3 * tile_pairs("queries") + 4 * tile_pairs("keys")
 
 
-def test_torch_can_trace_it(draw: Draw, device: str) -> None:
+def test_opcheck_and_torch_compile(draw: Draw, device: str) -> None:
     given = arguments(draw, device, [3, 0], 5, 1, 32)
 
     torch.library.opcheck(attention_op, tuple(given.values()))
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
-    found, expected = (testing.evaluate(op, given) for op in (compiled, attention))
+    results, expected = (testing.evaluate(op, given) for op in (compiled, attention))
 
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(torch.equal(results[name], expected[name]) for name in expected)

@@ -1,4 +1,4 @@
-"""Bytes and errors of every op at the preset's shapes, against the bars they must reach."""
+"""Bytes and errors of every op at the preset's shapes, against their upper bounds."""
 
 from collections.abc import Callable
 from itertools import accumulate
@@ -21,23 +21,23 @@ def test_bytes(case: Case) -> None:
     moved = case_metrics.counted(case, torch.bfloat16, case.batches[0])
 
     assert moved.keys() == set(case.directions)
-    for direction, found in moved.items():
+    for direction, counts in moved.items():
         most = MOST_BYTES.get((case.op, direction), float("inf"))
-        short = (case.op, direction, "bytes_over_least") in SHORTFALLS
-        assert 0.999 < found.distinct / found.least <= most
-        assert found.kernels / found.least <= most or short
+        is_shortfall = (case.op, direction, "bytes_over_least") in SHORTFALLS
+        assert 0.999 < counts.distinct / counts.least <= most
+        assert counts.kernels / counts.least <= most or is_shortfall
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.op)
 def test_errors(case: Case, device: str) -> None:
     if device == "cpu":
-        pytest.skip("minutes in the interpreter: the report has them, and the ops' tests others")
+        pytest.skip("takes minutes in the interpreter; the kernel report has it")
     assert max(case_metrics.errors(case, torch.bfloat16, device).values()) <= testing.BAR
 
 
 @pytest.mark.parametrize("lengths", [(0, 0, 0), (0, 3, 200), (64, 64, 64)], ids=str)
-def test_attention_does_no_work_on_padding(count: Count, lengths: tuple[int, ...]) -> None:
-    """Products are of each sample's own keys, up to a tile, whatever the longest text may be."""
+def test_attention_multiplies_no_padding(count: Count, lengths: tuple[int, ...]) -> None:
+    """Matrix products are of each sample's own keys, rounded up to a tile."""
     heads, size, tokens = 2, 64, 256
     image, text = (len(lengths), tokens, heads, size), (sum(lengths), heads, size)
     given = {name: torch.randn(image).bfloat16() for name in ("q", "k", "v")}
@@ -48,4 +48,4 @@ def test_attention_does_no_work_on_padding(count: Count, lengths: tuple[int, ...
         attention(**given, longest_text=512)
 
     in_tiles = sum(tokens + ceil(length / 64) * 64 for length in lengths)
-    assert 0 < traffic.products <= 2 * heads * size * tokens * in_tiles
+    assert 0 < traffic.multiplications <= 2 * heads * size * tokens * in_tiles

@@ -1,4 +1,4 @@
-"""Training with the kernels: the losses of the torch backend, and a network without graph break."""
+"""Training with the Triton kernels: losses equal torch's, and the network has no graph break."""
 
 import json
 from dataclasses import replace
@@ -23,7 +23,7 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_few_steps_have_the_losses_of_the_torch_backend(
+def test_losses_of_a_few_steps_equal_those_of_the_torch_backend(
     training: TrainConfig, tmp_path: Path, device: str, optimizer: str
 ) -> None:
     few = replace(training, images=24, checkpoint_every=24, ema_weights_at=(), device=device)
@@ -42,7 +42,7 @@ def test_a_few_steps_have_the_losses_of_the_torch_backend(
 
 
 @pytest.mark.parametrize("stage", ["1", "2", "3"])
-def test_zero_stages_have_the_losses_of_stage_0(
+def test_losses_of_every_zero_stage_equal_those_of_stage_0(
     training: TrainConfig, tmp_path: Path, device: str, stage: Literal["1", "2", "3"]
 ) -> None:
     few = replace(training, images=24, checkpoint_every=24, ema_weights_at=(), device=device)
@@ -59,7 +59,7 @@ def test_zero_stages_have_the_losses_of_stage_0(
     )
 
 
-def test_the_network_compiles_without_graph_break(device: str) -> None:
+def test_the_network_compiles_without_a_graph_break(device: str) -> None:
     torch.manual_seed(0)
     config = ModelConfig(channels=32, depth=1, heads=1, hidden=16, patch=2)
     model = FlowTransformer(config, (1, 4, 4), 8, rewards=2).to(device)

@@ -1,14 +1,13 @@
-"""Triton's interpreter, corrected to compute what a GPU computes.
+"""Triton's interpreter, patched to compute what a GPU computes.
 
-TRITON_INTERPRET=1 runs kernels with numpy. Numpy has no bf16, and Triton (3.8) keeps such values as
-their 16 bits: products, sums and comparisons then work on the bits, silently, and casts truncate.
-`correct` makes them work on the values, in fp32, rounded once to the nearest even: what one GPU
-instruction does. It also cuts the operands of a tf32 product to the bits a tensor core reads, which
-the stock interpreter multiplies in full fp32, so that a product which should have asked for more
-shows its error here.
+TRITON_INTERPRET=1 runs kernels in numpy, which has no bf16. Triton 3.8 stores such values as their
+16 bits, so that products, sums and comparisons silently operate on the bits, and casts truncate.
+`patch_interpreter` makes them operate on fp32 values, rounded once to nearest even like one GPU
+instruction. It also truncates the operands of a tf32 `tl.dot` to tf32's bits; the stock interpreter
+multiplies in full fp32, which would hide a missing `input_precision`.
 
-What the interpreter still does not show: the rounding of sums inside one reduction, the last bits
-of exp2, rsqrt and the like, and anything that depends on threads.
+Not modelled: the rounding of sums inside one reduction, the last bits of exp2, rsqrt and the like,
+and anything that depends on threads.
 """
 
 from __future__ import annotations
@@ -20,28 +19,33 @@ from typing import Any
 import numpy as np
 import triton.language as tl
 from triton import knobs
-from triton._C.libtriton import ir
-from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from miro_kernels.lab.private_triton import (
+    InterpreterBuilder,
+    ReduceOps,
+    ScanOps,
+    TensorHandle,
+    ir,
+)
 
 BITWISE = {np.bitwise_and, np.bitwise_or, np.bitwise_xor, np.left_shift, np.right_shift}
 COMPARISONS = {np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal}
 FLOATS = {tl.float16, tl.bfloat16, tl.float32}
-TF32_BITS = np.uint32(0xFFFFE000)  # sign, 8 of exponent, 10 of mantissa
+TF32_MASK = np.uint32(0xFFFFE000)  # sign, 8 exponent bits, 10 mantissa bits
 
 
 def interpreting() -> bool:
-    """Whether kernels of this process run in the interpreter."""
+    """Whether TRITON_INTERPRET was set: kernels of this process run in the interpreter."""
     return bool(knobs.runtime.interpret)
 
 
-def from_bits(bits: np.ndarray) -> np.ndarray:
-    """fp32 values of bf16 numbers given as their 16 bits."""
+def bf16_to_fp32(bits: np.ndarray) -> np.ndarray:
+    """The fp32 values of bf16 numbers, which are given as uint16."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def to_bits(values: np.ndarray) -> np.ndarray:
-    """fp32 values as bf16 bits, rounded to the nearest and ties to the even, as cvt.rn.bf16."""
+def fp32_to_bf16(values: np.ndarray) -> np.ndarray:
+    """fp32 values as bf16 in uint16, rounded to nearest even like `cvt.rn.bf16`."""
     values = np.ascontiguousarray(values, np.float32)
     bits = values.view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -52,43 +56,43 @@ def _is_bf16(handle: Any) -> bool:
     return isinstance(handle, TensorHandle) and handle.dtype.scalar == tl.bfloat16
 
 
-def _wide(handle: Any) -> Any:
-    return TensorHandle(from_bits(handle.data), tl.float32) if _is_bf16(handle) else handle
+def _widen(handle: Any) -> Any:
+    return TensorHandle(bf16_to_fp32(handle.data), tl.float32) if _is_bf16(handle) else handle
 
 
-def _narrow(handle: TensorHandle) -> TensorHandle:
-    return TensorHandle(to_bits(handle.data), tl.bfloat16)
+def _round_to_bf16(handle: TensorHandle) -> TensorHandle:
+    return TensorHandle(fp32_to_bf16(handle.data), tl.bfloat16)
 
 
 def _in_fp32(method: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
-    """A builder method whose bf16 operands are widened and whose result is rounded once."""
+    """Widen the bf16 operands of a builder method, and round its result once."""
 
     @functools.wraps(method)
-    def corrected(self: Any, *arguments: Any) -> TensorHandle:
+    def patched(self: Any, *arguments: Any) -> TensorHandle:
         if not any(map(_is_bf16, arguments)):
             return method(self, *arguments)
-        result = method(self, *map(_wide, arguments))
-        compared = result.data.dtype == np.bool_
-        return result if compared or result.dtype != tl.float32 else _narrow(result)
+        result = method(self, *map(_widen, arguments))
+        is_comparison = result.data.dtype == np.bool_
+        return result if is_comparison or result.dtype != tl.float32 else _round_to_bf16(result)
 
-    return corrected
+    return patched
 
 
 def _binary(method: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
-    corrected = _in_fp32(method)
+    patched = _in_fp32(method)
 
     def binary_op(self: Any, lhs: TensorHandle, rhs: TensorHandle, op: Any) -> TensorHandle:
-        return (method if op in BITWISE else corrected)(self, lhs, rhs, op)
+        return (method if op in BITWISE else patched)(self, lhs, rhs, op)
 
     return binary_op
 
 
 def _ternary(method: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
-    corrected = _in_fp32(method)
+    patched = _in_fp32(method)
 
     def ternary_op(self: Any, a: TensorHandle, b: TensorHandle, c: TensorHandle, op: Any) -> Any:
-        # A select copies bits; widening would only lose the payload of a NaN.
-        return (method if op is np.where else corrected)(self, a, b, c, op)
+        # tl.where copies bits; widening would lose a NaN's payload.
+        return (method if op is np.where else patched)(self, a, b, c, op)
 
     return ternary_op
 
@@ -97,9 +101,9 @@ def _cast(method: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
     def cast_impl(self: Any, source: TensorHandle, dtype: Any) -> TensorHandle:
         if source.dtype.scalar == dtype.scalar:
             return source
-        source = _wide(source)
+        source = _widen(source)
         if dtype.scalar == tl.bfloat16:
-            return _narrow(TensorHandle(source.data.astype(np.float32), tl.float32))
+            return _round_to_bf16(TensorHandle(source.data.astype(np.float32), tl.float32))
         return method(self, source, dtype)
 
     return cast_impl
@@ -118,9 +122,9 @@ def _float_cast(method: Callable[..., TensorHandle]) -> Callable[..., TensorHand
 def _dot(method: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
     def operand(handle: TensorHandle, precision: Any) -> TensorHandle:
         if handle.dtype.scalar == tl.float32 and precision == ir.INPUT_PRECISION.TF32:
-            bits = np.ascontiguousarray(handle.data).view(np.uint32) & TF32_BITS
+            bits = np.ascontiguousarray(handle.data).view(np.uint32) & TF32_MASK
             return TensorHandle(bits.view(np.float32), tl.float32)
-        return _wide(handle)
+        return _widen(handle)
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, precision: Any, *rest: Any) -> TensorHandle:
         return method(self, operand(a, precision), operand(b, precision), d, precision, *rest)
@@ -130,31 +134,31 @@ def _dot(method: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
 
 def _reduction(method: Callable[..., Any]) -> Callable[..., Any]:
     def apply_impl(self: Any, inputs: tuple) -> Any:
-        """Reductions and scans over bf16 accumulate in fp32 and round the result once."""
-        low = [_is_bf16(value.handle) for value in inputs]
-        if not any(low):
+        """Accumulate bf16 reductions and scans in fp32, and round the result once."""
+        is_bf16 = [_is_bf16(value.handle) for value in inputs]
+        if not any(is_bf16):
             return method(self, inputs)
-        wide = [tl.tensor(_wide(v.handle), _retyped(v.type, tl.float32)) for v in inputs]
+        wide = [tl.tensor(_widen(v.handle), _with_dtype(v.type, tl.float32)) for v in inputs]
         results = method(self, tuple(wide))
         if not isinstance(results, list | tuple):
             results = (results,)
         return tuple(
-            tl.tensor(_narrow(r.handle), _retyped(r.type, tl.bfloat16)) if was_low else r
-            for r, was_low in zip(results, low, strict=False)
+            tl.tensor(_round_to_bf16(r.handle), _with_dtype(r.type, tl.bfloat16)) if narrow else r
+            for r, narrow in zip(results, is_bf16, strict=False)
         )
 
     return apply_impl
 
 
-def _retyped(kind: Any, dtype: Any) -> Any:
+def _with_dtype(kind: Any, dtype: Any) -> Any:
     return tl.block_type(dtype, kind.shape) if kind.is_block() else dtype
 
 
 @functools.cache
-def correct() -> None:
-    """Correct the interpreter of this process, once; there is no way back, nor a need for one."""
+def patch_interpreter() -> None:
+    """Patch the interpreter of this process, once and for good."""
     builder: Any = InterpreterBuilder
-    corrections = {
+    patches = {
         "binary_op": _binary,
         "ternary_op": _ternary,
         "unary_op": _in_fp32,
@@ -165,10 +169,10 @@ def correct() -> None:
         "create_fp_to_fp": _float_cast,
         "create_dot": _dot,
     }
-    for name, correction in corrections.items():
-        setattr(builder, name, correction(getattr(builder, name)))
-    builder.get_bf16 = lambda self, value: _narrow(
+    for name, patch in patches.items():
+        setattr(builder, name, patch(getattr(builder, name)))
+    builder.get_bf16 = lambda self, value: _round_to_bf16(
         TensorHandle(np.array([value], np.float32), tl.float32)
     )
-    for reduction in (interpreter.ReduceOps, interpreter.ScanOps):
+    for reduction in (ReduceOps, ScanOps):
         reduction.apply_impl = _reduction(reduction.apply_impl)

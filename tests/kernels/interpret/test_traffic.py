@@ -1,4 +1,4 @@
-"""The laboratory finds what is planted: each test breaks a small kernel in one way."""
+"""The lab detects faults: each test runs a small kernel with one deliberate fault."""
 
 from collections.abc import Callable
 
@@ -18,21 +18,21 @@ Count = Callable[..., object]
 
 @triton.jit
 def copy_kernel(x_ptr, y_ptr, size, BLOCK: tl.constexpr, SLACK: tl.constexpr):
-    """y = x; with SLACK the mask lets that many elements too many through."""
+    """y = x, with a mask that is SLACK elements too long."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(y_ptr + i, tl.load(x_ptr + i, mask=i < size + SLACK, other=0.0), mask=i < size)
 
 
 @triton.jit
 def overlapping_kernel(x_ptr, y_ptr, STEP: tl.constexpr, BLOCK: tl.constexpr):
-    """y = x, programs STEP elements apart: they overlap where STEP < BLOCK."""
+    """y = x, with programs STEP elements apart, which overlap if STEP < BLOCK."""
     i = tl.program_id(0) * STEP + tl.arange(0, BLOCK)
     tl.store(y_ptr + i, tl.load(x_ptr + i))
 
 
 @triton.jit
 def neighbour_kernel(x_ptr, BLOCK: tl.constexpr):
-    """x[i] = x[i + BLOCK], in place: what the next program writes."""
+    """x[i] = x[i + BLOCK] in place: reads elements that the next program writes."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x_ptr + i + BLOCK)
     tl.store(x_ptr + i, value)
@@ -40,7 +40,7 @@ def neighbour_kernel(x_ptr, BLOCK: tl.constexpr):
 
 @triton.jit
 def sum_kernel(x_ptr, y_ptr, size, BLOCK: tl.constexpr, FILLED: tl.constexpr):
-    """y = sum(x); its idle lanes hold 0 only where they are FILLED."""
+    """y = sum(x); the masked load has other=0 only if FILLED."""
     i = tl.arange(0, BLOCK)
     if FILLED:
         x = tl.load(x_ptr + i, mask=i < size, other=0.0)
@@ -57,7 +57,7 @@ def accumulate_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
 
 @triton.jit
 def table_kernel(table_ptr, BLOCK: tl.constexpr):
-    """y = x, for the x and y whose addresses the table holds."""
+    """y = x, for x and y given by a table of their addresses."""
     i = tl.arange(0, BLOCK)
     x_ptr = tl.load(table_ptr).to(tl.pointer_type(tl.float32))
     y_ptr = tl.load(table_ptr + 1).to(tl.pointer_type(tl.float32))
@@ -73,14 +73,14 @@ def descriptor_kernel(x, y, ROWS: tl.constexpr):
 @triton.jit
 def dot_kernel(a_ptr, b_ptr, c_ptr, SIZE: tl.constexpr, PRECISION: tl.constexpr):
     i = tl.arange(0, SIZE)
-    place = i[:, None] * SIZE + i[None, :]
-    a, b = tl.load(a_ptr + place), tl.load(b_ptr + place)
-    tl.store(c_ptr + place, tl.dot(a, b, input_precision=PRECISION))
+    offsets = i[:, None] * SIZE + i[None, :]
+    a, b = tl.load(a_ptr + offsets), tl.load(b_ptr + offsets)
+    tl.store(c_ptr + offsets, tl.dot(a, b, input_precision=PRECISION))
 
 
 @triton.jit
 def arithmetic_kernel(a_ptr, b_ptr, out_ptr, BLOCK: tl.constexpr):
-    """One result of every kind, in the arguments' own dtype."""
+    """Elementwise operations in the arguments' dtype."""
     i = tl.arange(0, BLOCK)
     a, b = tl.load(a_ptr + i), tl.load(b_ptr + i)
     tl.store(out_ptr + i, a + b)
@@ -90,7 +90,7 @@ def arithmetic_kernel(a_ptr, b_ptr, out_ptr, BLOCK: tl.constexpr):
     tl.store(out_ptr + 4 * BLOCK + i, (a.to(tl.float32) / b.to(tl.float32)).to(a.dtype))
 
 
-def test_a_clean_kernel_has_its_bytes_counted(count: Count) -> None:
+def test_the_bytes_of_a_kernel_without_faults_are_counted(count: Count) -> None:
     x, y = torch.randn(1000), torch.empty(1000)
 
     with count() as traffic:
@@ -110,7 +110,7 @@ def test_sectors_and_not_elements_are_counted(count: Count) -> None:
         copy_kernel[(1,)](x, y, 256, BLOCK=256, SLACK=0)
 
     assert traffic.launches[0].stored == 1024
-    # Sixteen elements apart, of which the first 16 rows lie under the 256 addresses read.
+    # The kernel ignores the stride of 16: its 256 addresses contain 16 elements of the view.
     assert traffic.faults and traffic.launches[0].loaded == 16 * 32
 
 
@@ -148,7 +148,7 @@ def test_a_program_that_reads_what_another_writes_is_caught(count: Count) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_masked_load_without_other_is_caught_and_shows(count: Count, dtype: torch.dtype) -> None:
+def test_a_masked_load_without_other_is_caught_and_nan(count: Count, dtype: torch.dtype) -> None:
     x, y = torch.randn(40).to(dtype), torch.empty(1, dtype=dtype)
     with count():
         sum_kernel[(1,)](x, y, 40, BLOCK=64, FILLED=True)
@@ -220,11 +220,11 @@ def test_low_precision_arithmetic_is_torchs_bit_for_bit(count: Count, dtype: tor
         (torch.bfloat16, "tf32", 0, 1e-4),
         (torch.float16, "tf32", 0, 1e-4),
         (torch.float32, "ieee", 0, 1e-4),
-        # What a tensor core makes of fp32 operands where nobody asked for more.
+        # Tensor cores round fp32 operands to tf32 by default.
         (torch.float32, "tf32", 1e-3, 1e-1),
     ],
 )
-def test_products_are_those_of_the_hardware(
+def test_matrix_products_have_the_precision_of_the_hardware(
     count: Count, dtype: torch.dtype, precision: str, least: float, most: float
 ) -> None:
     a, b = (torch.randn(64, 64).to(dtype) for _ in range(2))
@@ -233,7 +233,7 @@ def test_products_are_those_of_the_hardware(
     with count() as traffic:
         dot_kernel[(1,)](a, b, c, SIZE=64, PRECISION=precision)
 
-    assert traffic.products == 64**3
+    assert traffic.multiplications == 64**3
     assert least < (c - a.double() @ b.double()).abs().max() < most
 
 
@@ -241,8 +241,8 @@ def scaled(x: Tensor, weight: Tensor) -> Tensor:
     return x * weight
 
 
-class Planted(torch.autograd.Function):
-    """scaled(x, weight), whose gradient of weight is off by one part in `off`."""
+class WrongGradient(torch.autograd.Function):
+    """scaled(x, weight), with a relative error of 1 / `off` in the gradient of weight."""
 
     @staticmethod
     def forward(context, x: Tensor, weight: Tensor, off: float) -> Tensor:
@@ -259,19 +259,18 @@ class Planted(torch.autograd.Function):
 
 @pytest.mark.parametrize(("off", "right"), [(float("inf"), True), (1000, False)])
 def test_a_wrong_gradient_is_caught(off: float, right: bool) -> None:
-    arguments = testing.requiring_gradients(
-        {"x": torch.randn(64, 32), "weight": torch.randn(32)}, ["x", "weight"]
-    )
+    x, weight = torch.randn(64, 32).requires_grad_(), torch.randn(32).requires_grad_()
+    arguments = {"x": x, "weight": weight}
 
     def op(x: Tensor, weight: Tensor) -> Tensor:
-        return Planted.apply(x, weight, off)
+        return WrongGradient.apply(x, weight, off)
 
     compared = {c.name: c.over_eager <= testing.BAR for c in testing.compare(op, scaled, arguments)}
 
     assert compared == {"output": True, "d x": True, "d weight": right}
 
 
-def test_a_nan_that_spreads_and_one_that_is_lost_are_caught() -> None:
+def test_an_extra_nan_and_a_missing_nan_are_caught() -> None:
     x = torch.randn(4, 8)
     x[1, 2] = torch.nan
     arguments = {"x": x, "weight": torch.ones(8)}
@@ -291,5 +290,5 @@ def test_a_result_that_changes_between_runs_is_caught() -> None:
         testing.assert_repeats(lambda x: x * next(runs), {"x": torch.ones(3)})
 
 
-def test_memory_nobody_wrote_is_nan() -> None:
+def test_uninitialized_memory_is_nan() -> None:
     assert torch.empty(8).isnan().all()
