@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -217,12 +217,11 @@ def count(check: bool = True) -> Iterator[Traffic]:
     patch_interpreter()
     traffic = Traffic()
     patched = _InstrumentedInterpreter(traffic)
-    builder_methods = {name: _method(method) for name, method in patched.replacements.items()}
-    with (
-        mock.patch.object(GridExecutor, "__call__", _method(patched.call)),
-        mock.patch.object(interpreter_semantic, "load", patched.load),
-        mock.patch.multiple(InterpreterBuilder, **builder_methods),
-    ):
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(GridExecutor, "__call__", _method(patched.call)))
+        patches.enter_context(mock.patch.object(interpreter_semantic, "load", patched.load))
+        for name, method in patched.replacements.items():
+            patches.enter_context(mock.patch.object(InterpreterBuilder, name, _method(method)))
         yield traffic
     if check and traffic.faults:
         raise KernelFault("\n".join(traffic.faults))
