@@ -2,8 +2,8 @@
 
     python profiling/bench_data.py [--rounds 5] [--workers 2] [--side 256]
 
-Decoding alone, and decoding with a resize of the whole image to 256 x 256 (bicubic, antialiased), by
-Pillow, torchvision and DALI as documented, and by our `decode_ahead` with either decoder and the
+Decoding alone, and with a resize of the whole image to 256 x 256 (bicubic, antialiased), by Pillow,
+torchvision and DALI as documented, and by our `decode_ahead` with either decoder and the
 preprocessing of rewards. Each has two worker threads; our preprocessing uses all cores. All
 variants are warmed up and interleaved.
 
@@ -24,6 +24,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,11 @@ def with_ours(name: Any, workers: int, side: int | None) -> Run:
     return run
 
 
+def timed(run: Run, images: Sequence[bytes], _: int) -> float:
+    """Seconds of a run; for `interleave`."""
+    return seconds(lambda: run(images))
+
+
 def decoding(workers: int, side: int, rounds: int) -> list[dict[str, Any]]:
     """Rows by task and size: images/s of each variant, and its ratio to Pillow."""
     rows = []
@@ -179,7 +185,7 @@ def decoding(workers: int, side: int, rounds: int) -> list[dict[str, Any]]:
         }
         for (width, height), images in sets.items():
             times = interleave(
-                {n: lambda _, run=run: seconds(lambda: run(images)) for n, run in variants.items()},
+                {name: partial(timed, run, images) for name, run in variants.items()},
                 rounds,
             )
             rates = {name: [len(images) / t for t in found] for name, found in times.items()}

@@ -162,9 +162,7 @@ def scoring(rounds: int, count: int) -> dict[str, Any]:
     }
     for name, rate in row["images_per_second"].items():
         print(f"{name:16}{rate['median']:8.1f} images/s ({rate['p20']:.1f} to {rate['p80']:.1f})")
-    print(
-        f"one pass: {ratio['median']:.2f} × separate passes ({ratio['p20']:.2f} to {ratio['p80']:.2f})"
-    )
+    print("one pass: {median:.2f} × separate passes ({p20:.2f} to {p80:.2f})".format(**ratio))
     return row
 
 

@@ -222,7 +222,7 @@ STEPS = {
 
 
 def training_steps(name: str, steps: int = 12) -> dict[str, float]:
-    """Milliseconds and memory of an optimizer step of the 0.36 B preset, and the loss at the end."""
+    """Time and memory of an optimizer step of the 0.36 B preset, and the loss at the end."""
     backend, compiled = STEPS[name]
     config = preset("small")
     torch.manual_seed(0)

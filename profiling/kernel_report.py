@@ -161,7 +161,8 @@ def markdown(rows: list[dict[str, Any]], body: str, short: list[str]) -> str:
     return f"""# Kernels, measured without a GPU
 
 `python profiling/kernel_report.py` on {metadata("cpu")["date"]}, torch {torch.__version__}, \
-triton {triton.__version__}, {rows[0]["dtype"]}. The script explains the columns. No figure is a time.
+triton {triton.__version__}, {rows[0]["dtype"]}. The script explains the columns.
+No figure is a time.
 
 {body}
 

@@ -47,7 +47,7 @@ class Ranges(Phases):
             yield
 
 
-def traced(step: Step, steps: int, report: Callable[[], None] = lambda: None) -> Any:
+def traced(step: Step, steps: int, report: Callable[[], Any] = lambda: None) -> Any:
     """Profile `steps` steps and a report."""
     device = step.settings["device"]
     for number in range(WARMUP):

@@ -9,6 +9,8 @@ gradients, flow loss with learned weights, backward, clipping, LAMB and EMA. Net
 preconditioning and loss are the package's, with the width divided by `scale`.
 """
 
+# The modules of miro are those of the released package.
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import copy

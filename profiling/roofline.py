@@ -78,11 +78,11 @@ DEVICES = {
 }
 
 
-def project(operations: Iterable[Operation | dict[str, Any]], device: Device) -> pd.DataFrame:
+def project(operations: Iterable[Operation | dict[str, Any]], device: Device) -> Any:
     """Project the time of each operation: the larger of FLOPs and bytes, plus its launches.
 
     Returns:
-        The operations with the columns `bound` ("FLOPs" or "bytes"), `launch_seconds` and
+        A DataFrame of the operations with the columns `bound` ("FLOPs" or "bytes"), `launch_seconds` and
         `seconds`, which includes the launches.
     """
     table: Any = pd.DataFrame(list(operations))
@@ -97,13 +97,13 @@ def project(operations: Iterable[Operation | dict[str, Any]], device: Device) ->
     )
 
 
-def by_group(table: pd.DataFrame) -> pd.DataFrame:
-    """Sum calls, launches, FLOPs, bytes and seconds over each group, in order of appearance."""
+def by_group(table: Any) -> Any:
+    """Sum the columns of a projection over each group, in order of appearance."""
     columns = ["calls", "launches", "flops", "bytes", "seconds"]
     return table.groupby("group", sort=False)[columns].sum()
 
 
-def by_bound(table: pd.DataFrame) -> dict[str, float]:
+def by_bound(table: Any) -> dict[str, float]:
     """Seconds bound by FLOPs, by bytes and by launches."""
     work: Any = (table["seconds"] - table["launch_seconds"]).groupby(table["bound"]).sum()
     return {

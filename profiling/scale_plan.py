@@ -37,7 +37,7 @@ class Assumptions:
     peak: float = PEAKS["NVIDIA H100 80GB HBM3"].flops
     """Dense bf16 FLOP/s."""
     utilisation: float = 0.35
-    """MFU of forward and backward; published figures for diffusion transformers are 0.10 to 0.33."""
+    """MFU of forward and backward; published diffusion transformers reach 0.10 to 0.33."""
     memory_bandwidth: float = PEAKS["NVIDIA H100 80GB HBM3"].bandwidth
     intra_node_bandwidth: float = 350e9
     """Bytes/s per GPU in a ring of eight GPUs (NVLink 4)."""

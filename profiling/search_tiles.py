@@ -4,8 +4,8 @@
 
 Times a grid of settings per kernel at the shapes of the 0.36 B preset, as gpu_check.py does, after
 compiling all of them on all cores. Prints the current tile and the fastest ones and writes all as
-JSON. Copy a better tile into `miro_kernels/tiles.py` by hand, after tests/kernels/compiled has shown
-that it has no spills and no narrow accesses on the other targets.
+JSON. Copy a better tile into `miro_kernels/tiles.py` by hand, after tests/kernels/compiled shows no
+spills and no narrow accesses on the other targets.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def lines(
 
 
 @plots.styled
-def roofline_chart(variants: Mapping[str, pd.DataFrame], device: Device) -> Figure:
+def roofline_chart(variants: Mapping[str, Any], device: Device) -> Figure:
     """Draw the groups with FLOPs, and the whole step, by FLOPs per byte and projected rate."""
     height = 3.3
     figure = Figure(figsize=(_WIDTH, height))
@@ -214,8 +214,8 @@ def _annotate(
     color: str = PALETTE["muted"],
 ) -> None:
     axes.annotate(
-        text, at, offset, textcoords="offset points", ha=ha, va="baseline" if offset[1] else "center",
-        fontsize=8.5, color=color, bbox=_TEXT_BOX,
+        text, at, offset, textcoords="offset points", ha=ha,
+        va="baseline" if offset[1] else "center", fontsize=8.5, color=color, bbox=_TEXT_BOX,
     )  # fmt: skip
 
 

@@ -75,8 +75,8 @@ def bound(results: Sequence[Result]) -> Section:
         counted = FUSED_COMPILED in budget.record["variants"]
         expected = projected(budget, FUSED_COMPILED)["seconds"].sum() if counted else total
         section.text.append(
-            f"Measured on {gpu.device}, it takes {number(1e3 * compiled)} ms with the rest compiled "
-            f"and {number(1e3 * rest_eager)} ms with the rest eager: "
+            f"Measured on {gpu.device}, it takes {number(1e3 * compiled)} ms with the rest "
+            f"compiled and {number(1e3 * rest_eager)} ms with the rest eager: "
             f"{number(compiled / expected)} × and {number(rest_eager / total)} × the projection, "
             f"which {'' if counted else 'takes the rest as eager and '}excludes host time."
         )
@@ -86,7 +86,9 @@ def bound(results: Sequence[Result]) -> Section:
     section.cite("COUNTED", budget)
     most = max(shares, key=lambda kind: shares[kind])
     section.headline = percent(shares[most]), f"of a fused step bound by {most}, projected, {name}"
-    groups: Any = by_group(fused).join(by_group(eager)["seconds"], how="outer", rsuffix="_eager")
+    groups: Any = by_group(fused).assign(seconds_eager=0.0)
+    groups = groups.reindex(groups.index.union(by_group(eager).index), fill_value=0)
+    groups["seconds_eager"] = by_group(eager)["seconds"]
     groups = groups.fillna(0).sort_values("seconds", ascending=False)
     groups.loc["all"] = groups.sum()
     rows: list[list[str | Provenance]] = [
@@ -243,7 +245,7 @@ def released(results: Sequence[Result]) -> Section:
 def _counts(results: Sequence[Result], step: Result) -> tuple[Result, list[dict[str, float]]]:
     """FLOPs per image of our and the released network, and their file.
 
-    Compiled steps are not counted, so they may come from another file with the same FLOPs per image.
+    Only eager steps are counted, so they may be in another file with equal FLOPs per image.
     """
 
     def shape(result: Result) -> tuple[object, ...]:
@@ -370,10 +372,11 @@ def _images_per_hour(
         f"The two are not comparable directly: ours are steps alone, with latents on the device; "
         f"the {RELEASED_HOURS} hours include loading, validation and communication of 16 GPUs."
     )
-    chart = bars(
-        {f"{name}, {device}": {p.label.lower(): 3600 * rate / 1e6} for name, device, rate, p in rates},
-        "million images per GPU-hour",
-    )  # fmt: skip
+    values = {
+        f"{name}, {device}": {provenance.label.lower(): 3600 * rate / 1e6}
+        for name, device, rate, provenance in rates
+    }
+    chart = bars(values, "million images per GPU-hour")
     sources = ", ".join(result.path.name for result in section.sources)
     section.plots.append(Plot("yield", "Images per GPU-hour", "", chart, sources))
     rows: list[list[str | Provenance]] = [
@@ -400,8 +403,8 @@ def _many_gpus(section: Section, plan: Result) -> None:
     section.cite(
         "PROJECTION",
         f"many GPUs: {given['gpu']}, {percent(given['utilisation'])} of "
-        f"{given['peak'] / 1e12:,.0f} TFLOP/s, {given['intra_node_bandwidth'] / 1e9:g} GB/s inside a machine and "
-        f"{given['inter_node_bandwidth'] / 1e9:g} between machines, {percent(given['overlap'])} of communication "
-        f"overlapped ({plan.path.name})",
+        f"{given['peak'] / 1e12:,.0f} TFLOP/s, {given['intra_node_bandwidth'] / 1e9:g} GB/s inside "
+        f"a machine and {given['inter_node_bandwidth'] / 1e9:g} between machines, "
+        f"{percent(given['overlap'])} of communication overlapped ({plan.path.name})",
     )
     section.add_plots(plan)

@@ -110,7 +110,8 @@ RESULT_TYPES = (
         "scale plan", "scale_plan.json", "python profiling/scale_plan.py",
         frozenset({"gpus", "gpu_bytes"}),
         "{assumptions.gpu,rows.*.preset}:str {assumptions.overlap,rows.*.stage}:number "
-        "assumptions.{peak,utilisation,intra_node_bandwidth,inter_node_bandwidth} rows.*.{gpus,images_per_second,gpu_bytes}",
+        "assumptions.{peak,utilisation,intra_node_bandwidth,inter_node_bandwidth} "
+        "rows.*.{gpus,images_per_second,gpu_bytes}",
         lambda record: {},
     ),
     ResultType(

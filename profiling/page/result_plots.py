@@ -44,8 +44,8 @@ def assumed_device(budget: Result, name: str) -> Device:
     return Device(**{field: assumptions[field] for field in Device.__dataclass_fields__})
 
 
-def projected(budget: Result, variant: str, device: str = "") -> pd.DataFrame:
-    """The operations of a step, projected on a device; the first of the budget by default."""
+def projected(budget: Result, variant: str, device: str = "") -> Any:
+    """DataFrame of a step projected on a device, by default the first of the budget."""
     device = device or next(iter(budget.record["assumptions"]))
     rows = budget.record["variants"][variant]["operations"]
     return project(rows, assumed_device(budget, device))
@@ -62,7 +62,7 @@ def step_rates(gpu: Result) -> dict[str, float]:
 
 
 def kernel_times(gpu: Result) -> Any:
-    """Rows of kernels beside those of torch.compile, suffix `_compile`, by op and direction."""
+    """DataFrame of the kernels beside those of torch.compile, suffix `_compile`, by op and direction."""
     rows: Any = pd.DataFrame(gpu.record["rows"])
     ours, compiled = (rows[rows["variant"] == name] for name in ("kernels", "torch.compile"))
     both = ours.merge(compiled, on=["op", "direction"], suffixes=("", "_compile"))

@@ -135,8 +135,8 @@ def test_each_block_calls_its_fused_operators() -> None:
         "attention": 3, "attention_backward": 3, "swiglu": 4, "swiglu_backward": 4,
     }  # fmt: skip
     assert rows["attention_backward"].launches == 6
-    # Two halves read and one written, in bf16: 64 tokens of two images in three blocks, three tokens
-    # of two texts in one.
+    # Two halves read and one written, in bf16: 64 tokens of two images in three blocks, and three
+    # tokens of two texts in one.
     assert rows["swiglu"].bytes == 2 * (3 * 96) * (3 * 2 * 64 + 2 * 3)
 
 

@@ -41,8 +41,8 @@ def test_the_page_answers_what_bounds_a_step(page: str) -> None:
     assert (
         "A fused step of 64 images is projected to take 4,000 ms on an H100 SXM: 50 % of it is "
         "bound by FLOPs (matrix products are 62 %), 25 % by bytes and 25 % by launches. The eager "
-        "step is projected to take 10,000 ms, 70 % of it bound by bytes. For each useful FLOP the fused step "
-        "executes 1.250."
+        "step is projected to take 10,000 ms, 70 % of it bound by bytes. For each useful FLOP the "
+        "fused step executes 1.250."
     ) in page
     assert (
         "Measured on an H100, it takes 100 ms with the rest compiled and 200 ms with the rest "

@@ -110,8 +110,8 @@ def test_a_tiny_step_is_measured(tmp_path: Path) -> None:
     assert row["peak_bytes"] - row["library_bytes"] > states > 1e6
     assert row["library_bytes"] > 1e8 and record["ratio"]["eager"]["median"] == 1.0
     assert row["mfu"] == row["counted"]["useful_flops"] * row["images_per_second"]["median"] / 1e12
-    # Only the logits of attention are recomputed, half of its forward; gradients of the image are not
-    # computed.
+    # Only the logits of attention are recomputed, half of its forward; gradients of the image are
+    # not computed.
     parts = derived(narrowed(16), 4, LATENTS)
     recomputed = parts["attention"] / 2 / sum(parts.values()) / 3
     counted = row["counted"]
