@@ -203,43 +203,20 @@ def networks(batch: int) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]
         return (lambda: model.encode_image(pixels(224))), (lambda: model.encode_text(ids(77)))
 
     large, huge = clip("ViT-L-14"), clip("ViT-H-14")
-    blip = BlipScorer(
-        BlipVisionConfig(
-            hidden_size=1024,
-            intermediate_size=4096,
-            num_hidden_layers=24,
-            num_attention_heads=16,
-            image_size=224,
-            patch_size=16,
-        ),
-        BlipTextConfig(
-            vocab_size=30_524,
-            hidden_size=768,
-            encoder_hidden_size=1024,
-            intermediate_size=3072,
-            num_hidden_layers=12,
-            num_attention_heads=12,
-            is_decoder=True,
-        ),
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-    )
+    vit: dict[str, Any] = {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    }  # fmt: skip
+    bert = BlipTextConfig(
+        vocab_size=30_524, hidden_size=768, encoder_hidden_size=1024, intermediate_size=3072,
+        num_hidden_layers=12, num_attention_heads=12, is_decoder=True,
+    )  # fmt: skip
+    blip = BlipScorer(BlipVisionConfig(image_size=224, patch_size=16, **vit), bert)
+    vision = CLIPVisionConfig(image_size=336, patch_size=14, **vit)
     xxl = T5Config(
-        vocab_size=32_128,
-        d_model=4096,
-        d_kv=64,
-        d_ff=10_240,
-        num_layers=24,
-        num_heads=64,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
-    )
+        vocab_size=32_128, d_model=4096, d_kv=64, d_ff=10_240, num_layers=24, num_heads=64,
+        feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+    )  # fmt: skip
     flan = ClipT5(CLIPVisionModel(vision), T5ForConditionalGeneration(xxl))
 
     # Without attention masks, which cannot be built of meta tensors; FLOPs are the same.
@@ -256,10 +233,7 @@ def networks(batch: int) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]
     return {
         "clip (ViT-L-14)": large,
         "aesthetic": (large[0], nothing),
-        "image_reward": (
-            lambda: blip.see(pixels(224)),
-            match,
-        ),
+        "image_reward": (lambda: blip.see(pixels(224)), match),
         "pick_score": huge,
         "hpsv2": huge,
         "vqa (CLIP-FlanT5-xxl)": (lambda: flan.see(pixels(336)), answer),

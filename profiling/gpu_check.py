@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -30,19 +29,15 @@ import torch
 import torch._functorch.config
 import triton
 from bench_utils import (
-    BINS,
-    LATENTS,
-    REWARDS,
     ROOT,
-    TEXT_CHANNELS,
     argument_parser,
     commit,
     metadata,
     output_of,
     quantiles,
-    seconds,
     write_json,
 )
+from gpu_steps import STEPS, steps_table, training_steps
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
@@ -50,19 +45,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from miro import flow
-from miro.model.packed_text import pack
-from miro.model.transformer import FlowTransformer, RewardCond
-from miro.training.batch_plan import BatchPlan
-from miro.training.engine import Engine
-from miro.training.presets import preset
 from miro_kernels import use_backend
 from miro_kernels.lab.case_metrics import gradients_for, leaves_of, outputs_of
 from miro_kernels.lab.cases import BATCH, CASES, Arguments, Case, Make
 
 DEVICE = "cuda"
 DTYPE = torch.bfloat16
-STEP_BATCH = 64
 WITHOUT_TEXT = "attention without text"
 VARIANTS = ("kernels", "eager", "torch.compile", "cuDNN", "flash-attn", "Liger")
 
@@ -213,50 +201,6 @@ def without_text(case: Case) -> Case:
     return replace(case, op=WITHOUT_TEXT, arguments=arguments)
 
 
-STEPS = {
-    "kernels": ("triton", False),
-    "eager": ("torch", False),
-    "kernels, rest compiled": ("triton", True),
-    "compiled": ("torch", True),
-}
-
-
-def training_steps(name: str, steps: int = 12) -> dict[str, float]:
-    """Time and memory of an optimizer step of the 0.36 B preset, and the loss at the end."""
-    backend, compiled = STEPS[name]
-    config = preset("small")
-    torch.manual_seed(0)
-    model = FlowTransformer(config.model, LATENTS, TEXT_CHANNELS, REWARDS)
-    engine = Engine(
-        model, config.optimizer, BatchPlan(0, 1, STEP_BATCH, 1), total_images=config.images,
-        precision="bf16", compiled=compiled, device=DEVICE,
-    )  # fmt: skip
-    draw = torch.Generator(DEVICE).manual_seed(1)
-    x, noise = (torch.randn(STEP_BATCH, *LATENTS, generator=draw, device=DEVICE) for _ in range(2))
-    t = torch.rand(STEP_BATCH, generator=draw, device=DEVICE)
-    bins = torch.randint(BINS, (STEP_BATCH, REWARDS), generator=draw, device=DEVICE)
-    levels = torch.linspace(0, 1, BINS, device=DEVICE)
-    rewards = RewardCond(levels, bins, bins > BINS // 8)
-    lengths = [8 + 37 * n % 120 for n in range(STEP_BATCH)]
-    text = pack([torch.randn(n, TEXT_CHANNELS) for n in lengths]).to(DEVICE, DTYPE)
-    losses = []
-
-    def step() -> None:
-        predicted = engine.predict(flow.add_noise(x, noise, t), t, rewards, text)
-        loss = flow.velocity_errors(config.flow, predicted, x, noise, t).mean()
-        engine.backward(loss)
-        engine.step(config.optimizer.warmup_images)
-        losses.append(loss.detach())
-
-    with use_backend(backend):
-        times = [1e3 * seconds(step, DEVICE) for _ in range(steps)]
-    return {
-        "milliseconds": statistics.median(times[steps // 3 :]),
-        "loss": float(losses[-1]),
-        "gigabytes": torch.cuda.max_memory_allocated() / 1e9,
-    }
-
-
 def run_tests(timeout: float) -> tuple[bool, str]:
     """Run the kernel tests; whether they pass, and the last line of pytest."""
     command = [sys.executable, "-m", "pytest", "tests/kernels/interpret", "--maxfail=20"]
@@ -308,24 +252,9 @@ def summary(record: dict[str, Any]) -> str:
         ratio = f"{best / ours['median']:.2f}"
         lines.append(f"| {' | '.join([op, direction, *cells, share(ours, peak), ratio])} |")
     if record["steps"]:
-        lines += _steps(record["steps"])
+        lines += steps_table(record["steps"])
     skipped = [f"- {reason}" for reason in record["skipped"]] or ["nothing"]
     return "\n".join([*lines, "\nSkipped:\n", *skipped]) + "\n"
-
-
-def _steps(steps: dict[str, dict[str, float]]) -> list[str]:
-    lines = [
-        f"\nTraining step of the 0.36 B preset, {STEP_BATCH} images, whole: forward, backward, "
-        "clipping and optimizer.\n",
-        "| | ms | images/s | loss | GB |", "|---|---|---|---|---|",
-    ]  # fmt: skip
-    for name, step in steps.items():
-        rate = STEP_BATCH / step["milliseconds"] * 1e3
-        lines.append(
-            f"| {name} | {step['milliseconds']:.1f} | {rate:.0f} | {step['loss']:.5f} | "
-            f"{step['gigabytes']:.1f} |"
-        )
-    return lines
 
 
 def write_results(record: dict[str, Any], folder: Path) -> None:

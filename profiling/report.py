@@ -18,7 +18,8 @@ import matplotlib
 from bench_utils import HERE, RESULTS, argument_parser
 from markupsafe import Markup
 from page.charts import svg
-from page.questions import bound, fusion, gpu_hour, released
+from page.gpu_hours import gpu_hour
+from page.questions import bound, fusion, released
 from page.result_files import Result, by_date, load, load_folder
 from page.sections import data, demo, history, rewards, sampling
 

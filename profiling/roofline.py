@@ -82,8 +82,8 @@ def project(operations: Iterable[Operation | dict[str, Any]], device: Device) ->
     """Project the time of each operation: the larger of FLOPs and bytes, plus its launches.
 
     Returns:
-        A DataFrame of the operations with the columns `bound` ("FLOPs" or "bytes"), `launch_seconds` and
-        `seconds`, which includes the launches.
+        A DataFrame of the operations with the columns `bound` ("FLOPs" or "bytes"),
+        `launch_seconds` and `seconds`, which includes the launches.
     """
     table: Any = pd.DataFrame(list(operations))
     share = np.where(table["group"] == "attention", device.attention, device.gemm)

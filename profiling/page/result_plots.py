@@ -19,7 +19,7 @@ GPU_STEPS = {
     "eager": "eager",
 }  # fmt: skip
 """Names on the page of the training steps of gpu_check.py."""
-GPU_STEP_BATCH = 64  # gpu_check.STEP_BATCH, which its files do not record
+GPU_STEP_BATCH = 64  # gpu_steps.STEP_BATCH, which its files do not record
 _HEADLINES = {
     "step budget": "bytes", "GPU check": "steps", "kernels": "bytes_over_inductor",
     "FLOPs": "forward", "demo": "verifier",
@@ -62,7 +62,7 @@ def step_rates(gpu: Result) -> dict[str, float]:
 
 
 def kernel_times(gpu: Result) -> Any:
-    """DataFrame of the kernels beside those of torch.compile, suffix `_compile`, by op and direction."""
+    """DataFrame of our kernels joined with torch.compile's (suffix `_compile`) by op and direction."""
     rows: Any = pd.DataFrame(gpu.record["rows"])
     ours, compiled = (rows[rows["variant"] == name] for name in ("kernels", "torch.compile"))
     both = ours.merge(compiled, on=["op", "direction"], suffixes=("", "_compile"))
