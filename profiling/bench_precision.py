@@ -1,26 +1,21 @@
-"""Training throughput of the demo preset: eager and compiled, fp32 and bf16, side by side.
+"""Throughput of the demo's training step: eager and compiled, in fp32 and bf16.
 
     python profiling/bench_precision.py [--steps 12] [--rounds 3] [--threads 1]
 
-Every variant takes the same batches of the demo's shapes through whole optimizer steps. They are
-warmed up, then interleaved round by round in one process; the table gives the median images/s of
-all steps with the 20th and 80th percentile, and the ratio to eager fp32 round by round. What does
-not compile is reported with its reason, not left out.
+All variants run whole optimizer steps on the same batches, warmed up and interleaved round by
+round. Reports images/s of all steps, median with 20th and 80th percentile, and the ratio to eager
+fp32 round by round, or why a variant does not compile. Writes precision-DATE.json.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
-import platform
 import statistics
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
+from bench_utils import argument_parser, interleave, metadata, quantiles, write_json
 from torch._inductor.exc import InductorError
 
 from miro import flow
@@ -39,23 +34,23 @@ VARIANTS = {
     "compiled fp32": ("fp32", True),
     "compiled bf16": ("bf16", True),
 }
-LATENTS, TEXT_CHANNELS, REWARDS = (3, 32, 32), 384, 3
+DEMO_LATENTS, DEMO_TEXT_CHANNELS, DEMO_REWARDS = (3, 32, 32), 384, 3
 
 
 def texts(batch: int, generator: torch.Generator) -> PackedText:
-    """Random states of the demo's caption lengths, 5 to 14 tokens."""
+    """Random states of captions of 5 to 14 tokens, as in the demo."""
     lengths = torch.randint(5, 15, (batch,), generator=generator).tolist()
-    return pack([torch.randn(n, TEXT_CHANNELS, generator=generator) for n in lengths])
+    return pack([torch.randn(n, DEMO_TEXT_CHANNELS, generator=generator) for n in lengths])
 
 
-def step(engine: Engine, config: TrainConfig, number: int) -> float:
-    """One optimizer step on the batch `number`; its seconds, the batch's making left out."""
+def timed_step(engine: Engine, config: TrainConfig, number: int) -> float:
+    """Run an optimizer step on the random batch `number` and return its seconds."""
     generator = generator_from(0, "bench", number)
-    x = torch.randn(config.batch, *LATENTS, generator=generator)
+    x = torch.randn(config.batch, *DEMO_LATENTS, generator=generator)
     noise = torch.randn(x.shape, generator=generator)
-    uniform = torch.rand(config.batch, REWARDS + 2, generator=generator)
+    uniform = torch.rand(config.batch, DEMO_REWARDS + 2, generator=generator)
     t = flow.sample_timesteps(config.flow, uniform[:, 0])
-    bins = torch.randint(64, (config.batch, REWARDS), generator=generator)
+    bins = torch.randint(64, (config.batch, DEMO_REWARDS), generator=generator)
     known = torch.ones(bins.shape, dtype=torch.bool)
     keep = keep_rewards(config.conditioning, known, known[0], uniform[:, 1:])
     rewards = RewardCond(torch.arange(64) / 63, bins, keep)
@@ -68,10 +63,11 @@ def step(engine: Engine, config: TrainConfig, number: int) -> float:
     return time.perf_counter() - started
 
 
-def make(config: TrainConfig, precision: Any, compiled: bool) -> Engine:
+def build_engine(config: TrainConfig, precision: Any, compiled: bool) -> Engine:
+    """An engine of the demo's network."""
     torch.manual_seed(0)
     model = FlowTransformer(
-        config.model, LATENTS, TEXT_CHANNELS, REWARDS, regional_compile=compiled
+        config.model, DEMO_LATENTS, DEMO_TEXT_CHANNELS, DEMO_REWARDS, regional_compile=compiled
     )
     return Engine(
         model,
@@ -83,68 +79,52 @@ def make(config: TrainConfig, precision: Any, compiled: bool) -> Engine:
     )
 
 
-def percentile(values: list[float], share: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=12, help="timed steps a round")
+    parser = argument_parser(__doc__)
+    parser.add_argument("--steps", type=int, default=12, help="timed steps per round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="folder for the JSON file")
     parser.add_argument("--only", nargs="*", choices=list(VARIANTS), default=list(VARIANTS))
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    config = replace(preset("demo"), threads=options.threads)
-    engines, failed, compile_seconds = {}, {}, {}
-    for name in options.only:
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    config = replace(preset("demo"), threads=args.threads)
+    runs, failed, start_seconds = {}, {}, {}
+    for name in args.only:
         started = time.perf_counter()
         try:
-            engine = make(config, *VARIANTS[name])
+            engine = build_engine(config, *VARIANTS[name])
             for number in range(3):
-                step(engine, config, number)
+                timed_step(engine, config, number)
         except InductorError as error:
             failed[name] = str(error).strip().splitlines()[0]
+            print(f"{name:15}  does not compile: {failed[name]}")
             continue
-        engines[name], compile_seconds[name] = engine, time.perf_counter() - started
-    rates: dict[str, list[list[float]]] = {name: [] for name in engines}
-    for round_ in range(options.rounds):
-        for name, engine in engines.items():
-            numbers = range(100 * round_, 100 * round_ + options.steps)
-            rates[name].append([config.batch / step(engine, config, n) for n in numbers])
+        start_seconds[name] = time.perf_counter() - started
+
+        def run(round_: int, engine: Engine = engine) -> list[float]:
+            numbers = range(100 * round_, 100 * round_ + args.steps)
+            return [config.batch / timed_step(engine, config, number) for number in numbers]
+
+        runs[name] = run
     rows = {}
+    rates = interleave(runs, args.rounds, warmup=0)
     for name, rounds in rates.items():
-        every = [rate for round_ in rounds for rate in round_]
-        base = rates.get("eager fp32", rounds)
-        ratios = [
-            statistics.median(a) / statistics.median(b) for a, b in zip(rounds, base, strict=True)
-        ]
+        medians, base = (
+            [statistics.median(rates_) for rates_ in found]
+            for found in (rounds, rates.get("eager fp32", rounds))
+        )
         rows[name] = {
-            "images_per_second": round(statistics.median(every), 1),
-            "p20": round(percentile(every, 0.2), 1),
-            "p80": round(percentile(every, 0.8), 1),
-            "ratio_to_eager_fp32": [round(ratio, 2) for ratio in ratios],
-            "start_seconds": round(compile_seconds[name], 1),
+            "images_per_second": quantiles([rate for round_ in rounds for rate in round_]),
+            "ratio_to_eager_fp32": [round(a / b, 2) for a, b in zip(medians, base, strict=True)],
+            "start_seconds": round(start_seconds[name], 1),
         }
-    record = {
-        "date": datetime.date.today().isoformat(),
-        "machine": platform.processor() or platform.machine(),
-        "threads": options.threads,
-        "torch": torch.__version__,
-        "variants": rows,
-        "failed": failed,
-    }
-    for name, row in rows.items():
-        print(f"{name:15}{row['images_per_second']:8.1f} images/s  ({row['p20']}-{row['p80']})  "
-              f"x {row['ratio_to_eager_fp32']}  start {row['start_seconds']} s")  # fmt: skip
-    for name, reason in failed.items():
-        print(f"{name:15}  does not compile: {reason}")
-    if options.out:
-        path = options.out / f"precision-{record['date']}.json"
-        path.write_text(json.dumps(record, indent=1) + "\n")
-        print(path)
+        rate = rows[name]["images_per_second"]
+        print(
+            f"{name:15}{rate['median']:8.1f} images/s  ({rate['p20']:.1f}-{rate['p80']:.1f})  "
+            f"x {rows[name]['ratio_to_eager_fp32']}  start {rows[name]['start_seconds']} s"
+        )
+    record = {**metadata("cpu"), "variants": rows, "failed": failed}
+    write_json(record, args.out / f"precision-{record['date']}.json")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
-"""What got faster or slower between two results of this folder.
+"""Compare two results and report regressions.
 
     python profiling/compare.py BEFORE.json AFTER.json
 
-Numbers are compared where both files have them. A number under `counted` (bytes, launches, FLOPs,
-parameters, synchronisations) is exact: one that grew is a regression. A timed one is a record of
-median, p20 and p80: it is slower, or faster, where the two ranges do not touch. Rates and ratios
-are better when larger, everything else when smaller. Exits 1 on a regression, 2 where the files
-have nothing in common.
+Quantities in both files are compared. A number under `counted` (bytes, launches, FLOPs, parameters,
+synchronisations) is exact: an increase is a regression. A timed quantity has median, p20 and p80:
+it is slower or faster if the two ranges from p20 to p80 do not overlap. Rates and ratios are better
+when larger, everything else when smaller. Exits 1 on a regression, 2 if the files have no quantity
+in common.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -19,22 +18,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LARGER_IS_BETTER = ("images_per_second", "ratio", "together_to_apart", "mfu", "share")
+from bench_utils import argument_parser
+
+LARGER_IS_BETTER = ("images_per_second", "ratio", "mfu", "share")
 TIMED = {"median", "p20", "p80"}
 
 
 @dataclass(frozen=True)
 class Change:
-    """One quantity in both files."""
+    """A quantity in both files; verdict: grew, shrank, slower, faster or same."""
 
     name: str
     before: float
     after: float
     verdict: str
-    """grew, shrank, slower, faster, or the same."""
 
     @property
     def regression(self) -> bool:
+        """Whether it is worse."""
         return self.verdict in ("grew", "slower")
 
     def __str__(self) -> str:
@@ -43,9 +44,9 @@ class Change:
 
 
 def quantities(record: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every counted number and every timed record, by its path."""
+    """Yield every counted number and every timed record with its path."""
     if isinstance(record, list):
-        record = {str(number): value for number, value in enumerate(record)}
+        record = {str(index): value for index, value in enumerate(record)}
     if not isinstance(record, dict):
         return
     if record.keys() >= TIMED:
@@ -60,25 +61,25 @@ def quantities(record: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[
 
 
 def judge(path: tuple[str, ...], before: Any, after: Any) -> Change:
+    """Compare two counted numbers or timed records."""
     name = " ".join(path)
     if not isinstance(before, dict):
         verdict = "grew" if after > before else "shrank" if after < before else "same"
         return Change(name, before, after, verdict)
-    up = any(word in part for word in LARGER_IS_BETTER for part in path)
+    larger_is_better = any(word in part for word in LARGER_IS_BETTER for part in path)
     verdict = "same"
     if after["p20"] > before["p80"]:
-        verdict = "faster" if up else "slower"
+        verdict = "faster" if larger_is_better else "slower"
     elif after["p80"] < before["p20"]:
-        verdict = "slower" if up else "faster"
+        verdict = "slower" if larger_is_better else "faster"
     return Change(name, before["median"], after["median"], verdict)
 
 
 def compare(before: Any, after: Any) -> list[Change]:
-    """Every quantity that both records have.
+    """Compare every quantity that both records have.
 
     Raises:
-        ValueError: they have none in common, or a quantity is counted in one and timed in the
-            other.
+        ValueError: there is none, or one is counted in one record and timed in the other.
     """
     old, new = dict(quantities(before)), dict(quantities(after))
     shared = [path for path in old if path in new]
@@ -91,15 +92,15 @@ def compare(before: Any, after: Any) -> list[Change]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argument_parser(__doc__, out=None)
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
-    given = parser.parse_args()
-    records = [json.loads(path.read_text()) for path in (given.before, given.after)]
+    args = parser.parse_args()
+    records = [json.loads(path.read_text()) for path in (args.before, args.after)]
     for name in ("device", "torch", "settings"):
         first, second = (record.get(name) for record in records)
         if first != second:
-            print(f"careful: {name} differs: {first} and {second}")
+            print(f"warning: {name} differs: {first} and {second}")
     try:
         changes = compare(*records)
     except ValueError as error:

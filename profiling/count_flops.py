@@ -1,21 +1,19 @@
-"""FLOPs of our presets and of published models, in one convention: 2 for a multiply and an add.
+"""Count FLOPs of our presets and of published networks, 2 per multiply-add.
 
     python profiling/count_flops.py [--released FOLDER] [--out profiling/results]
 
-Counted by torch on tensors without data, so nothing is run and no weights are needed: a forward
-pass of one image, a training step (three forward passes), and sampling (steps × forward passes a
-step, two where guidance calls the network twice). Ours are derived by hand beside it, and the two
-must agree. The published networks are diffusers' classes in their published configurations; the
-released MIRO, which imports as `miro` too, is counted in a process of its own where FOLDER holds
-the package miro-t2i (see bench_step.py).
+Counted on the meta device, without weights: a forward pass of one image, a training step (three
+forward passes), and sampling (steps × forward passes per step, two with guidance). Those of our
+presets are also derived by hand, and must agree. Published networks are the classes of diffusers in
+their published configurations. The released MIRO, which imports as `miro` too, is counted in a
+process of its own if FOLDER has the package miro-t2i (see bench_step.py).
 
-The paper's Table 1 calls 4.16 TFLOPs what is 50 steps of one call each, in multiply-adds, without
-attention's products (shared/miro-facts.md 0.a); FLUX's 1540 is taken the same way.
+Table 1 of the paper counts 4.16 TFLOPs: multiply-adds of 50 steps without guidance and without the
+matrix products of attention. Its 1540 for FLUX are counted the same way.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -26,7 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measured import machine, write
+from bench_utils import (
+    BINS,
+    HERE,
+    LATENTS,
+    REWARDS,
+    TEXT_CHANNELS,
+    argument_parser,
+    metadata,
+    write_json,
+)
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -36,73 +43,73 @@ from miro.training.flops import forward_flops
 from miro.training.presets import preset
 from miro_kernels import use_backend
 
-HERE = Path(__file__).parent
-LATENTS, TEXT_CHANNELS, REWARDS, LEVELS = (4, 32, 32), 2048, 7, 64
-
 
 @dataclass(frozen=True)
-class Counted:
-    """One network at one resolution."""
+class NetworkFlops:
+    """FLOPs of a network at one resolution.
+
+    pixels: side of the image. text: text tokens, 0 if class-conditional. forward: FLOPs per image.
+    calls: forward passes per sampling step, 2 with guidance unless it is distilled.
+    """
 
     model: str
     pixels: int
-    """Side of the image."""
     text: int
-    """Text tokens, 0 where it takes a class."""
     parameters: int
     forward: float
-    """FLOPs of one image."""
     steps: int
     calls: int
-    """Forward passes of a sampling step: 2 with guidance, 1 where guidance is distilled."""
 
     @property
     def training(self) -> float:
+        """FLOPs per image of a training step."""
         return 3 * self.forward
 
     @property
     def sampling(self) -> float:
+        """FLOPs to sample an image."""
         return self.steps * self.calls * self.forward
 
 
 def count(run: Callable[[], Any]) -> float:
+    """FLOPs of a call."""
     with use_backend("torch"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         run()
     return float(counter.get_total_flops())
 
 
-def size(model: nn.Module) -> int:
+def parameter_count(model: nn.Module) -> int:
+    """Number of parameters."""
     return sum(param.numel() for param in model.parameters())
 
 
-def ours(name: str, config: ModelConfig, text: int, latents: tuple[int, int, int]) -> Counted:
-    """One of our presets on one image with `text` tokens."""
+def ours(name: str, config: ModelConfig, text: int, latents: tuple[int, int, int]) -> NetworkFlops:
+    """A preset of ours, with `text` tokens."""
     with torch.device("meta"):
         model = FlowTransformer(config, latents, TEXT_CHANNELS, REWARDS)
         x, t = torch.empty(1, *latents), torch.empty(1)
         states = torch.empty(text, TEXT_CHANNELS)
         offsets = torch.zeros(2, dtype=torch.int32)
         bins = torch.zeros(1, REWARDS, dtype=torch.int64)
-        rewards = RewardCond(torch.empty(LEVELS), bins, bins.bool())
+        rewards = RewardCond(torch.empty(BINS), bins, bins.bool())
     packed = PackedText(states, offsets, text)
     forward = count(lambda: model(x, t, rewards, model.encode_context(packed)))
-    return Counted(name, 8 * latents[1], text, size(model), forward, 50, 2)
+    return NetworkFlops(name, 8 * latents[1], text, parameter_count(model), forward, 50, 2)
 
 
 def derived(config: ModelConfig, text: int, latents: tuple[int, int, int]) -> dict[str, float]:
-    """The same forward pass by hand: FLOPs of its parts.
+    """FLOPs of the parts of the same forward pass, derived by hand.
 
-    The reference gathers the rows of the rewards' tables by a product with one-hot vectors, which
-    the kernels do not.
+    The reference looks up reward embeddings by a product with one-hot vectors; the kernels do not.
     """
-    shapes = (1, *latents), (text, TEXT_CHANNELS), (REWARDS, LEVELS)
+    shapes = (1, *latents), (text, TEXT_CHANNELS), (REWARDS, BINS)
     parts = forward_flops(config, *shapes)
-    parts["modulation"] += 2 * REWARDS * LEVELS * config.channels * (3 * (2 * config.depth + 1) - 1)
+    parts["modulation"] += 2 * REWARDS * BINS * config.channels * (3 * (2 * config.depth + 1) - 1)
     return parts
 
 
-def published() -> list[Counted]:
-    """Networks with open configurations, as diffusers builds them."""
+def published() -> list[NetworkFlops]:
+    """Networks of diffusers in their published configurations."""
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
     from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
     from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel
@@ -111,9 +118,11 @@ def published() -> list[Counted]:
 
     found = []
 
-    def add(name: str, pixels: int, text: int, steps: int, calls: int, model: nn.Module, **given):
-        forward = count(lambda: model(**given))
-        found.append(Counted(name, pixels, text, size(model), forward, steps, calls))
+    def add(name: str, pixels: int, text: int, steps: int, calls: int, model: nn.Module, **inputs):
+        forward = count(lambda: model(**inputs))
+        found.append(
+            NetworkFlops(name, pixels, text, parameter_count(model), forward, steps, calls)
+        )
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape)
@@ -162,8 +171,8 @@ def published() -> list[Counted]:
     return found
 
 
-def released(folder: Path) -> list[Counted]:
-    """The released network at its real width, counted by its worker."""
+def released(folder: Path) -> list[NetworkFlops]:
+    """The released network at full width, counted by its worker."""
     found = []
     for text in (77, 256):
         settings = {
@@ -174,15 +183,16 @@ def released(folder: Path) -> list[Counted]:
         environment = os.environ | {"PYTHONPATH": str(folder)}
         run = subprocess.run(command, capture_output=True, text=True, env=environment)
         if run.returncode:
-            raise ValueError(f"the released network did not run: {run.stderr.strip()[-400:]}")
+            raise ValueError(f"the released network failed: {run.stderr.strip()[-400:]}")
         answer = json.loads(run.stdout.partition("answer ")[2].splitlines()[0])
         forward = answer["counted"]["useful_flops"] / 3
         parameters = answer["counted"]["parameters"]
-        found.append(Counted("released MIRO", 256, text, parameters, forward, 50, 2))
+        found.append(NetworkFlops("released MIRO", 256, text, parameters, forward, 50, 2))
     return found
 
 
-def table(rows: list[Counted]) -> str:
+def table(rows: list[NetworkFlops]) -> str:
+    """Format the rows."""
     head = ("model", "image", "text", "B param.", "GFLOP forward", "GFLOP to train", "sampling",
             "TFLOP to sample")  # fmt: skip
     lines = [f"{head[0]:16}{head[1]:>6}{head[2]:>6}{head[3]:>10}{head[4]:>15}{head[5]:>16}"
@@ -197,25 +207,24 @@ def table(rows: list[Counted]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argument_parser(__doc__)
     parser.add_argument("--released", type=Path, help="folder with the package miro-t2i")
-    parser.add_argument("--out", type=Path, default=HERE / "results")
-    given = parser.parse_args()
+    args = parser.parse_args()
     rows, parts = [], {}
     for name in ("small", "large"):
         config = preset(name).model
         for text in (77, 256):
             rows.append(ours(name, config, text, LATENTS))
             parts[f"{name} {text}"] = derived(config, text, LATENTS)
-    rows += released(given.released) if given.released else []
+    rows += released(args.released) if args.released else []
     rows += published()
     print(table(rows))
     record = {
-        **machine("cpu"),
+        **metadata("cpu"),
         "derived": parts,
         "rows": [asdict(r) | {"training": r.training, "sampling": r.sampling} for r in rows],
     }
-    write(record, given.out / "flops.json")
+    write_json(record, args.out / "flops.json")
 
 
 if __name__ == "__main__":

@@ -1,27 +1,21 @@
-"""Proves and times the kernels on a GPU: one command, one page, under half an hour.
+"""Test and time the kernels on a GPU, in under half an hour.
 
     python profiling/gpu_check.py [--out profiling/results] [--minutes 28]
 
-First every kernel's tests run on the device; where one fails nothing is timed. Then each op at the
-shapes of the 0.36 B preset: these kernels, eager torch, torch.compile, cuDNN for attention without
-text, and flash-attn and Liger where they import. Times are medians (20th to 80th percentile) of
-single calls between events, the second-level cache overwritten before each and the device kept busy
-while the host prepares, so that launches are not what is timed. Rates are of the least bytes, or of
-attention's FLOPs, as a share of what a copy and a matrix product reach on this device. Last, whole
-training steps.
+First the kernel tests run on the device; if one fails, nothing is timed. Then each op at the shapes
+of the 0.36 B preset: our kernels, eager torch, torch.compile, cuDNN for attention without text, and
+flash-attn and Liger if installed. Times are medians (20th to 80th percentile) of single calls
+between CUDA events, with the L2 cache flushed and the device busy before each, so that launch
+latency is hidden. Rates are of the minimal bytes, or of the FLOPs of attention, relative to the
+measured rates of a copy and a matrix product. Last, whole training steps.
 
-Exits 2 on a machine without a GPU, 1 where a test fails.
+Exits 2 without a GPU, 1 if a test fails. Writes gpu-DEVICE-DATE.json and .md.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import importlib.util
-import json
 import os
-import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -34,7 +28,16 @@ from typing import Any
 import torch
 import torch._functorch.config
 import triton
-from measured import commit
+from bench_utils import (
+    ROOT,
+    argument_parser,
+    commit,
+    metadata,
+    output_of,
+    quantiles,
+    write_json,
+)
+from gpu_steps import STEPS, steps_table, training_steps
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
@@ -42,39 +45,31 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from miro import flow
-from miro.model.packed_text import pack
-from miro.model.transformer import FlowTransformer, RewardCond
-from miro.training.batch_plan import BatchPlan
-from miro.training.engine import Engine
-from miro.training.presets import preset
 from miro_kernels import use_backend
 from miro_kernels.lab.case_metrics import gradients_for, leaves_of, outputs_of
 from miro_kernels.lab.cases import BATCH, CASES, Arguments, Case, Make
 
-ROOT = Path(__file__).parent.parent
 DEVICE = "cuda"
 DTYPE = torch.bfloat16
-LATENTS, TEXT_CHANNELS, REWARDS, LEVELS = (4, 32, 32), 2048, 7, 64
-STEP_BATCH = 64
 WITHOUT_TEXT = "attention without text"
-RIVALS = ("kernels", "eager", "torch.compile", "cuDNN", "flash-attn", "Liger")
+VARIANTS = ("kernels", "eager", "torch.compile", "cuDNN", "flash-attn", "Liger")
 
 NOT_COMPILED = (InductorError, TorchDynamoException)
 
-# A backward that is timed runs many times on what one forward kept.
+# Timing runs backward repeatedly on the tensors saved by one forward.
 torch._functorch.config.donated_buffer = False
 
 Run = Callable[[], Any]
 
 
 class Clock:
-    """Times single calls on the device."""
+    """Times single calls on the GPU."""
 
     def __init__(self, repeats: int = 50) -> None:
         self.repeats = repeats
-        # More than any second-level cache holds.
-        self.flushed = torch.empty(512 * 2**20, dtype=torch.int8, device=DEVICE)
+        self.l2_flush = torch.empty(
+            512 * 2**20, dtype=torch.int8, device=DEVICE
+        )  # more than any L2
 
     def __call__(self, run: Run) -> dict[str, float]:
         """Milliseconds: median, 20th and 80th percentile."""
@@ -83,23 +78,18 @@ class Clock:
         pairs = []
         for _ in range(self.repeats):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self.flushed.zero_()
-            torch.cuda._sleep(1_000_000)  # half a millisecond, for the host to get ahead
+            self.l2_flush.zero_()
+            torch.cuda._sleep(1_000_000)  # 0.5 ms, in which the host runs ahead
             start.record()
             run()
             end.record()
             pairs.append((start, end))
         torch.cuda.synchronize()
-        times = sorted(start.elapsed_time(end) for start, end in pairs)
-        return {
-            "median": statistics.median(times),
-            "p20": times[len(times) // 5],
-            "p80": times[len(times) * 4 // 5],
-        }
+        return quantiles([start.elapsed_time(end) for start, end in pairs])
 
 
 def peaks(clock: Clock) -> dict[str, float]:
-    """What this device reaches: bytes a second of a copy, FLOPs a second of a product."""
+    """Measured GB/s of a copy and TFLOP/s of a matrix product."""
     source = torch.empty(2**30, dtype=torch.int8, device=DEVICE)
     target = torch.empty_like(source)
     matrix = torch.randn(8192, 8192, dtype=DTYPE, device=DEVICE)
@@ -113,78 +103,82 @@ def peaks(clock: Clock) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to compute a case: what to call, and what is differentiated."""
+    """An implementation of a case, and the tensors to differentiate."""
 
     name: str
     run: Run
     leaves: list[Tensor]
 
 
-def by_backend(name: str, run: Run) -> Run:
-    def chosen() -> Any:
+def with_backend(name: str, run: Run) -> Run:
+    """The call with a backend of the kernels."""
+
+    def wrapped() -> Any:
         with use_backend(name):
             return run()
 
-    return chosen
+    return wrapped
 
 
-def variants(case: Case, given: Arguments, left_out: list[str]) -> Iterator[Variant]:
-    """Every way that can be had; one that cannot is added to `left_out` with the reason."""
-    leaves = leaves_of(given)
-    yield Variant("kernels", by_backend("triton", case.prepare(given)), leaves)
-    yield Variant("eager", by_backend("torch", case.prepare(given)), leaves)
+def variants(case: Case, inputs: Arguments, skipped: list[str]) -> Iterator[Variant]:
+    """All available implementations; others are added to `skipped` with the reason."""
+    leaves = leaves_of(inputs)
+    yield Variant("kernels", with_backend("triton", case.prepare(inputs)), leaves)
+    yield Variant("eager", with_backend("torch", case.prepare(inputs)), leaves)
     compiled = torch.compile(case.reference)
-    yield Variant("torch.compile", lambda: compiled(**given), leaves)
+    yield Variant("torch.compile", lambda: compiled(**inputs), leaves)
     if case.op == WITHOUT_TEXT:
-        yield Variant("cuDNN", cudnn_attention(given), leaves)
-        yield Variant("flash-attn", by_backend("flash_attn", case.prepare(given)), leaves)
+        yield Variant("cuDNN", cudnn_attention(inputs), leaves)
+        yield Variant("flash-attn", with_backend("flash_attn", case.prepare(inputs)), leaves)
     if case.op == "swiglu":
         try:
             swiglu = importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction
         except ImportError as error:
-            left_out.append(f"{case.op}, Liger: {error}")
+            skipped.append(f"{case.op}, Liger: {error}")
             return
-        # It takes the halves apart, and what parting them costs is not counted.
-        halves = [h.detach().contiguous().requires_grad_() for h in given["packed"].chunk(2, -1)]
+        # It takes separate halves; the split is not timed.
+        halves = [h.detach().contiguous().requires_grad_() for h in inputs["packed"].chunk(2, -1)]
         yield Variant("Liger", lambda: swiglu.apply(*halves), halves)
 
 
-def cudnn_attention(given: Arguments) -> Run:
-    """Attention of image tokens by cuDNN's kernels, of the layout it is given."""
+def cudnn_attention(inputs: Arguments) -> Run:
+    """Attention of image tokens by cuDNN, in the layout of the inputs."""
 
     def run() -> Tensor:
-        q, k, v = (given[name].transpose(1, 2) for name in ("q", "k", "v"))
+        q, k, v = (inputs[name].transpose(1, 2) for name in ("q", "k", "v"))
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
     return run
 
 
-def time_case(case: Case, clock: Clock, left_out: list[str]) -> list[dict[str, Any]]:
-    """A row for each direction and variant."""
-    given = case.arguments(Make(DEVICE, DTYPE), BATCH)
+def time_case(case: Case, clock: Clock, skipped: list[str]) -> list[dict[str, Any]]:
+    """Rows by variant and direction."""
+    inputs = case.arguments(Make(DEVICE, DTYPE), BATCH)
     with use_backend("triton"), FlopCounterMode(display=False) as counted:
-        outputs = outputs_of(case.function(**given))
-    # Torch counts 5 products backward for the 2 of attention forward.
-    flops = {"forward": counted.get_total_flops(), "backward": counted.get_total_flops() * 2.5}
-    least = case.least(given, outputs)
+        outputs = outputs_of(case.function(**inputs))
+    # Attention has 5 matrix products in backward for 2 in forward.
+    total = counted.get_total_flops()
+    flops = {"forward": total, "backward": total * 2.5}
+    least = case.least(inputs, outputs)
     rows = []
-    for variant in variants(case, given, left_out):
+    for variant in variants(case, inputs, skipped):
         try:
             for direction, run in directions_of(case, variant).items():
                 row = {"op": case.op, "direction": direction, "variant": variant.name}
                 row |= {"bytes": least[direction], "flops": flops[direction]}
                 rows.append(row | clock(run))
         except (*NOT_COMPILED, ValueError, RuntimeError) as error:
-            # A rival that does not import or compile is no failure of ours.
+            # Others may fail to import or compile.
             if variant.name == "kernels":
                 raise
-            left_out.append(f"{case.op}, {variant.name}: {str(error).strip().splitlines()[0]}")
+            skipped.append(f"{case.op}, {variant.name}: {str(error).strip().splitlines()[0]}")
     torch.cuda.empty_cache()
     return rows
 
 
 def directions_of(case: Case, variant: Variant) -> dict[str, Run]:
+    """Calls of forward and, if the case has one, backward."""
     if "backward" not in case.directions:
         return {"forward": variant.run}
     results = outputs_of(variant.run())
@@ -196,71 +190,27 @@ def directions_of(case: Case, variant: Variant) -> dict[str, Run]:
 
 
 def without_text(case: Case) -> Case:
-    """Attention over image tokens alone, which flash-attn takes too."""
+    """The attention case without text tokens, which flash-attn supports."""
 
     def arguments(make: Make, batch: int) -> Arguments:
-        given = case.arguments(make, batch)
-        empty = {name: given[name].detach()[:0].requires_grad_() for name in ("text_k", "text_v")}
-        offsets = torch.zeros_like(given["text_offsets"])
-        return given | empty | {"text_offsets": offsets, "longest_text": 0}
+        inputs = case.arguments(make, batch)
+        empty = {name: inputs[name].detach()[:0].requires_grad_() for name in ("text_k", "text_v")}
+        offsets = torch.zeros_like(inputs["text_offsets"])
+        return inputs | empty | {"text_offsets": offsets, "longest_text": 0}
 
     return replace(case, op=WITHOUT_TEXT, arguments=arguments)
 
 
-STEPS = {
-    "kernels": ("triton", False),
-    "eager": ("torch", False),
-    "kernels, rest compiled": ("triton", True),
-    "compiled": ("torch", True),
-}
-
-
-def training_steps(name: str, steps: int = 12) -> dict[str, float]:
-    """Milliseconds of a whole optimizer step of the 0.36 B preset, and the loss after `steps`."""
-    backend, compiled = STEPS[name]
-    config = preset("small")
-    torch.manual_seed(0)
-    model = FlowTransformer(config.model, LATENTS, TEXT_CHANNELS, REWARDS)
-    engine = Engine(
-        model, config.optimizer, BatchPlan(0, 1, STEP_BATCH, 1), total_images=config.images,
-        precision="bf16", compiled=compiled, device=DEVICE,
-    )  # fmt: skip
-    draw = torch.Generator(DEVICE).manual_seed(1)
-    x, noise = (torch.randn(STEP_BATCH, *LATENTS, generator=draw, device=DEVICE) for _ in range(2))
-    t = torch.rand(STEP_BATCH, generator=draw, device=DEVICE)
-    bins = torch.randint(LEVELS, (STEP_BATCH, REWARDS), generator=draw, device=DEVICE)
-    levels = torch.linspace(0, 1, LEVELS, device=DEVICE)
-    rewards = RewardCond(levels, bins, bins > LEVELS // 8)
-    lengths = [8 + 37 * n % 120 for n in range(STEP_BATCH)]
-    text = pack([torch.randn(n, TEXT_CHANNELS) for n in lengths]).to(DEVICE, DTYPE)
-    times, loss = [], torch.zeros(())
-    with use_backend(backend):
-        for _ in range(steps):
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            predicted = engine.predict(flow.add_noise(x, noise, t), t, rewards, text)
-            loss = flow.velocity_errors(config.flow, predicted, x, noise, t).mean()
-            engine.backward(loss)
-            engine.step(config.optimizer.warmup_images)
-            torch.cuda.synchronize()
-            times.append((time.perf_counter() - started) * 1e3)
-    return {
-        "milliseconds": statistics.median(times[steps // 3 :]),
-        "loss": float(loss.detach()),
-        "gigabytes": torch.cuda.max_memory_allocated() / 1e9,
-    }
-
-
-def tests_on_the_device(seconds: float) -> tuple[bool, str]:
-    """Whether the kernels' tests pass here, and pytest's closing line."""
+def run_tests(timeout: float) -> tuple[bool, str]:
+    """Run the kernel tests; whether they pass, and the last line of pytest."""
     command = [sys.executable, "-m", "pytest", "tests/kernels/interpret", "--maxfail=20"]
     if importlib.util.find_spec("xdist"):
-        # Compiling takes most of the time, and a core each.
+        # Compilation takes most of the time, one core per worker.
         command += ["-n", str(min(12, os.cpu_count() or 1))]
     try:
-        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
-        return False, f"the tests did not end in {seconds / 60:.0f} minutes"
+        return False, f"the tests exceeded {timeout / 60:.0f} minutes"
     lines = found.stdout.strip().splitlines() or found.stderr.strip().splitlines()
     if found.returncode:
         print(found.stdout[-6000:], found.stderr[-2000:], sep="\n")
@@ -268,7 +218,7 @@ def tests_on_the_device(seconds: float) -> tuple[bool, str]:
 
 
 def share(row: dict[str, Any], peak: dict[str, float]) -> str:
-    """The rate of a row and what share of the peak it is: FLOPs where they are counted."""
+    """Rate of a row and its share of the peak, in FLOPs if it has any, otherwise in bytes."""
     if row["flops"]:
         rate = row["flops"] / row["median"] / 1e9
         return f"{rate:.0f} TFLOP/s, {rate / peak['teraflops']:.0%}"
@@ -276,7 +226,8 @@ def share(row: dict[str, Any], peak: dict[str, float]) -> str:
     return f"{rate:.0f} GB/s, {rate / peak['gigabytes']:.0%}"
 
 
-def page(record: dict[str, Any]) -> str:
+def summary(record: dict[str, Any]) -> str:
+    """Format the record as Markdown."""
     peak = record["peaks"]
     rows = {(r["op"], r["direction"], r["variant"]): r for r in record["rows"]}
     lines = [
@@ -285,13 +236,13 @@ def page(record: dict[str, Any]) -> str:
         f"{record['triton']}, driver and clocks: {record['smi']}. Measured peaks: "
         f"{peak['gigabytes']:.0f} GB/s copying, {peak['teraflops']:.0f} TFLOP/s in bf16.",
         f"\nTests on the device: {record['tests']}.",
-        f"\nBatch {BATCH}, bf16, microseconds (20th to 80th percentile); rates are of the least "
-        "bytes, or of attention's FLOPs, as shares of the measured peaks.\n",
-        "| op | direction | " + " | ".join(RIVALS) + " | rate | fastest rival / kernels |",
-        "|---" * (len(RIVALS) + 4) + "|",
+        f"\nBatch {BATCH}, bf16, microseconds (20th to 80th percentile); rates are of the minimal "
+        "bytes, or of the FLOPs of attention, and shares are of the measured peaks.\n",
+        "| op | direction | " + " | ".join(VARIANTS) + " | rate | fastest other / kernels |",
+        "|---" * (len(VARIANTS) + 4) + "|",
     ]
     for op, direction in dict.fromkeys((r["op"], r["direction"]) for r in record["rows"]):
-        found = {name: rows.get((op, direction, name)) for name in RIVALS}
+        found = {name: rows.get((op, direction, name)) for name in VARIANTS}
         cells = [
             f"{r['median'] * 1e3:.0f} ({r['p20'] * 1e3:.0f}-{r['p80'] * 1e3:.0f})" if r else ""
             for r in found.values()
@@ -301,94 +252,63 @@ def page(record: dict[str, Any]) -> str:
         ratio = f"{best / ours['median']:.2f}"
         lines.append(f"| {' | '.join([op, direction, *cells, share(ours, peak), ratio])} |")
     if record["steps"]:
-        lines += _steps(record["steps"])
-    left_out = [f"- {reason}" for reason in record["left_out"]] or ["nothing"]
-    return "\n".join([*lines, "\nLeft out:\n", *left_out]) + "\n"
+        lines += steps_table(record["steps"])
+    skipped = [f"- {reason}" for reason in record["skipped"]] or ["nothing"]
+    return "\n".join([*lines, "\nSkipped:\n", *skipped]) + "\n"
 
 
-def _steps(steps: dict[str, dict[str, float]]) -> list[str]:
-    lines = [
-        f"\nTraining step of the 0.36 B preset, {STEP_BATCH} images, whole: forward, backward, "
-        "clipping and optimizer.\n",
-        "| | ms | images/s | loss | GB |", "|---|---|---|---|---|",
-    ]  # fmt: skip
-    for name, step in steps.items():
-        rate = STEP_BATCH / step["milliseconds"] * 1e3
-        lines.append(
-            f"| {name} | {step['milliseconds']:.1f} | {rate:.0f} | {step['loss']:.5f} | "
-            f"{step['gigabytes']:.1f} |"
-        )
-    return lines
-
-
-def write(record: dict[str, Any], folder: Path) -> None:
-    """What was measured so far: a machine may be taken away before the end."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write_results(record: dict[str, Any], folder: Path) -> None:
+    """Write the results so far, in case the run is interrupted."""
     stem = f"gpu-{record['device'].replace(' ', '-')}-{record['date']}"
-    (folder / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
-    (folder / f"{stem}.md").write_text(page(record))
-
-
-def output_of(*command: str) -> str:
-    if shutil.which(command[0]) is None:
-        return "unknown"
-    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    return found.stdout.strip() or "unknown"
+    write_json(record, folder / f"{stem}.json")
+    (folder / f"{stem}.md").write_text(summary(record))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "profiling" / "results")
-    parser.add_argument(
-        "--commit", default=commit(),
-        help="of this code, where its folder is no checkout",
-    )  # fmt: skip
-    parser.add_argument(
-        "--minutes", type=float, default=28, help="what is not begun by then, is not"
-    )
-    options = parser.parse_args()
+    parser = argument_parser(__doc__)
+    parser.add_argument("--commit", default=commit(), help="recorded, if this is no git checkout")
+    parser.add_argument("--minutes", type=float, default=28, help="start nothing after these")
+    args = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu-check: this machine has no GPU that torch can use; nothing was checked.")
-        print("The proofs that need none: make test, python profiling/kernel_report.py")
+        print("Without a GPU, run: make test, python profiling/kernel_report.py")
         return 2
-    end = time.monotonic() + 60 * options.minutes
-    passed, closing = tests_on_the_device(60 * options.minutes)
-    print(closing)
+    end = time.monotonic() + 60 * args.minutes
+    passed, last_line = run_tests(60 * args.minutes)
+    print(last_line)
     if not passed:
-        print("gpu-check: the kernels are wrong on this device; nothing was timed")
+        print("gpu-check: kernel tests fail on this device; nothing was timed")
         return 1
     smi = "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem,power.limit"
-    clock, left_out = Clock(), []
+    clock, skipped = Clock(), []
     record: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "date": datetime.date.today().isoformat(),
-        "commit": options.commit,
-        "torch": torch.__version__,
+        **metadata(DEVICE),
+        "commit": args.commit,
         "triton": triton.__version__,
         "smi": output_of("nvidia-smi", smi, "--format=csv,noheader"),
-        "tests": closing.strip("= "),
+        "tests": last_line.strip("= "),
         "peaks": peaks(clock),
         "rows": [],
         "steps": {},
-        "left_out": left_out,
+        "skipped": skipped,
     }
     attention = next(case for case in CASES if case.op == "attention")
     for case in (*CASES, without_text(attention)):
         if time.monotonic() > end:
-            left_out.append(f"{case.op}: no time was left")
+            skipped.append(f"{case.op}: no time left")
         else:
-            record["rows"] += time_case(case, clock, left_out)
-            write(record, options.out)
+            record["rows"] += time_case(case, clock, skipped)
+            write_results(record, args.out)
     del clock
     for name in STEPS:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         if time.monotonic() > end:
-            left_out.append(f"training step, {name}: no time was left")
+            skipped.append(f"training step, {name}: no time left")
         else:
             record["steps"][name] = training_steps(name)
-            write(record, options.out)
-    print(page(record))
+            write_results(record, args.out)
+    print(summary(record))
     return 0
 
 

@@ -1,22 +1,21 @@
-"""What every kernel moves, computes and compiles to, found without a GPU: one table.
+"""Memory traffic, errors and compiled resources of every kernel, without a GPU.
 
     python profiling/kernel_report.py [--out profiling/results] [--ops adaln swiglu]
 
 Bytes are counted in Triton's interpreter at the shapes of the 0.36 B preset, on a few samples and
-extrapolated to its batch, in sectors of 32 bytes of every load and store, nothing
-cached (`distinct`: each sector of a launch once); over the least
-possible, over what eager torch moves and over what Inductor would. Errors are the largest of the
-results' against an fp64 oracle, over eager's. Resources are those of the shipped tiles: the worst
-kernel's registers, shared memory and occupancy, the sums of the rest.
+extrapolated to its batch (lab/case_metrics.py), in sectors of 32 bytes of every load and store,
+without caches (`distinct`: each sector once per launch). They are relative to the minimal bytes, to
+eager torch and to Inductor. Errors are the largest against an fp64 reference, relative to eager.
+Resources are those of the shipped tiles: the maximal registers and shared memory and the minimal
+occupancy of all kernels, and sums of the rest.
 
-Writes kernels.json, kernels.md and the figures of kernels/README.md, unless only some ops are asked
-for; exits 1 where a bar is missed that lab.cases.SHORTFALLS does not explain.
+Writes kernels.json, kernels.md and the table of kernels/README.md, unless --ops selects some; exits
+1 if a limit is exceeded that lab.cases.SHORTFALLS does not explain.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import subprocess
@@ -28,13 +27,13 @@ from typing import Any
 
 import torch
 import triton
+from bench_utils import ROOT, argument_parser, metadata, write_json
 
 from miro_kernels.lab import case_metrics, testing
 from miro_kernels.lab.cases import CASES, MOST_BYTES, MOST_OVER_INDUCTOR, SHORTFALLS, Case
 from miro_kernels.lab.interpreter import interpreting
 from miro_kernels.lab.resources import MACHINES, Compiled
 
-ROOT = Path(__file__).parent.parent
 README = ROOT / "kernels" / "README.md"
 DTYPE = torch.bfloat16
 HEADINGS = (
@@ -45,7 +44,7 @@ HEADINGS = (
 
 
 def interpreted(case: Case) -> dict[str, dict[str, float]]:
-    """Bytes and errors of each direction; for a process with TRITON_INTERPRET=1."""
+    """Bytes and errors of each direction, in a process with TRITON_INTERPRET=1."""
     print(f"{case.op}: interpreting", file=sys.stderr)
     errors = case_metrics.errors(case, DTYPE)
     return {
@@ -55,7 +54,7 @@ def interpreted(case: Case) -> dict[str, dict[str, float]]:
 
 
 def in_interpreter(ops: list[str]) -> dict[str, dict[str, dict[str, float]]]:
-    """`interpreted` of each op, from a process of its own."""
+    """Run `interpreted` for each op in a subprocess."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "interpreted.json"
         command = [sys.executable, __file__, "--interpreted", str(path), "--ops", *ops]
@@ -64,6 +63,7 @@ def in_interpreter(ops: list[str]) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def resources(kernels: list[Compiled]) -> dict[str, float]:
+    """Resources of all kernels of an op together."""
     return {
         "registers": max(kernel.registers for kernel in kernels),
         "spills": sum(kernel.spills for kernel in kernels),
@@ -77,6 +77,7 @@ def resources(kernels: list[Compiled]) -> dict[str, float]:
 
 
 def rows_of(case: Case, moved: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+    """Rows of an op by direction."""
     print(f"{case.op}: compiling", file=sys.stderr)
     inductor = case_metrics.inductor_bytes(case, DTYPE)
     compiled = {target: case_metrics.compiled(case, DTYPE, target) for target in MACHINES}
@@ -84,7 +85,7 @@ def rows_of(case: Case, moved: dict[str, dict[str, float]]) -> list[dict[str, An
     for direction in case.directions:
         found = moved[direction]
         over_least = found["kernels"] / found["least"]
-        rival, least = inductor[direction]
+        inductor_bytes, minimal_bytes = inductor[direction]
         rows.append(
             {
                 "op": case.op,
@@ -94,7 +95,7 @@ def rows_of(case: Case, moved: dict[str, dict[str, float]]) -> list[dict[str, An
                 "bytes_over_least": round(over_least, 4),
                 "distinct_over_least": round(found["distinct"] / found["least"], 4),
                 "bytes_over_eager": round(found["kernels"] / found["eager"], 4),
-                "bytes_over_inductor": round(over_least / (rival / least), 4),
+                "bytes_over_inductor": round(over_least / (inductor_bytes / minimal_bytes), 4),
                 "error_over_eager": round(found["error_over_eager"], 4),
                 "compiled": {t: resources(kernels[direction]) for t, kernels in compiled.items()},
             }
@@ -102,32 +103,32 @@ def rows_of(case: Case, moved: dict[str, dict[str, float]]) -> list[dict[str, An
     return rows
 
 
-def missed(row: dict[str, Any]) -> list[tuple[str, str]]:
-    """The figures of a row that fall short of their bar, and by what."""
+def exceeded(row: dict[str, Any]) -> list[tuple[str, str]]:
+    """The figures of a row that exceed their limit."""
     key = (row["op"], row["direction"])
     most = {
         "bytes_over_least": MOST_BYTES.get(key),
         "bytes_over_inductor": MOST_OVER_INDUCTOR.get(key),
         "error_over_eager": testing.BAR,
     }
-    short = [
-        (name, f"{row[name]:.3f} > {bar}")
-        for name, bar in most.items()
-        if bar is not None and row[name] > bar
+    failures = [
+        (name, f"{row[name]:.3f} > {limit}")
+        for name, limit in most.items()
+        if limit is not None and row[name] > limit
     ]
     for target, found in row["compiled"].items():
         machine = MACHINES[target]
-        none = ("spills", "narrow", "atomics") if machine.vendor == "cuda" else ("atomics",)
-        short += [(f"{name} {target}", str(found[name])) for name in none if found[name]]
+        zero = ("spills", "narrow", "atomics") if machine.vendor == "cuda" else ("atomics",)
+        failures += [(f"{name} {target}", str(found[name])) for name in zero if found[name]]
         if found["shared"] > machine.shared_per_program:
-            short.append((f"shared {target}", f"{found['shared']} bytes"))
+            failures.append((f"shared {target}", f"{found['shared']} bytes"))
         if row["op"] == "attention" and not found["mma"]:
-            short.append((f"mma {target}", "no matrix instruction"))
-    return short
+            failures.append((f"mma {target}", "no matrix instruction"))
+    return failures
 
 
 def cells(row: dict[str, Any]) -> list[list[str]]:
-    """One line of the table a target; what belongs to all targets stands in the first."""
+    """Cells of a row, one line per target; the figures of all targets are in the first."""
     figures = [f"{row[key]:.3f}" for key in row if "_over_" in key]
     lines, left = [], [row["op"], row["direction"], *figures]
     for target, found in row["compiled"].items():
@@ -142,7 +143,7 @@ def cells(row: dict[str, Any]) -> list[list[str]]:
 
 
 def table(lines: list[list[str]]) -> str:
-    """Lines of cells as Markdown that is also readable as it is."""
+    """Format cells as an aligned Markdown table."""
     lines = [list(HEADINGS), *lines]
     widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
     texts = [
@@ -152,15 +153,16 @@ def table(lines: list[list[str]]) -> str:
     return "\n".join([texts[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *texts[1:]])
 
 
-def page(rows: list[dict[str, Any]], body: str, short: list[str]) -> str:
+def markdown(rows: list[dict[str, Any]], body: str, short: list[str]) -> str:
+    """Format kernels.md."""
     shapes = "\n".join(
         f"- {op}: {shape}" for op, shape in {r["op"]: r["shape"] for r in rows}.items()
     )
     return f"""# Kernels, measured without a GPU
 
-`python profiling/kernel_report.py` on {datetime.date.today().isoformat()}, torch \
-{torch.__version__}, triton {triton.__version__}, {rows[0]["dtype"]}. What the columns mean, and
-how they are found, the script says. No figure here is a time.
+`python profiling/kernel_report.py` on {metadata("cpu")["date"]}, torch {torch.__version__}, \
+triton {triton.__version__}, {rows[0]["dtype"]}. The script explains the columns.
+No figure is a time.
 
 {body}
 
@@ -168,13 +170,13 @@ Shapes:
 
 {shapes}
 
-Short of a bar: {"none." if not short else ""}
+Limits exceeded: {"none." if not short else ""}
 {chr(10).join(f"- {line}" for line in short)}
 """
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """The table of kernels/README.md."""
+    """Format the table of kernels/README.md."""
     figures = ("bytes_over_least", "bytes_over_eager", "bytes_over_inductor", "error_over_eager")
     lines = [
         "| op | direction | bytes/least | /eager | /Inductor | error | registers | occupancy |",
@@ -189,45 +191,43 @@ def summary(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def with_figures(text: str, rows: list[dict[str, Any]]) -> str:
-    """The README's text with its figures replaced."""
+def replace_table(text: str, rows: list[dict[str, Any]]) -> str:
+    """Replace the table in the text of the README."""
     before, rest = text.split("-->\n", 1)
     after = rest[rest.index("<!-- end") :]
     return f"{before}-->\n\n{summary(rows)}\n\n{after}"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argument_parser(__doc__)
     names = [case.op for case in CASES]
     parser.add_argument("--ops", nargs="*", choices=names, default=names)
-    parser.add_argument("--out", type=Path, default=ROOT / "profiling" / "results")
     parser.add_argument("--interpreted", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    cases = [case for case in CASES if case.op in options.ops]
+    args = parser.parse_args()
+    cases = [case for case in CASES if case.op in args.ops]
     torch.set_num_threads(1)
-    if options.interpreted:
+    if args.interpreted:
         assert interpreting()
-        options.interpreted.write_text(json.dumps({case.op: interpreted(case) for case in cases}))
+        args.interpreted.write_text(json.dumps({case.op: interpreted(case) for case in cases}))
         return 0
-    moved = in_interpreter(options.ops)
+    moved = in_interpreter(args.ops)
     rows = [row for case in cases for row in rows_of(case, moved[case.op])]
     body = table([line for row in rows for line in cells(row)])
     print(body)
-    short, unexplained = [], 0
+    failures, unexplained = [], 0
     for row in rows:
-        for name, value in missed(row):
+        for name, value in exceeded(row):
             reason = SHORTFALLS.get((row["op"], row["direction"], name))
             unexplained += reason is None
-            short.append(
+            failures.append(
                 f"{row['op']} {row['direction']}, {name} {value}: {reason or 'UNEXPLAINED'}"
             )
-    print("\n".join(short) if short else "every bar is met")
+    print("\n".join(failures) if failures else "no limit is exceeded")
     if len(cases) == len(CASES):
-        options.out.mkdir(parents=True, exist_ok=True)
-        kept = [{k: v for k, v in row.items() if k != "distinct_over_least"} for row in rows]
-        (options.out / "kernels.json").write_text(json.dumps({"rows": kept}, indent=1) + "\n")
-        (options.out / "kernels.md").write_text(page(rows, body, short))
-        README.write_text(with_figures(README.read_text(), rows))
+        written = [{k: v for k, v in row.items() if k != "distinct_over_least"} for row in rows]
+        write_json({**metadata("cpu"), "rows": written}, args.out / "kernels.json")
+        (args.out / "kernels.md").write_text(markdown(rows, body, failures))
+        README.write_text(replace_table(README.read_text(), rows))
     return 1 if unexplained else 0
 
 

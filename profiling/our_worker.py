@@ -1,4 +1,4 @@
-"""Our training step in a process of its own: bench_step.py starts it with its settings as JSON."""
+"""Worker process of bench_step.py with our training step; its argument is the settings as JSON."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from bench_utils import BINS, LATENTS, REWARDS, TEXT_CHANNELS
 from torch import Tensor
 from worker import Phases, Step, serve
 
@@ -20,11 +21,9 @@ from miro.training.metrics import MetricsTracker, StepRecord
 from miro.training.presets import preset
 from miro_kernels import use_backend
 
-LATENTS, TEXT_CHANNELS, REWARDS, LEVELS = (4, 32, 32), 2048, 7, 64
-
 
 def narrowed(scale: int) -> ModelConfig:
-    """The 0.36 B preset with its width divided by `scale`."""
+    """The 0.36 B preset, its width divided by `scale`."""
     model = preset("small").model
     heads = max(1, model.heads // scale)
     return replace(
@@ -33,7 +32,10 @@ def narrowed(scale: int) -> ModelConfig:
 
 
 class OurStep(Step):
-    """One step of the engine on random images, texts and rewards of the settings' shapes."""
+    """A step of the engine on random latents, texts and rewards.
+
+    metrics: records every step if set.
+    """
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
@@ -43,26 +45,27 @@ class OurStep(Step):
             narrowed(settings["scale"]), LATENTS, TEXT_CHANNELS, REWARDS,
             regional_compile=settings["compiled"] and settings["device"] == "cpu",
         )  # fmt: skip
-        # As it comes, what lies behind the zero-initialised layers is multiplied by zeros.
+        # Zero-initialised layers would multiply everything after them by zero.
         for param in model.parameters():
             if not param.any():
                 torch.nn.init.normal_(param, std=0.02)
         self.parameters = sum(param.numel() for param in model.parameters())
-        self.meter: MetricsTracker | None = None
+        self.metrics: MetricsTracker | None = None
         self.engine = Engine(
             model, self.config.optimizer, BatchPlan(0, 1, settings["batch"], 1),
             total_images=self.config.images, precision=settings["precision"],
             compiled=settings["compiled"], device=settings["device"],
         )  # fmt: skip
 
-    def data(self, number: int) -> tuple[Tensor, Tensor, Tensor, RewardCond, PackedText]:
+    def batch(self, number: int) -> tuple[Tensor, Tensor, Tensor, RewardCond, PackedText]:
+        """The random batch `number`: x, noise, t, rewards and text."""
         batch, device = self.settings["batch"], self.settings["device"]
         generator = torch.Generator().manual_seed(number)
         x, noise = (torch.randn(batch, *LATENTS, generator=generator) for _ in range(2))
         uniform = torch.rand(batch, generator=generator)
         t = flow.sample_timesteps(self.config.flow, uniform)
-        bins = torch.randint(LEVELS, (batch, REWARDS), generator=generator)
-        rewards = RewardCond(torch.arange(LEVELS) / (LEVELS - 1), bins, bins >= 0)
+        bins = torch.randint(BINS, (batch, REWARDS), generator=generator)
+        rewards = RewardCond(torch.arange(BINS) / (BINS - 1), bins, bins >= 0)
         lengths = self.settings["lengths"]
         offsets = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
         states = torch.randn(sum(lengths), TEXT_CHANNELS, generator=generator)
@@ -73,7 +76,7 @@ class OurStep(Step):
     def run(self, number: int, phases: Phases) -> Tensor:
         with use_backend(self.settings["kernels"]):
             with phases("data"):
-                x, noise, t, rewards, text = self.data(number)
+                x, noise, t, rewards, text = self.batch(number)
             with phases("forward"):
                 predicted = self.engine.predict(flow.add_noise(x, noise, t), t, rewards, text)
                 losses = flow.velocity_errors(self.config.flow, predicted, x, noise, t)
@@ -82,16 +85,16 @@ class OurStep(Step):
                 self.engine.backward(loss)
             with phases("optimizer"):
                 norm = self.engine.step(self.config.optimizer.warmup_images)
-            if self.meter is not None:
-                with phases("meter"):
-                    shapes = x.shape, text.states.shape, (REWARDS, LEVELS)
+            if self.metrics is not None:
+                with phases("metrics"):
+                    shapes = x.shape, text.states.shape, (REWARDS, BINS)
                     flops = training_flops(self.engine.model.config, *shapes)
-                    seen = StepRecord(losses.detach(), t, rewards, flops)
-                    self.meter.add(number * len(x), [seen], norm)
+                    record = StepRecord(losses.detach(), t, rewards, flops)
+                    self.metrics.add(number * len(x), [record], norm)
         return loss.detach()
 
     def useful(self) -> Tensor:
-        x, _, t, rewards, text = self.data(0)
+        x, _, t, rewards, text = self.batch(0)
         with use_backend(self.settings["kernels"]):
             return self.engine.model(x, t, rewards, self.engine.model.encode_context(text))
 

@@ -1,31 +1,27 @@
-"""A trace of training steps: named ranges, the costliest operations, reads that stop the host.
+"""Trace training steps: named ranges, most expensive operations, and host synchronisations.
 
     python profiling/record_trace.py [--scale 1] [--batch 64] [--steps 3] [--out runs/trace]
 
-Our step at the 0.36 B preset's shapes, its width divided by `scale`, and a report after the last
-one. Writes trace.json, for Chrome or ui.perfetto.dev, and summary.json; on a GPU memory.pickle too,
-for pytorch.org/memory_viz. Ranges are data, forward, backward, optimizer, meter and report, which
-Nsight Systems shows as well (NVTX). What keeps the host waiting is counted: `host_reads` are values
-taken from a device, `waits` the runtime's calls that return when the device is done. On a GPU
-neither may occur in a step, of which data, loss and report are no part; on a CPU the references of
-the kernels read their arguments, which stops nothing (tests/miro/test_batch_plan.py holds all
-else to none). `operations` are torch's, of a step and of the report, with what those are a share of
-between two reports of the preset.
+Traces our step at the shapes of the 0.36 B preset, its width divided by --scale, and a report of
+metrics after the last one. Writes trace.json, for Chrome or ui.perfetto.dev, and summary.json; on a
+GPU also memory.pickle, for pytorch.org/memory_viz. The ranges data, forward, backward, optimizer,
+metrics and report are NVTX ranges too. `host_reads` counts values copied to the host, `waits` calls
+of the CUDA runtime that synchronise. On a GPU forward, backward, optimizer and metrics must have
+neither; on a CPU the references of the kernels read their arguments, which does not block.
+`operations` counts those of torch in a step and in a report.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
-from measured import machine, write
-from our_worker import REWARDS, OurStep
+from bench_utils import REWARDS, ROOT, add_device, argument_parser, metadata, write_json
+from our_worker import OurStep
 from torch.profiler import ProfilerActivity, profile, record_function
 from worker import Phases, Step
 
@@ -34,16 +30,15 @@ from miro.training.metrics import MetricsTracker
 from miro.training.metrics_log import MetricsWriter
 from miro_kernels.lab.eager import FREE
 
-ROOT = Path(__file__).parent.parent
 READS = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero"}
 WAITS = {"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"}
-STEP = ("forward", "backward", "optimizer", "meter")
+STEP = ("forward", "backward", "optimizer", "metrics")
 RANGES = ("data", *STEP, "report")
 WARMUP = 2
 
 
 class Ranges(Phases):
-    """Names the parts of a step and waits for nothing."""
+    """Marks phases of a step as ranges without synchronising."""
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -52,8 +47,8 @@ class Ranges(Phases):
             yield
 
 
-def traced(step: Step, steps: int, report: Callable[[], None] = lambda: None) -> Any:
-    """The profiler after `steps` steps and a report of them."""
+def traced(step: Step, steps: int, report: Callable[[], Any] = lambda: None) -> Any:
+    """Profile `steps` steps and a report."""
     device = step.settings["device"]
     for number in range(WARMUP):
         step.run(number, Ranges(device))
@@ -72,13 +67,13 @@ def traced(step: Step, steps: int, report: Callable[[], None] = lambda: None) ->
 
 
 def inside(event: Any, ranges: Sequence[Any]) -> bool:
-    """Whether an event of the host began within one of the ranges."""
+    """Whether an event on the host starts within one of the ranges."""
     start = event.time_range.start
     return any(r.time_range.start <= start < r.time_range.end for r in ranges)
 
 
-def stops(events: Sequence[Any]) -> dict[str, int]:
-    """How often the host waited in the ranges of a step."""
+def synchronisations(events: Sequence[Any]) -> dict[str, int]:
+    """Count host reads and waits in the ranges of a step."""
     ranges = [e for e in events if e.name in STEP]
     found = Counter(
         "host_reads" if event.name in READS else "waits"
@@ -89,7 +84,7 @@ def stops(events: Sequence[Any]) -> dict[str, int]:
 
 
 def operations(events: Sequence[Any], names: Sequence[str]) -> int:
-    """Torch's operations in the ranges of these names: no views, and none that others call."""
+    """Count torch operations in the ranges, without views and nested operations."""
 
     def of_torch(event: Any) -> bool:
         library, _, name = event.name.partition("::")
@@ -104,15 +99,17 @@ def operations(events: Sequence[Any], names: Sequence[str]) -> int:
     )
 
 
-def costliest(profiler: Any, steps: int, on_gpu: bool, count: int = 10) -> list[dict[str, Any]]:
-    """The operations, or the device's kernels, with most time of their own, per step."""
-    cost = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+def most_expensive(
+    profiler: Any, steps: int, on_gpu: bool, count: int = 10
+) -> list[dict[str, Any]]:
+    """The operations, or kernels on a GPU, with the most self time, per step."""
+    attribute = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     rows = [row for row in profiler.key_averages() if row.key not in RANGES]
-    rows = sorted(rows, key=lambda row: -getattr(row, cost))[:count]
+    rows = sorted(rows, key=lambda row: -getattr(row, attribute))[:count]
     return [
         {
             "name": row.key,
-            "milliseconds": getattr(row, cost) / 1e3 / steps,
+            "milliseconds": getattr(row, attribute) / 1e3 / steps,
             "calls": row.count / steps,
         }
         for row in rows
@@ -120,7 +117,7 @@ def costliest(profiler: Any, steps: int, on_gpu: bool, count: int = 10) -> list[
 
 
 def idle_share(events: Sequence[Any]) -> float | None:
-    """Share of the time, from the first kernel to the last, in which the device ran none."""
+    """Share of the time between the first and the last kernel in which no kernel runs."""
     kernels = sorted(
         (e.time_range.start, e.time_range.end)
         for e in events
@@ -128,66 +125,66 @@ def idle_share(events: Sequence[Any]) -> float | None:
     )
     if not kernels:
         return None
-    busy, reached = 0.0, kernels[0][0]
+    busy, last_end = 0.0, kernels[0][0]
     for start, end in kernels:
-        busy += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return 1 - busy / (reached - kernels[0][0])
+        busy += max(0.0, end - max(start, last_end))
+        last_end = max(last_end, end)
+    return 1 - busy / (last_end - kernels[0][0])
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argument_parser(__doc__, ROOT / "runs" / "trace")
     parser.add_argument("--scale", type=int, default=1, help="divides the width")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--text", type=int, default=65, help="tokens of every text")
+    parser.add_argument("--text", type=int, default=65, help="tokens per text")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--kernels", default="auto")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "trace")
-    given = parser.parse_args()
+    add_device(parser)
+    args = parser.parse_args()
     settings = {
-        "scale": given.scale, "batch": given.batch, "lengths": [given.text] * given.batch,
-        "precision": given.precision, "compiled": given.compiled, "kernels": given.kernels,
-        "device": given.device,
+        "scale": args.scale, "batch": args.batch, "lengths": [args.text] * args.batch,
+        "precision": args.precision, "compiled": args.compiled, "kernels": args.kernels,
+        "device": args.device,
     }  # fmt: skip
-    given.out.mkdir(parents=True, exist_ok=True)
-    on_gpu = given.device == "cuda"
+    args.out.mkdir(parents=True, exist_ok=True)
+    on_gpu = args.device == "cuda"
     if on_gpu:
         torch.cuda.memory._record_memory_history()
     step = OurStep(settings)
-    metrics = MetricsWriter(given.out / "metrics.jsonl", given.out / "tensorboard", 0)
+    writer = MetricsWriter(args.out / "metrics.jsonl", args.out / "tensorboard", 0)
     rewards = [f"reward {number}" for number in range(REWARDS)]
-    step.meter = MetricsTracker(
-        step.engine, metrics, lambda progress: None, lambda images: [], 0, rewards=rewards,
-        peak=peak_flops(step.engine.device, given.precision),
+    metrics = step.metrics = MetricsTracker(
+        step.engine, writer, lambda progress: None, lambda images: [], 0, rewards=rewards,
+        peak=peak_flops(step.engine.device, args.precision),
     )  # fmt: skip
-    images = given.batch * (WARMUP + given.steps)
-    profiler = traced(step, given.steps, report=lambda: step.meter.log(images, images))
-    metrics.close()
+    images = args.batch * (WARMUP + args.steps)
+    profiler = traced(step, args.steps, report=lambda: metrics.log(images, images))
+    writer.close()
     if on_gpu:
-        torch.cuda.memory._dump_snapshot(str(given.out / "memory.pickle"))
+        torch.cuda.memory._dump_snapshot(str(args.out / "memory.pickle"))
     events = list(profiler.events())
-    profiler.export_chrome_trace(str(given.out / "trace.json"))
+    profiler.export_chrome_trace(str(args.out / "trace.json"))
     idle = idle_share(events)
-    a_step = operations(events, STEP) / given.steps
-    a_report, every = operations(events, ["report"]), step.config.report_every // step.config.batch
-    counts = {"step": a_step, "meter": operations(events, ["meter"]), "report": a_report}
+    per_step = operations(events, STEP) / args.steps
+    per_report = operations(events, ["report"])
+    interval = step.config.report_every // step.config.batch
+    counts = {"step": per_step, "metrics": operations(events, ["metrics"]), "report": per_report}
     record = {
-        **machine(given.device),
+        **metadata(args.device),
         "settings": settings,
-        "counted": stops(events) | {"operations": counts},
-        "reporting": a_report / (every * a_step),
-        "costliest": costliest(profiler, given.steps, on_gpu),
+        "counted": synchronisations(events) | {"operations": counts},
+        "reporting": per_report / (interval * per_step),
+        "most_expensive": most_expensive(profiler, args.steps, on_gpu),
         "device_idle": idle,
     }
-    for row in record["costliest"]:
-        print(f"{row['milliseconds']:10.2f} ms a step {row['calls']:8.1f} x  {row['name'][:70]}")
-    print(f"the device idles {idle:.1%}" if idle is not None else "no device, so none idles")
+    for row in record["most_expensive"]:
+        print(f"{row['milliseconds']:10.2f} ms per step {row['calls']:8.1f} x  {row['name'][:70]}")
+    print("no GPU" if idle is None else f"the GPU is idle {idle:.1%} of the time")
     print(", ".join(f"{name}: {count}" for name, count in record["counted"].items()))
-    print(f"a report every {every} steps is {record['reporting']:.3%} of the operations")
-    write(record, given.out / "summary.json")
+    print(f"a report every {interval} steps is {record['reporting']:.3%} of the operations")
+    write_json(record, args.out / "summary.json")
     return 0
 
 

@@ -1,14 +1,16 @@
-"""The training step of the released MIRO, in a process of its own: bench_step.py starts it.
+"""Worker process of bench_step.py with the training step of the released MIRO.
 
     PYTHONPATH=FOLDER python profiling/released_worker.py SETTINGS
 
-FOLDER holds `pip install --no-deps --target FOLDER miro-t2i==0.1.4`, which imports as `miro`, as
-this project does; nothing of ours is imported here. SETTINGS are bench_step.Settings as JSON. The
-step is what the package's training does: the self-conditioning pass with gradients, the flow loss
-with its learned weights, backward, clipping, LAMB, and the average of the weights; the network, its
-preconditioning and its loss are the package's, with the width divided by `scale`.
+Install the package with `pip install --no-deps --target FOLDER miro-t2i==0.1.4`. It imports as
+`miro`, as this project does, so this module imports nothing of ours. SETTINGS are
+bench_step.Settings as JSON. The step is that of the package's training: self-conditioning pass with
+gradients, flow loss with learned weights, backward, clipping, LAMB and EMA. Network,
+preconditioning and loss are the package's, with the width divided by `scale`.
 """
 
+# The modules of miro are those of the released package.
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import copy
@@ -28,7 +30,7 @@ TEXT_CHANNELS = 2048
 
 
 def network(scale: int) -> tuple[nn.Module, nn.Module]:
-    """The network of the released configuration, and its preconditioning."""
+    """Network of the released configuration, and its preconditioning."""
     width = 1024 // scale
     model = CADRINTextCond(
         data_size=32, data_dim=width // 2, num_input_channels=4, num_latents=256,
@@ -42,16 +44,16 @@ def network(scale: int) -> tuple[nn.Module, nn.Module]:
 
 
 class ReleasedStep(Step):
-    """One optimizer step of the released training, on random images, texts and scores."""
+    """A step of the released training on random latents, texts and scores."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings, self.device = settings, settings["device"]
         torch.manual_seed(0)
         model, precondition = network(settings["scale"])
         self.model, self.precondition = model.to(self.device), precondition.to(self.device)
-        self.average = copy.deepcopy(self.model).requires_grad_(False)
-        pairs = zip(self.average.parameters(), self.model.parameters(), strict=True)
-        self.ema_state_dict = [(a, b) for a, b in pairs if b.is_floating_point()]
+        self.ema = copy.deepcopy(self.model).requires_grad_(False)
+        pairs = zip(self.ema.parameters(), self.model.parameters(), strict=True)
+        self.ema_pairs = [(a, b) for a, b in pairs if b.is_floating_point()]
         self.params = [
             param
             for module in (self.model, self.precondition)
@@ -63,15 +65,16 @@ class ReleasedStep(Step):
             LinearScheduler(), torch.zeros(1, TEXT_CHANNELS), self_cond_rate=0.9,
             cond_drop_rate=0.0, do_gradnorm_reweighting=True,
         )  # fmt: skip
-        # The loss clears its gradients through the network, which is the module itself.
-        self.called: Any = torch.compile(self.model) if settings["compiled"] else self.model
+        # The package's loss zeroes gradients through the uncompiled module.
+        self.compiled_model: Any = torch.compile(self.model) if settings["compiled"] else self.model
         self.parameters = sum(param.numel() for param in self.model.parameters())
 
-    def data(self, number: int) -> dict[str, Tensor]:
+    def batch(self, number: int) -> dict[str, Tensor]:
+        """The random batch `number`."""
         generator = torch.Generator().manual_seed(number)
         batch, longest = self.settings["batch"], self.settings["padded"]
         lengths = torch.tensor(self.settings["lengths"])
-        made = {
+        data = {
             "x_0": torch.randn(batch, 4, 32, 32, generator=generator),
             "text_tokens_embeddings": torch.randn(
                 batch, longest, TEXT_CHANNELS, generator=generator
@@ -79,18 +82,19 @@ class ReleasedStep(Step):
             "text_tokens_mask": torch.arange(longest) < lengths[:, None],
         }
         scores = torch.rand(len(NAMES), batch, generator=generator)
-        made |= {f"{n}_score_coherence": s for n, s in zip(NAMES, scores, strict=True)}
-        return {name: value.to(self.device) for name, value in made.items()}
+        data |= {f"{n}_score_coherence": s for n, s in zip(NAMES, scores, strict=True)}
+        return {name: value.to(self.device) for name, value in data.items()}
 
     def forward(self, data: dict[str, Tensor]) -> Tensor:
-        low = self.settings["precision"] == "bf16"
-        with torch.autocast(self.device, torch.bfloat16, enabled=low):
-            value, _ = self.loss(self.precondition, self.called, None, data, 0)
+        """The loss of a batch."""
+        bf16 = self.settings["precision"] == "bf16"
+        with torch.autocast(self.device, torch.bfloat16, enabled=bf16):
+            value, _ = self.loss(self.precondition, self.compiled_model, None, data, 0)
         return value.mean()
 
     def run(self, number: int, phases: Phases) -> Tensor:
         with phases("data"):
-            data = self.data(number)
+            data = self.batch(number)
         with phases("forward"):
             loss = self.forward(data)
         with phases("backward"):
@@ -100,13 +104,13 @@ class ReleasedStep(Step):
             self.optimizer.step()
             self.optimizer.zero_grad()
         with phases("average"), torch.no_grad():
-            averages, weights = (list(part) for part in zip(*self.ema_state_dict, strict=True))
+            averages, weights = (list(part) for part in zip(*self.ema_pairs, strict=True))
             torch._foreach_lerp_(averages, weights, 1e-4)
         return loss.detach()
 
     def useful(self) -> Tensor:
-        """Forward alone, the network called once: what any training step must compute."""
-        data = self.data(0)
+        """Run the network once, without the self-conditioning pass."""
+        data = self.batch(0)
         generator = torch.Generator().manual_seed(0)
         t = torch.rand(len(data["x_0"]), generator=generator).to(self.device)
         noise = torch.randn(data["x_0"].shape, generator=generator).to(self.device)

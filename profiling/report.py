@@ -1,53 +1,45 @@
-"""One page of what was measured, counted and projected: profiling/results/report.html.
+"""Write one page of all measurements, counts and projections: profiling/results/report.html.
 
-    python profiling/report.py [--results profiling/results] [--out REPORT.html]
+    python profiling/report.py [RESULT.json ...] [--results FOLDER] [--out REPORT.html]
 
-Made from the JSON files of results/ alone; nothing is timed. It answers what bounds a step, what
-fusion bought, what the released code wastes and what a GPU-hour should yield, then shows data,
-rewards, sampling, the demo, and the history of every quantity. Each number is labelled MEASURED,
-COUNTED, PROJECTION or PUBLISHED. Where a file is absent the page says which command makes it; one
-that is not understood is an error. Equal files give an equal page.
+The page is made from JSON result files alone, so equal files give an equal page: those of the
+folder, or only the given ones. Each number is labelled MEASURED, COUNTED, PROJECTION or PUBLISHED.
+For a missing file the page names the command that writes it; an invalid file is an error.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
-from answers import bound, fusion, released
-from charts import markup
-from gpu_hours import gpu_hours
+from bench_utils import HERE, RESULTS, argument_parser
 from markupsafe import Markup
-from result_files import read_folder
-from sections import data, demo, past, rewards, sampling
+from page.charts import svg
+from page.gpu_hours import gpu_hour
+from page.questions import bound, fusion, released
+from page.result_files import Result, by_date, load, load_folder
+from page.sections import data, demo, history, rewards, sampling
 
 from miro.report.render import write_page
 
-HERE = Path(__file__).parent
-QUESTIONS = (bound, fusion, released, gpu_hours)
-REST = (data, rewards, sampling, demo, past)
+SECTIONS = (bound, fusion, released, gpu_hour, data, rewards, sampling, demo, history)
 
 
-def unbroken(sentence: str) -> str:
-    """A sentence whose numbers stay with their signs and units where a line ends."""
+def keep_units(sentence: str) -> str:
+    """Put no-break spaces between numbers and their units."""
     return re.sub(r"(?<=\d) (?=(?:×|%|ms|GB|M|h)\b|×|%)", "\u00a0", sentence)
 
 
-def write_report(results: Path, path: Path) -> Path:
-    """Write the page of a folder of results to `path`.
-
-    Raises:
-        ValueError: a file is not understood; names it and what makes it again.
-    """
-    found = read_folder(results)
-    sections = [make(found) for make in (*QUESTIONS, *REST)]
+def write_report(results: Sequence[Result], path: Path) -> Path:
+    """Write the page of the results, which are sorted by date, to `path`."""
+    sections = [build(results) for build in SECTIONS]
     plots = {
         section.name: [
-            (picture, Markup(markup(picture.figure, f"{section.name} {place}")))
-            for place, picture in enumerate(section.pictures)
+            (plot, Markup(svg(plot.figure, f"{section.name} {number}")))
+            for number, plot in enumerate(section.plots)
         ]
         for section in sections
     }
@@ -56,28 +48,26 @@ def write_report(results: Path, path: Path) -> Path:
         "report.html",
         [HERE],
         sections=sections,
-        unbroken=unbroken,
+        keep_units=keep_units,
         plots=plots,
-        files=len(found),
-        newest=max((result.date for result in found), default=""),
+        files=len(results),
+        newest=max((result.date for result in results), default=""),
         matplotlib=matplotlib.__version__,
     )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--results", type=Path, default=HERE / "results", help="folder of JSON files"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="the page; report.html among the results if not said"
-    )
-    given = parser.parse_args()
+    parser = argument_parser(__doc__, out=None)
+    parser.add_argument("files", type=Path, nargs="*", metavar="RESULT.json", help="only these")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of JSON files")
+    parser.add_argument("--out", type=Path, help="default: report.html in the folder")
+    args = parser.parse_args()
     try:
-        print(write_report(given.results, given.out or given.results / "report.html"))
+        results = by_date(map(load, args.files)) if args.files else load_folder(args.results)
     except ValueError as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
+    print(write_report(results, args.out or args.results / "report.html"))
     return 0
 
 

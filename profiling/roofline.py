@@ -1,49 +1,44 @@
-"""What a device is taken to reach, and the time of operations under it: a PROJECTION.
-
-`step_budget.py` counts the rows of a step; `report.py` and `plot.py` read them back.
-"""
+"""Operations of a step and their projected time on a device, by a roofline model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
 
 from miro.training.flops import DEVICE_SPECS
 
-
-@dataclass(frozen=True)
-class Device:
-    """What a device is taken to reach."""
-
-    flops: float
-    """Dense bf16 FLOP/s of the data sheet."""
-    bandwidth: float
-    """Bytes/s of the data sheet."""
-    gemm: float = 0.79
-    """Share of `flops` that matrix products reach: 784 of 989 TFLOP/s, measured on the H100
-    (results/gpu-NVIDIA-H100-*.json); the same share elsewhere is an assumption."""
-    attention: float = 0.25
-    """Share of `flops` that attention reaches, whatever computes it: 0.2 to 0.3 there."""
-    memory: float = 0.80
-    """Share of `bandwidth` that everything else reaches; a copy reached 0.90 there."""
-    launch: float = 2e-6
-    """Seconds between one kernel's end and the next one's start, the host being ahead."""
+# Kernels that an op of miro_kernels launches; tests/kernels/compiled/test_launches.py counts them.
+LAUNCHES = {
+    "reward_adaln": 1, "reward_gated_residual_adaln": 1, "reward_adaln_backward": 3,
+    "reward_gated_residual_adaln_backward": 3, "qk_norm_rope": 1, "qk_norm_rope_backward": 2,
+    "attention": 1, "attention_backward": 2, "swiglu": 1, "swiglu_backward": 1,
+}  # fmt: skip
+_GEMMS = {"mm", "addmm", "bmm", "baddbmm"}
+_COPIES = {
+    "cat", "clone", "copy_", "_to_copy", "index", "index_copy", "index_select", "stack",
+    "slice_backward", "select_backward", "fill_", "zero_", "zeros", "zeros_like", "ones_like",
+    "new_zeros", "index_add", "_index_put_impl_", "arange",
+}  # fmt: skip
 
 
-DEVICES = {
-    name: Device(DEVICE_SPECS[whole].flops, DEVICE_SPECS[whole].bandwidth)
-    for name, whole in (
-        ("H100 SXM", "NVIDIA H100 80GB HBM3"),
-        ("H200", "NVIDIA H200"),
-        ("B200", "NVIDIA B200"),
-        ("MI300X", "AMD Instinct MI300X"),
-    )
-}
+def group_of(op: str, namespace: str) -> str:
+    """Group of an operation: attention, GEMM, fused, data movement or elementwise."""
+    if "attention" in op:
+        return "attention"
+    if op in _GEMMS:
+        return "GEMM"
+    if namespace == "miro":
+        return "fused"
+    return "data movement" if op in _COPIES else "elementwise and reductions"
 
 
 @dataclass
-class Row:
-    """An operation of the step, all its calls together."""
+class Operation:
+    """All calls of one operation in a step."""
 
     op: str
     group: str
@@ -52,47 +47,67 @@ class Row:
     flops: float = 0.0
     bytes: float = 0.0
 
-    def bound(self, device: Device) -> tuple[str, float]:
-        """Whether FLOPs or bytes take longer, and their seconds, launches left out."""
-        share = device.attention if self.group == "attention" else device.gemm
-        arithmetic = self.flops / (device.flops * share)
-        movement = self.bytes / (device.bandwidth * device.memory)
-        return ("FLOPs", arithmetic) if arithmetic > movement else ("bytes", movement)
 
-    def seconds(self, device: Device) -> float:
-        return self.bound(device)[1] + self.launches * device.launch
+@dataclass(frozen=True)
+class Device:
+    """Peak rates of a device, and the assumed share of them that a step reaches."""
 
-
-def grouped(rows: Sequence[Row]) -> list[Row]:
-    """The rows of each group as one, the group for its name."""
-    found: dict[str, Row] = {}
-    for row in rows:
-        total = found.setdefault(row.group, Row(row.group, row.group))
-        total.calls += row.calls
-        total.launches += row.launches
-        total.flops += row.flops
-        total.bytes += row.bytes
-    return list(found.values())
+    flops: float
+    """Dense bf16 FLOP/s of the data sheet."""
+    bandwidth: float
+    """Bytes/s of the data sheet."""
+    gemm: float = 0.79
+    """Share of `flops` in matrix products: 784 of 989 TFLOP/s, measured on the H100
+    (results/gpu-NVIDIA-H100-*.json); an assumption for other devices."""
+    attention: float = 0.25
+    """Share of `flops` in attention, by any kernel: 0.2 to 0.3 on the H100."""
+    memory: float = 0.80
+    """Share of `bandwidth` in everything else; a copy reaches 0.90 on the H100."""
+    launch: float = 2e-6
+    """Seconds from the end of one kernel to the start of the next, with the host ahead."""
 
 
-def projected(rows: Sequence[Row], device: Device) -> float:
-    """Seconds of a step by the assumptions of `device`."""
-    return sum(row.seconds(device) for row in rows)
+DEVICES = {
+    name: Device(DEVICE_SPECS[full_name].flops, DEVICE_SPECS[full_name].bandwidth)
+    for name, full_name in (
+        ("H100 SXM", "NVIDIA H100 80GB HBM3"),
+        ("H200", "NVIDIA H200"),
+        ("B200", "NVIDIA B200"),
+        ("MI300X", "AMD Instinct MI300X"),
+    )
+}
 
 
-def seconds_by_group(rows: Sequence[Row], device: Device) -> dict[str, float]:
-    """The same second for second, of each group."""
-    found: dict[str, float] = {}
-    for row in rows:
-        found[row.group] = found.get(row.group, 0.0) + row.seconds(device)
-    return found
+def project(operations: Iterable[Operation | dict[str, Any]], device: Device) -> Any:
+    """Project the time of each operation: the larger of FLOPs and bytes, plus its launches.
+
+    Returns:
+        A DataFrame of the operations with the columns `bound` ("FLOPs" or "bytes"),
+        `launch_seconds` and `seconds`, which includes the launches.
+    """
+    table: Any = pd.DataFrame(list(operations))
+    share = np.where(table["group"] == "attention", device.attention, device.gemm)
+    arithmetic = table["flops"] / (device.flops * share)
+    movement = table["bytes"] / (device.bandwidth * device.memory)
+    launch = table["launches"] * device.launch
+    return table.assign(
+        bound=np.where(arithmetic > movement, "FLOPs", "bytes"),
+        launch_seconds=launch,
+        seconds=np.maximum(arithmetic, movement) + launch,
+    )
 
 
-def seconds_by_bound(rows: Sequence[Row], device: Device) -> dict[str, float]:
-    """The same by what it waits for: FLOPs, bytes, or the next launch."""
-    found = {"FLOPs": 0.0, "bytes": 0.0, "launches": 0.0}
-    for row in rows:
-        kind, seconds = row.bound(device)
-        found[kind] += seconds
-        found["launches"] += row.launches * device.launch
-    return found
+def by_group(table: Any) -> Any:
+    """Sum the columns of a projection over each group, in order of appearance."""
+    columns = ["calls", "launches", "flops", "bytes", "seconds"]
+    return table.groupby("group", sort=False)[columns].sum()
+
+
+def by_bound(table: Any) -> dict[str, float]:
+    """Seconds bound by FLOPs, by bytes and by launches."""
+    work: Any = (table["seconds"] - table["launch_seconds"]).groupby(table["bound"]).sum()
+    return {
+        "FLOPs": float(work.get("FLOPs", 0.0)),
+        "bytes": float(work.get("bytes", 0.0)),
+        "launches": float(table["launch_seconds"].sum()),
+    }

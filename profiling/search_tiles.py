@@ -1,30 +1,37 @@
-"""Times many tiles of the norms' and of attention's kernels on this machine's GPU.
+"""Time tile configurations of the norm and attention kernels on a GPU.
 
     python profiling/search_tiles.py [KERNEL ...] [--out profiling/results] [--top 8]
 
-For each kernel a grid of settings, at the shapes of the 0.36 B preset, timed as gpu_check.py times:
-the table's own tile and the fastest are printed, all are written as JSON. Every setting is first
-compiled, on all cores. What is found is written into `miro_kernels/tiles.py` by hand, once the
-compiled lane has shown that it neither spills nor narrows an access on the other targets.
+Times a grid of settings per kernel at the shapes of the 0.36 B preset, as gpu_check.py does, after
+compiling all of them on all cores. Prints the current tile and the fastest ones and writes all as
+JSON. Copy a better tile into `miro_kernels/tiles.py` by hand, after tests/kernels/compiled shows no
+spills and no narrow accesses on the other targets.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
 import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-from gpu_check import BATCH, CASES, DEVICE, DTYPE, Clock, Run, Variant, by_backend, directions_of
+from bench_utils import argument_parser, metadata, write_json
+from gpu_check import (
+    BATCH,
+    CASES,
+    DEVICE,
+    DTYPE,
+    Clock,
+    Run,
+    Variant,
+    directions_of,
+    with_backend,
+)
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
@@ -33,13 +40,12 @@ from miro_kernels._triton import target
 from miro_kernels.lab.case_metrics import leaves_of
 from miro_kernels.lab.cases import Make
 
-ROOT = Path(__file__).parent.parent
 Settings = dict[str, int]
 
 
 @dataclass(frozen=True)
 class Search:
-    """A kernel, the case and direction that launch it, and the values tried of each setting."""
+    """A kernel, the case and direction that launch it, and the values of each setting to try."""
 
     kernel: str
     op: str
@@ -47,13 +53,15 @@ class Search:
     values: dict[str, tuple[int, ...]]
 
     def grid(self) -> Iterator[Settings]:
-        """The settings to try: the table's own first, none that leaves a warp without rows."""
-        own = dict(tiles.tile(self.kernel))
-        yield own
+        """The settings to try, the current tile first; every warp has rows."""
+        current = dict(tiles.tile(self.kernel))
+        yield current
         for values in product(*self.values.values()):
-            found = own | dict(zip(self.values, values, strict=True))
+            found = current | dict(zip(self.values, values, strict=True))
             rows = min(found.get("queries", 64), found.get("keys", 64))
-            if found != own and (rows >= 32 and found["warps"] <= found.get("queries", 256) // 8):
+            if found != current and (
+                rows >= 32 and found["warps"] <= found.get("queries", 256) // 8
+            ):
                 yield found
 
 
@@ -79,28 +87,30 @@ SEARCHES = (
 
 
 def prepare(search: Search, batch: int) -> Run:
-    """What launches the kernel at the case's shapes."""
+    """A call that launches the kernel at the shapes of its case."""
     case = next(case for case in CASES if case.op == search.op)
-    given = case.arguments(Make(DEVICE, DTYPE), batch)
-    variant = Variant("kernels", by_backend("triton", case.prepare(given)), leaves_of(given))
+    inputs = case.arguments(Make(DEVICE, DTYPE), batch)
+    variant = Variant("kernels", with_backend("triton", case.prepare(inputs)), leaves_of(inputs))
     return directions_of(case, variant)[search.direction]
 
 
 def with_tile(kernel: str, settings: Settings, run: Run) -> Run:
-    def chosen() -> Any:
+    """The call with another tile."""
+
+    def wrapped() -> Any:
         with tiles.override_tiles({target().family: {kernel: settings}}):
             return run()
 
-    return chosen
+    return wrapped
 
 
 def compile_share(work: tuple[int, int, tuple[Search, ...]]) -> None:
-    """Compile every `workers`th setting: Triton keeps the code on disk, for the timing process."""
+    """Compile every `workers`th setting into Triton's disk cache, for the timing process."""
     share, workers, searches = work
     every = [(search, settings) for search in searches for settings in search.grid()]
     runs: dict[str, Run] = {}
     for search, settings in every[share::workers]:
-        # What code is generated depends on the shapes' divisibility, not on how many samples.
+        # The generated code depends on the divisibility of the shapes, not on the batch.
         run = runs.get(search.kernel) or runs.setdefault(search.kernel, prepare(search, 16))
         try:
             with_tile(search.kernel, settings, run)()
@@ -109,7 +119,7 @@ def compile_share(work: tuple[int, int, tuple[Search, ...]]) -> None:
 
 
 def measure(search: Search, clock: Clock) -> list[dict[str, Any]]:
-    """A row for each setting that runs, in the grid's order."""
+    """Time each setting that runs, in the order of the grid."""
     run, rows = prepare(search, BATCH), []
     for settings in search.grid():
         try:
@@ -121,37 +131,31 @@ def measure(search: Search, clock: Clock) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argument_parser(__doc__)
     names = [search.kernel for search in SEARCHES]
-    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"of {', '.join(names)}")
-    parser.add_argument("--out", type=Path, default=ROOT / "profiling" / "results")
+    parser.add_argument(
+        "kernels", nargs="*", metavar="KERNEL", help=f"default: all of {', '.join(names)}"
+    )
     parser.add_argument("--top", type=int, default=8)
-    options = parser.parse_args()
-    if unknown := set(options.kernels) - set(names):
-        parser.error(f"no kernel {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    args = parser.parse_args()
+    if unknown := set(args.kernels) - set(names):
+        parser.error(f"no kernel {', '.join(sorted(unknown))}; choose from {', '.join(names)}")
     if not torch.cuda.is_available():
         print("search_tiles: this machine has no GPU that torch can use; nothing was timed.")
         return 2
-    searches = tuple(s for s in SEARCHES if not options.kernels or s.kernel in options.kernels)
+    searches = tuple(s for s in SEARCHES if not args.kernels or s.kernel in args.kernels)
     workers = min(12, os.cpu_count() or 1)
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         pool.map(compile_share, [(n, workers, searches) for n in range(workers)], chunksize=1)
-    record: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "date": datetime.date.today().isoformat(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "rows": [],
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Any] = {**metadata(DEVICE), "triton": version("triton"), "rows": []}
     stem = f"tiles-{record['device'].replace(' ', '-')}-{record['date']}"
     clock = Clock(repeats=15)
     for search in searches:
         rows = measure(search, clock)
         record["rows"] += rows
-        (options.out / f"{stem}.json").write_text(json.dumps(record) + "\n")
+        write_json(record, args.out / f"{stem}.json")
         print(f"{search.kernel} in {search.op}, {search.direction}, microseconds:")
-        best = sorted(rows[1:], key=lambda row: row["median"])[: options.top]
+        best = sorted(rows[1:], key=lambda row: row["median"])[: args.top]
         for row in rows[:1] + best:
             print(f"  {row['median'] * 1e3:7.1f}  {row['settings']}")
     return 0

@@ -1,8 +1,8 @@
-"""What the processes that bench_step.py measures have in common. Imports torch alone.
+"""Protocol and memory counters of the worker processes of bench_step.py. Imports only torch.
 
-A worker makes its step, says so in one line of JSON, and then takes as many steps as each line of
-its input says, answering with the seconds of each, by phase. Between lines it does nothing, so that
-several workers can lie side by side and be measured in turn.
+A worker builds its training step and writes one line of JSON. For each line of its input it runs
+that many steps and writes their seconds by phase. In between it is idle, so that several workers
+can be measured in turn.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
-FOR_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-FOR_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-# Torch counts attention on a GPU, and on a CPU as nothing.
-@register_flop_formula(FOR_CPU)
+# FlopCounterMode has no formula for attention on a CPU.
+@register_flop_formula(_CPU_ATTENTION)
 def _forward_flops(q: Any, k: Any, v: Any, *_: Any, **others: Any) -> int:
     return sdpa_flop_count(q, k, v)
 
 
-@register_flop_formula(FOR_CPU_BACKWARD)
+@register_flop_formula(_CPU_ATTENTION_BACKWARD)
 def _backward_flops(grad: Any, q: Any, k: Any, v: Any, *_: Any, **others: Any) -> int:
     return sdpa_backward_flop_count(grad, q, k, v)
 
 
 class Phases:
-    """Seconds of the parts of a step; on a GPU each waits for the device."""
+    """Seconds of the phases of a step, each synchronised on a GPU."""
 
     def __init__(self, device: str) -> None:
         self.device, self.seconds = device, dict[str, float]()
@@ -55,35 +55,36 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        """Add the time of the context to the phase `name`."""
         start = self._now()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - start
 
 
 class Step(ABC):
-    """A training step that can be measured."""
+    """A training step to measure."""
 
     settings: dict[str, Any]
     parameters: int
 
     @abstractmethod
     def run(self, number: int, phases: Phases) -> Tensor:
-        """One optimizer step on the batch of that number; its loss."""
+        """Run one optimizer step on batch `number` and return its loss."""
 
     @abstractmethod
     def useful(self) -> Tensor:
-        """The least forward pass that trains: once through the network, nothing recomputed."""
+        """Run the minimal forward pass: the network once, nothing recomputed."""
 
 
-def resident(line: str) -> int:
-    """Bytes of this process in memory: VmRSS now, VmHWM at most since `forget_peak`."""
+def resident_bytes(field: str) -> int:
+    """Resident memory of this process: VmRSS now, VmHWM the peak since `reset_peak`."""
     with open("/proc/self/status") as file:
-        (found,) = (row for row in file if row.startswith(f"{line}:"))
-    return 1024 * int(found.split()[1])
+        (line,) = (line for line in file if line.startswith(f"{field}:"))
+    return 1024 * int(line.split()[1])
 
 
-def forget_peak(device: str) -> None:
-    """Begin `peak_bytes` anew. What compiling left on the heap, free, is given back before."""
+def reset_peak(device: str) -> None:
+    """Reset `peak_bytes`, after malloc_trim returned free heap to the system."""
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -94,15 +95,14 @@ def forget_peak(device: str) -> None:
 
 
 def peak_bytes(device: str) -> int:
-    """The most memory since `forget_peak`: of the device, or of the process on a CPU."""
-    return torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")
+    """Peak memory since `reset_peak`: of the GPU, or of the process on a CPU."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else resident_bytes("VmHWM")
 
 
-def counted(step: Step) -> dict[str, float]:
-    """FLOPs of an image, 2 for a multiply and an add: what a step executes, and what it needs.
+def count_flops(step: Step) -> dict[str, float]:
+    """Count parameters and FLOPs per image, 2 per multiply-add, of an eager step.
 
-    Useful are three times a forward pass. Counted on the step as it is when nothing is compiled,
-    which changes no product.
+    Useful FLOPs are three times those of `Step.useful`.
     """
     batch, device = step.settings["batch"], step.settings["device"]
     with FlopCounterMode(display=False) as executed:
@@ -117,34 +117,34 @@ def counted(step: Step) -> dict[str, float]:
 
 
 def library_bytes(settings: dict[str, Any]) -> int:
-    """What the process takes before there is a step: libraries and, if asked for, the compiler."""
+    """Memory of the process before the step is built: libraries and, if compiled, the compiler."""
     if settings["device"] == "cuda":
-        return 0  # `peak_bytes` is of the device
+        return 0  # `peak_bytes` is that of the GPU
     if settings["compiled"]:
         torch.compile(torch.neg)(torch.ones(2))
-    forget_peak(settings["device"])
-    return resident("VmRSS")
+    reset_peak(settings["device"])
+    return resident_bytes("VmRSS")
 
 
-def serve(make: Callable[[dict[str, Any]], Step]) -> None:
-    """Make the step of the settings on the command line; answer standard input until it ends."""
+def serve(build: Callable[[dict[str, Any]], Step]) -> None:
+    """Build the step of the settings in sys.argv[1], then serve standard input until it ends."""
     settings = json.loads(sys.argv[1])
     if settings.get("threads"):
         torch.set_num_threads(settings["threads"])
     libraries = library_bytes(settings)
-    step = make(settings)
-    counts = {} if settings["compiled"] else counted(step)
+    step = build(settings)
+    counts = {} if settings["compiled"] else count_flops(step)
     if settings.get("counted_only"):
-        _say({"counted": counts})
+        _answer({"counted": counts})
         return
     start = time.perf_counter()
     for number in range(settings["warmup"]):
         step.run(number, Phases(settings["device"]))
     seconds = time.perf_counter() - start
-    _say({"counted": counts, "start_seconds": seconds, "library_bytes": libraries})
+    _answer({"counted": counts, "start_seconds": seconds, "library_bytes": libraries})
     numbers = itertools.count(settings["warmup"])
     for line in sys.stdin:
-        forget_peak(settings["device"])
+        reset_peak(settings["device"])
         rows = []
         for number in itertools.islice(numbers, int(line)):
             phases = Phases(settings["device"])
@@ -152,8 +152,8 @@ def serve(make: Callable[[dict[str, Any]], Step]) -> None:
             if not loss.isfinite():
                 raise FloatingPointError(f"the loss of step {number} is {float(loss)}")
             rows.append(phases.seconds)
-        _say({"steps": rows, "peak_bytes": peak_bytes(settings["device"])})
+        _answer({"steps": rows, "peak_bytes": peak_bytes(settings["device"])})
 
 
-def _say(answer: dict[str, Any]) -> None:
+def _answer(answer: dict[str, Any]) -> None:
     print("answer " + json.dumps(answer), flush=True)

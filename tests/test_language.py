@@ -27,7 +27,7 @@ ALLOWED = (
     r'generator_from\(.*"visit"',  # seeds are derived from this string: another one, other noise
     r"generic_visit|visit_\w+\(|def visit\(|[^\w]visit\(name",  # ast.NodeVisitor
 )
-FOLDERS = ("kernels", "miro", "examples", "launch", "docs")  # profiling is not reworded yet
+FOLDERS = ("kernels", "miro", "examples", "launch", "docs", "profiling")
 SUFFIXES = {".py", ".sh", ".md", ".html", ".toml"}
 GENERATED = ("profiling/results/",)
 

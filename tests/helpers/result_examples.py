@@ -1,4 +1,4 @@
-"""Small results of every kind that the page's questions read, with round numbers."""
+"""Small results of every type on the profiling page, with round numbers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def variant(*operations: dict[str, Any]) -> dict[str, Any]:
 
 
 def budget() -> dict[str, Any]:
-    """At half of 1 TFLOP/s, half of 1 TB/s and 1 ms a launch, fused: 2 s, 1 s and 1 s."""
+    """At half of 1 TFLOP/s and of 1 TB/s and 1 ms per launch, fused: 2 s, 1 s and 1 s."""
     one = {"flops": 1e12, "bandwidth": 1e12, "gemm": 0.5, "attention": 0.25, "memory": 0.5,
            "launch": 1e-3}  # fmt: skip
     product = operation("mm", "GEMM", 500, 1e12, 1e9)
@@ -50,10 +50,10 @@ def budget() -> dict[str, Any]:
 
 
 def gpu(device: str = "an H100") -> dict[str, Any]:
-    """Steps of 100, 125 and 400 ms; one kernel twice as fast as the compiled one, one half."""
+    """Steps of 100, 125 and 400 ms; one kernel twice as fast as torch.compile, one half."""
 
-    def row(op: str, by: str, milliseconds: float, flops: float = 0) -> dict[str, Any]:
-        return {"op": op, "direction": "forward", "variant": by, "bytes": 1e9, "flops": flops,
+    def row(op: str, variant: str, milliseconds: float, flops: float = 0) -> dict[str, Any]:
+        return {"op": op, "direction": "forward", "variant": variant, "bytes": 1e9, "flops": flops,
                 **timed(milliseconds)}  # fmt: skip
 
     def step(milliseconds: float, gigabytes: float) -> dict[str, float]:
@@ -64,7 +64,7 @@ def gpu(device: str = "an H100") -> dict[str, Any]:
         "rows": [
             row("adaln", "kernels", 1.0), row("adaln", "torch.compile", 2.0),
             row("attention", "kernels", 2.0, 1e11), row("attention", "torch.compile", 1.0, 1e11),
-            row("alone", "kernels", 1.0),
+            row("unpaired", "kernels", 1.0),
         ],
         "steps": {"kernels, rest compiled": step(100, 20), "compiled": step(125, 25),
                   "eager": step(400, 50), "kernels": step(200, 21)},
@@ -80,7 +80,7 @@ def kernels() -> dict[str, Any]:
 
 
 def step(released: bool = True) -> dict[str, Any]:
-    """Three times the released rate, half its memory and half its FLOPs."""
+    """Three times the released rate, with half its memory and half its FLOPs."""
 
     def row(rate: float, peak: float, **counted: float) -> dict[str, Any]:
         return {"images_per_second": timed(rate), "milliseconds": {"forward": timed(1e3 / rate)},
@@ -90,13 +90,13 @@ def step(released: bool = True) -> dict[str, Any]:
         "ours compiled bf16": row(6.0, 2e9),
         "ours eager fp32": row(2.0, 3e9, executed_flops=1.1e11, useful_flops=1e11),
     }
-    theirs = {
+    released_variants = {
         "released compiled bf16": row(2.0, 4e9),
         "released eager fp32": row(1.0, 5e9, executed_flops=2.2e11, useful_flops=1e11),
     }
     return head() | {
         "settings": {"scale": 4, "batch": 8},
-        "variants": variants | (theirs if released else {}),
+        "variants": variants | (released_variants if released else {}),
         "ratio": {"eager": timed(3.0)} | ({"released": timed(3.0)} if released else {}),
         "failed": {},
     }
@@ -112,12 +112,12 @@ def flops() -> dict[str, Any]:
 
 
 def precision(date: str, rate: float, **more: Any) -> dict[str, Any]:
-    row = {"images_per_second": rate, "p20": rate - 1, "p80": rate + 1, "ratio_to_eager_fp32": [1]}
+    row = {"images_per_second": timed(rate, 1), "ratio_to_eager_fp32": [1]}
     return {"date": date, "variants": {"eager fp32": row}, **more}
 
 
 def data() -> dict[str, Any]:
-    row = {"task": "decode", "pixels": [640, 480], "bytes_a_pixel": 0.3,
+    row = {"task": "decode", "pixels": [640, 480], "bytes_per_pixel": 0.3,
            "images_per_second": {"Pillow": timed(100), "ours with DALI": timed(150)},
            "ratio_to_pillow": {"Pillow": timed(1), "ours with DALI": timed(1.5)}}  # fmt: skip
     loading = {"batch": 64, "loader_images_per_second": timed(9000),
@@ -128,24 +128,24 @@ def data() -> dict[str, Any]:
 def rewards() -> dict[str, Any]:
     return head() | {
         "settings": {},
-        "scoring": {"pixels": [1024, 768], "together_to_apart": timed(1.75),
-                    "images_per_second": {"together": timed(35), "apart": timed(20)}},
-        "projection": {"rewards": {"clip": {"projected_h100_hours": 40.0}}, "pictures": 16e6,
-                       "share_of_peak_assumed": 0.4, "projected_h100_hours": 123.0,
+        "scoring": {"pixels": [1024, 768], "ratio_to_separate_passes": timed(1.75),
+                    "images_per_second": {"one pass": timed(35), "separate passes": timed(20)}},
+        "projection": {"rewards": {"clip": {"projected_h100_hours": 40.0}}, "images": 16e6,
+                       "assumed_share_of_peak": 0.4, "projected_h100_hours": 123.0,
                        "released_gpu_hours": 369},
     }  # fmt: skip
 
 
-EVERY = {
+EXAMPLES = {
     "budget-small.json": budget, "gpu-card.json": gpu, "kernels.json": kernels,
     "step-cpu.json": step, "flops.json": flops, "data-cpu.json": data, "rewards-cpu.json": rewards,
 }  # fmt: skip
 
 
 def write(folder: Path, **records: Any) -> Path:
-    """The examples as files in `folder`, those of `records` in their place; None leaves one out."""
-    made = {name.removesuffix(".json"): make() for name, make in EVERY.items()}
-    for name, record in (made | records).items():
+    """Write the examples to `folder`; `records` replace some of them, None omits one."""
+    examples = {name.removesuffix(".json"): make() for name, make in EXAMPLES.items()}
+    for name, record in (examples | records).items():
         if record is not None:
             (folder / f"{name}.json").write_text(json.dumps(record))
     return folder

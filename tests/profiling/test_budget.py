@@ -1,4 +1,4 @@
-"""step_budget.py: counts against hand-counted operations, and itself at a tiny size."""
+"""step_budget.py: counts against hand-counted operations, and a tiny run."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 import step_budget
 import torch
 from count_flops import derived
-from roofline import DEVICES, Device, Row, grouped, projected, seconds_by_bound, seconds_by_group
+from roofline import DEVICES, Device, Operation, by_bound, by_group, project
 from step_budget import LATENTS, Budget, budget, useful_flops
 
 from miro.model.transformer import ModelConfig
@@ -20,34 +20,36 @@ from miro.training.presets import preset
 TINY = ModelConfig(channels=64, depth=3, heads=2, hidden=96, patch=4)
 
 
-def test_a_product_reads_both_factors_and_writes_one() -> None:
+def test_a_matrix_product_reads_two_inputs_and_writes_one_output() -> None:
     with torch.device("meta"):
         a, b = torch.empty(3, 5), torch.empty(5, 7)
         with Budget() as found:
             a @ b
 
-    assert found.rows["mm"] == Row("mm", "GEMM", 1, 1, 2 * 3 * 5 * 7, 4 * (15 + 35 + 21))
+    assert found.operations["mm"] == Operation(
+        "mm", "GEMM", 1, 1, 2 * 3 * 5 * 7, 4 * (15 + 35 + 21)
+    )
 
 
-def test_views_cost_nothing_and_what_is_expanded_is_read_once() -> None:
+def test_views_are_free_and_an_expanded_tensor_is_read_once() -> None:
     with torch.device("meta"):
         row = torch.empty(1, 4)
         with Budget() as found:
             row.expand(8, 4).transpose(0, 1).add(1)
 
-    assert set(found.rows) == {"add"}
-    assert found.rows["add"].bytes == 4 * (4 + 32)
+    assert set(found.operations) == {"add"}
+    assert found.operations["add"].bytes == 4 * (4 + 32)
 
 
-def test_what_the_host_does_alone_costs_the_device_nothing() -> None:
+def test_host_operations_are_not_counted() -> None:
     with Budget() as found:
         torch.promote_types(torch.int8, torch.float32)
         torch.tensor(1.0)
 
-    assert not found.rows
+    assert not found.operations
 
 
-def test_at_the_presets_size_hardly_a_flop_is_executed_twice() -> None:
+def test_executed_flops_of_a_preset_are_within_two_percent_of_useful_ones() -> None:
     config, batch, text = preset("small").model, 64, 65
 
     executed = sum(row.flops for row in budget(config, batch, text, "triton"))
@@ -56,26 +58,26 @@ def test_at_the_presets_size_hardly_a_flop_is_executed_twice() -> None:
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_a_step_is_three_passes_of_products_and_logits_again(backend: str) -> None:
+def test_a_step_has_the_flops_of_three_passes_and_recomputed_logits(backend: str) -> None:
     batch, text = 3, 5
     parts = derived(TINY, text, LATENTS)
 
     found = sum(row.flops for row in budget(TINY, batch, text, backend))
 
-    # Made once for the whole batch, and gathered by products in the reference alone.
-    once, gathered = 2 * 7 * 64 * (17 * 128 + 128 * 6 * 64), 2 * 7 * 64 * 64 * (3 * 7 - 1)
-    an_image = sum(parts.values()) - once - (gathered if backend == "triton" else 0)
-    # The fused backward computes attention's logits again; nobody asks for the gradient of an image
-    # or of a text.
-    least, most = 2.7 * batch * an_image, 3 * batch * an_image + 3 * once
+    # Once per batch, and embedding lookups, which are matrix products in the reference only.
+    once, lookups = 2 * 7 * 64 * (17 * 128 + 128 * 6 * 64), 2 * 7 * 64 * 64 * (3 * 7 - 1)
+    per_image = sum(parts.values()) - once - (lookups if backend == "triton" else 0)
+    # The fused backward recomputes the logits of attention; gradients of images and texts are not
+    # needed.
+    least, most = 2.7 * batch * per_image, 3 * batch * per_image + 3 * once
     assert least < found < most + batch * parts["attention"] / 2
 
 
 @pytest.fixture(scope="module")
-def by_inductor() -> dict[str, list[Row]]:
-    """Rows of TINY by torch.compile, alone and around the fused operations, of two images.
+def by_inductor() -> dict[str, list[Operation]]:
+    """Operations of TINY on two images by torch.compile, with and without fused operators.
 
-    In a process of its own: torch remembers that there was no GPU when it compiled before.
+    In a subprocess, because torch caches the absence of a GPU once it has compiled.
     """
     code = (
         "import json, sys; from dataclasses import asdict; from step_budget import *\n"
@@ -90,17 +92,17 @@ def by_inductor() -> dict[str, list[Row]]:
         command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
     )
     assert run.returncode == 0, run.stderr
-    said = json.loads(run.stdout.partition("rows ")[2])
-    return {how: [Row(**row) for row in rows] for how, rows in said.items()}
+    answer = json.loads(run.stdout.partition("rows ")[2])
+    return {how: [Operation(**row) for row in rows] for how, rows in answer.items()}
 
 
-def test_torch_compile_does_the_same_products_in_fewer_launches_and_bytes(
-    by_inductor: dict[str, list[Row]],
+def test_torch_compile_has_the_same_flops_in_fewer_launches_and_bytes(
+    by_inductor: dict[str, list[Operation]],
 ) -> None:
     compiled, eager = by_inductor["alone"], budget(TINY, 2, 3, "torch")
 
-    def total(rows: list[Row], what: str, *groups: str) -> float:
-        return sum(getattr(row, what) for row in rows if not groups or row.group in groups)
+    def total(rows: list[Operation], column: str, *groups: str) -> float:
+        return sum(getattr(row, column) for row in rows if not groups or row.group in groups)
 
     products = "GEMM", "attention"
     assert total(compiled, "flops", *products) == pytest.approx(
@@ -112,8 +114,8 @@ def test_torch_compile_does_the_same_products_in_fewer_launches_and_bytes(
     assert by_name["triton"].group == "elementwise and reductions" and not by_name["triton"].flops
 
 
-def test_the_fused_operations_are_called_where_the_rest_is_compiled(
-    by_inductor: dict[str, list[Row]],
+def test_fused_operators_stay_opaque_calls_when_the_rest_is_compiled(
+    by_inductor: dict[str, list[Operation]],
 ) -> None:
     compiled = {row.op: row for row in by_inductor["fused"]}
     alone = {row.op: row for row in budget(TINY, 2, 3, "triton")}
@@ -123,7 +125,7 @@ def test_the_fused_operations_are_called_where_the_rest_is_compiled(
     assert compiled["triton"].launches < 70
 
 
-def test_each_block_has_its_fused_operations() -> None:
+def test_each_block_calls_its_fused_operators() -> None:
     rows = {row.op: row for row in budget(TINY, 2, 3, "triton")}
 
     calls = {op: row.calls for op, row in rows.items() if op in step_budget.LAUNCHES}
@@ -133,30 +135,27 @@ def test_each_block_has_its_fused_operations() -> None:
         "attention": 3, "attention_backward": 3, "swiglu": 4, "swiglu_backward": 4,
     }  # fmt: skip
     assert rows["attention_backward"].launches == 6
-    # Packed halves read, and one written, in bf16: 64 tokens of two images, in three blocks, and
-    # three words of two texts in one.
+    # Two halves read and one written, in bf16: 64 tokens of two images in three blocks, and three
+    # tokens of two texts in one.
     assert rows["swiglu"].bytes == 2 * (3 * 96) * (3 * 2 * 64 + 2 * 3)
 
 
-def test_the_projection_is_the_larger_of_both_and_the_launches() -> None:
+def test_a_projection_is_the_larger_of_flops_and_bytes_plus_launches() -> None:
     device = Device(1e12, 1e9, gemm=0.5, attention=0.1, memory=0.5, launch=1e-3)
-    product = Row("mm", "GEMM", 1, 2, flops=1e12, bytes=1.0)
-    copy = Row("copy_", "data movement", 1, 1, flops=0.0, bytes=1e9)
+    product = Operation("mm", "GEMM", 1, 2, flops=1e12, bytes=1.0)
+    copy = Operation("copy_", "data movement", 1, 1, flops=0.0, bytes=1e9)
 
-    assert product.seconds(device) == pytest.approx(2.0 + 2e-3)
-    assert copy.seconds(device) == pytest.approx(2.0 + 1e-3)
-    assert projected([product, copy], device) == pytest.approx(4.003)
-    assert [row.group for row in grouped([product, copy, product])] == ["GEMM", "data movement"]
-    assert grouped([product, copy, product])[0].flops == 2e12
-    assert seconds_by_group([product, copy], device) == pytest.approx(
-        {"GEMM": 2.002, "data movement": 2.001}
-    )
-    assert seconds_by_bound([product, copy], device) == pytest.approx(
-        {"FLOPs": 2.0, "bytes": 2.0, "launches": 0.003}
-    )
+    table = project([product, copy], device)
+
+    assert list(table["seconds"]) == pytest.approx([2.0 + 2e-3, 2.0 + 1e-3])
+    assert by_bound(table) == pytest.approx({"FLOPs": 2.0, "bytes": 2.0, "launches": 0.003})
+    groups = by_group(project([product, copy, product], device))
+    assert list(groups.index) == ["GEMM", "data movement"]
+    assert groups["flops"]["GEMM"] == 2e12
+    assert list(groups["seconds"]) == pytest.approx([4.004, 2.001])
 
 
-def test_the_script_writes_its_table_and_its_plot(tmp_path: Path) -> None:
+def test_the_script_prints_its_table_and_writes_its_result(tmp_path: Path) -> None:
     script = Path(step_budget.__file__)
     command = [sys.executable, str(script), "--preset", "demo", "--batch", "2", "--text", "3"]
     command += ["--without-inductor"]
@@ -175,4 +174,3 @@ def test_the_script_writes_its_table_and_its_plot(tmp_path: Path) -> None:
         fused["GEMM"]["flops"] + fused["attention"]["flops"], rel=0.1
     )
     assert run.stdout.count("FLOPs executed over useful: ") == 2
-    assert "Projection" in (tmp_path / "budget-demo.svg").read_text("utf-8")

@@ -1,4 +1,4 @@
-"""What is counted has not grown since it was checked in."""
+"""Counted quantities do not grow beyond those checked in."""
 
 import json
 import subprocess
@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import step_budget
+from bench_utils import LATENTS
 from compare import compare
-from count_flops import LATENTS, ours
+from count_flops import ours
 
 from miro.training.presets import preset
 
@@ -15,7 +16,7 @@ RESULTS = Path(__file__).parents[2] / "profiling" / "results"
 
 
 def test_a_step_takes_no_more_launches_flops_or_bytes(tmp_path: Path) -> None:
-    """In a process of its own: what other tests leave set in torch changes what a step runs."""
+    """In a subprocess, because global torch state of other tests changes a step."""
     before = json.loads((RESULTS / "budget-small.json").read_text())
 
     command = [sys.executable, step_budget.__file__, "--without-inductor", "--out", str(tmp_path)]
@@ -29,7 +30,7 @@ def test_a_step_takes_no_more_launches_flops_or_bytes(tmp_path: Path) -> None:
     assert not [str(change) for change in changes if change.regression]
 
 
-def test_our_networks_have_the_flops_that_are_checked_in() -> None:
+def test_our_presets_have_the_flops_that_are_checked_in() -> None:
     rows = json.loads((RESULTS / "flops.json").read_text())["rows"]
     own = [row for row in rows if row["model"] in ("small", "large")]
 

@@ -1,4 +1,4 @@
-"""bench_sample.py: its rows by hand, and itself at a tiny size."""
+"""bench_sample.py: a row by hand, and a tiny run."""
 
 import json
 import subprocess
@@ -18,10 +18,10 @@ def test_a_row_by_hand() -> None:
     assert row["seconds"] == {"median": 2.0, "p20": 1.0, "p80": 4.0}
     assert row["images_per_second"]["median"] == 4.0
     assert row["ratio"]["eager"] == {"median": 2.0, "p20": 1.0, "p80": 3.0}
-    assert row["counted"] == {"evaluations_an_image": 20}
+    assert row["counted"] == {"evaluations_per_image": 20}
 
 
-def test_the_script_times_each_way(tmp_path: Path) -> None:
+def test_the_script_times_every_variant(tmp_path: Path) -> None:
     command = [sys.executable, bench_sample.__file__, "--batches", "1", "2", "--steps", "2"]
     command += ["--rounds", "2", "--eager-only", "--device", "cpu", "--out", str(tmp_path)]
 
@@ -33,4 +33,4 @@ def test_the_script_times_each_way(tmp_path: Path) -> None:
     assert len(rows) == 4
     for name, row in rows.items():
         assert row["ratio"]["eager"]["median"] == 1.0
-        assert row["counted"]["evaluations_an_image"] == (4 if "reward" in name else 2)
+        assert row["counted"]["evaluations_per_image"] == (4 if "reward" in name else 2)

@@ -1,4 +1,4 @@
-"""bench_step.py: its arithmetic on steps of known length, and itself at a tiny size."""
+"""bench_step.py: its arithmetic on given durations, and a tiny run."""
 
 import json
 import subprocess
@@ -11,8 +11,9 @@ import bench_step
 import pytest
 import torch
 import worker
-from bench_step import Settings, Worker, ratios, text_lengths, utilise, variants
-from count_flops import LATENTS, derived
+from bench_step import Settings, Worker, add_mfu, ratios, text_lengths, variants
+from bench_utils import LATENTS
+from count_flops import derived
 from our_worker import narrowed
 
 SCRIPT = Path(bench_step.__file__)
@@ -20,28 +21,28 @@ COMMON = Settings(4, 2, [3, 3], 3, "fp32", False, "auto", "cpu", None, 1)
 
 
 @dataclass
-class Known(Worker):
-    """A worker whose steps are given."""
+class FakeWorker(Worker):
+    """A worker with given durations."""
 
     name: str
     batch: int = 8
     rounds: list[list[dict[str, float]]] = field(default_factory=list)
 
 
-def known(name: str, *rounds: float) -> Known:
-    """Rounds of one step each, of so many seconds besides the making of data."""
-    return Known(
+def fake(name: str, *rounds: float) -> FakeWorker:
+    """A worker with rounds of one step of these seconds, without data."""
+    return FakeWorker(
         name, rounds=[[{"data": 9.0, "forward": s / 2, "backward": s / 2}] for s in rounds]
     )
 
 
-def test_ratios_are_taken_round_by_round_against_each_ones_best() -> None:
+def test_ratios_compare_the_fastest_variants_round_by_round() -> None:
     workers: list[Any] = [
-        known("ours compiled bf16", 1.0, 2.0, 1.0),
-        known("ours eager fp32", 4.0, 6.0, 5.0),
-        known("released compiled fp32", 3.0, 8.0, 2.0),
-        known("released eager fp32", 9.0, 9.0, 9.0),
-        known("released, texts padded to 256", 6.0, 12.0, 6.0),
+        fake("ours compiled bf16", 1.0, 2.0, 1.0),
+        fake("ours eager fp32", 4.0, 6.0, 5.0),
+        fake("released compiled fp32", 3.0, 8.0, 2.0),
+        fake("released eager fp32", 9.0, 9.0, 9.0),
+        fake("released, texts padded to 256", 6.0, 12.0, 6.0),
     ]
 
     found = ratios(workers)
@@ -53,7 +54,7 @@ def test_ratios_are_taken_round_by_round_against_each_ones_best() -> None:
     assert workers[0].rates() == [8.0, 4.0, 8.0]
 
 
-def test_a_compiled_step_is_of_the_use_that_was_counted_of_its_network() -> None:
+def test_the_mfu_of_a_compiled_step_uses_the_flops_of_the_eager_one() -> None:
     def row(rate: float, precision: str, **counted: float) -> dict[str, Any]:
         rates = {"median": rate, "p20": rate, "p80": rate}
         return {"precision": precision, "images_per_second": rates, "counted": counted}
@@ -65,7 +66,7 @@ def test_a_compiled_step_is_of_the_use_that_was_counted_of_its_network() -> None
         "released eager bf16": row(1.0, "bf16", executed_flops=70.0, useful_flops=30.0),
     }
 
-    utilise(rows, {"bf16": 200.0, "fp32": None})
+    add_mfu(rows, {"bf16": 200.0, "fp32": None})
 
     assert {name: row.get("mfu") for name, row in rows.items()} == {
         "ours compiled bf16": 4 * 20 / 200, "ours eager fp32": None,
@@ -73,19 +74,19 @@ def test_a_compiled_step_is_of_the_use_that_was_counted_of_its_network() -> None
     }  # fmt: skip
 
 
-def test_variants_differ_in_what_their_names_say() -> None:
-    every = variants(COMMON, ["fp32", "bf16"], released=True)
+def test_variants_have_the_settings_of_their_names() -> None:
+    found = variants(COMMON, ["fp32", "bf16"], released=True)
 
-    for variant in every:
+    for variant in found:
         settings = variant.settings(COMMON)
         assert settings.compiled == ("eager" not in variant.name)
         assert settings.padded == (256 if "padded" in variant.name else 3)
         assert variant.released == variant.name.startswith("released")
         assert settings.lengths == COMMON.lengths
-    assert len({variant.name for variant in every}) == len(every) == 9
+    assert len({variant.name for variant in found}) == len(found) == 9
 
 
-def test_ragged_texts_are_of_every_length() -> None:
+def test_ragged_texts_have_various_lengths() -> None:
     lengths = text_lengths(64, 100)
 
     assert max(lengths) == 100 and min(lengths) >= 1 and 40 < sum(lengths) / 64 < 60
@@ -104,20 +105,20 @@ def test_a_tiny_step_is_measured(tmp_path: Path) -> None:
     record = json.loads(path.read_text())
     row = record["variants"]["ours eager fp32"]
     assert set(row["milliseconds"]) == {"data", "forward", "backward", "optimizer"}
-    # Weights, gradients, two moments and the average, in fp32, are the least a step takes.
+    # At least weights, gradients, two moments and the EMA, in fp32.
     states = 5 * 4 * row["counted"]["parameters"]
     assert row["peak_bytes"] - row["library_bytes"] > states > 1e6
     assert row["library_bytes"] > 1e8 and record["ratio"]["eager"]["median"] == 1.0
     assert row["mfu"] == row["counted"]["useful_flops"] * row["images_per_second"]["median"] / 1e12
-    # Nothing is computed twice but attention's logits, in its backward, half a forward of it; left
-    # out are gradients that nobody asks for, as those of the image.
+    # Only the logits of attention are recomputed, half of its forward; gradients of the image are
+    # not computed.
     parts = derived(narrowed(16), 4, LATENTS)
-    again = parts["attention"] / 2 / sum(parts.values()) / 3
+    recomputed = parts["attention"] / 2 / sum(parts.values()) / 3
     counted = row["counted"]
-    assert 0.95 < counted["executed_flops"] / counted["useful_flops"] < 1.001 + again
+    assert 0.95 < counted["executed_flops"] / counted["useful_flops"] < 1.001 + recomputed
 
 
-def test_attention_on_a_cpu_does_not_count_as_nothing() -> None:
+def test_the_flops_of_attention_on_a_cpu_are_counted() -> None:
     q = torch.randn(2, 3, 5, 16, requires_grad=True)
     forward = 2 * 2 * (2 * 3 * 5 * 5 * 16)
 
@@ -126,11 +127,11 @@ def test_attention_on_a_cpu_does_not_count_as_nothing() -> None:
         assert counter.get_total_flops() == forward
         out.sum().backward()
 
-    # Backward computes the logits again: five products for forward's two.
+    # Backward recomputes the logits: five products to two of forward.
     assert counter.get_total_flops() == forward + forward * 5 // 2
 
 
-def test_a_rival_that_does_not_start_is_told_with_its_reason(tmp_path: Path) -> None:
+def test_a_baseline_that_does_not_start_is_reported_with_the_error(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--released", str(tmp_path), "--scale", "16"]
     command += ["--batch", "1", "--text", "2", "--steps", "1", "--rounds", "1", "--warmup", "1"]
     command += ["--only", "ours eager fp32", "released eager fp32", "--device", "cpu"]
@@ -143,22 +144,22 @@ def test_a_rival_that_does_not_start_is_told_with_its_reason(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("only", "said"),
+    ("only", "message"),
     [
-        ("theirs", "no variant theirs; there are ours compiled fp32"),
-        ("released eager fp32", "must have one of ours to compare with"),
+        ("theirs", "no variant theirs; choose from ours compiled fp32"),
+        ("released eager fp32", "must include a variant of ours"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(only: str, said: str) -> None:
+def test_variants_that_cannot_be_compared_are_rejected(only: str, message: str) -> None:
     command = [sys.executable, str(SCRIPT), "--released", "folder", "--only", only]
 
     run = subprocess.run(command, capture_output=True, text=True)
 
-    assert run.returncode == 2 and said in run.stderr
+    assert run.returncode == 2 and message in run.stderr
 
 
-def test_the_steps_of_a_worker_that_dies_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = bench_step.replace(COMMON, scale=16, lengths=[1, 1, 1])  # One more than the batch.
+def test_a_worker_that_ends_early_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = bench_step.replace(COMMON, scale=16, lengths=[1, 1, 1])  # one more than the batch
     variant = bench_step.Variant("ours eager fp32")
 
     with pytest.raises(ValueError, match="ours eager fp32 ended"):

@@ -1,4 +1,4 @@
-"""record_trace.py: what it counts, on planted events and on a real step."""
+"""record_trace.py: its counts on synthetic events and on a real step."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import record_trace
 import torch
-from record_trace import costliest, idle_share, operations, stops, traced
+from record_trace import idle_share, most_expensive, operations, synchronisations, traced
 from torch import Tensor
 from torch.autograd import DeviceType
 from worker import Phases, Step
@@ -18,8 +18,8 @@ from worker import Phases, Step
 from miro.training.metrics_log import read_metrics
 
 
-class Reading(Step):
-    """A step that takes values from the device: in its forward, in its data, and after its end."""
+class ReadingStep(Step):
+    """A step that copies values to the host in forward, in data and after its end."""
 
     settings = {"device": "cpu"}
 
@@ -29,7 +29,7 @@ class Reading(Step):
         with phases("forward"):
             loss = x.sum()
             bool(loss > 0)
-        with phases("meter"):
+        with phases("metrics"):
             loss.item()
         float(loss)
         return loss
@@ -38,21 +38,21 @@ class Reading(Step):
         return torch.zeros(())
 
 
-def test_what_stops_the_host_within_a_step_is_counted() -> None:
-    profiler = traced(Reading(), steps=3)
+def test_host_synchronisations_within_a_step_are_counted() -> None:
+    profiler = traced(ReadingStep(), steps=3)
 
-    assert stops(profiler.events()) == {"host_reads": 3 * 3, "waits": 0}
-    names = {row["name"]: row["calls"] for row in costliest(profiler, 3, on_gpu=False)}
+    assert synchronisations(profiler.events()) == {"host_reads": 3 * 3, "waits": 0}
+    names = {row["name"]: row["calls"] for row in most_expensive(profiler, 3, on_gpu=False)}
     assert names["aten::sum"] == 1 and "forward" not in names
 
 
-def test_operations_are_counted_where_they_begin_and_not_those_they_call() -> None:
-    profiler = traced(Reading(), steps=3, report=lambda: torch.ones(2).mean().item())
+def test_only_outermost_operations_are_counted() -> None:
+    profiler = traced(ReadingStep(), steps=3, report=lambda: torch.ones(2).mean().item())
 
     events = profiler.events()
     # sum, gt and bool; item; ones, mean and item: ones and item call others.
     assert operations(events, ["forward"]) == 3 * 3
-    assert operations(events, ["meter"]) == 3
+    assert operations(events, ["metrics"]) == 3
     assert operations(events, ["report"]) == 3
 
 
@@ -68,7 +68,7 @@ class Event:
         return self
 
 
-def test_a_device_idles_between_its_kernels() -> None:
+def test_the_idle_share_is_the_time_between_kernels() -> None:
     kernels = [Event("a", 10, 14), Event("b", 12, 16), Event("c", 18, 20)]
     host = [Event("forward", 0, 30), Event("aten::mm", 0, 9, DeviceType.CPU)]
 
@@ -76,7 +76,7 @@ def test_a_device_idles_between_its_kernels() -> None:
     assert idle_share(host) is None
 
 
-def test_the_parts_of_our_step_have_their_names(tmp_path: Path) -> None:
+def test_the_ranges_of_our_step_are_in_the_trace(tmp_path: Path) -> None:
     command = [sys.executable, record_trace.__file__, "--scale", "16", "--batch", "2"]
     command += ["--text", "3", "--steps", "2", "--device", "cpu", "--out", str(tmp_path)]
 
@@ -86,13 +86,13 @@ def test_the_parts_of_our_step_have_their_names(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "summary.json").read_text())
     assert record["counted"]["waits"] == 0
     counted = record["counted"]["operations"]
-    assert counted["meter"] == 0 and 0 < counted["report"] < counted["step"]
+    assert counted["metrics"] == 0 and 0 < counted["report"] < counted["step"]
     assert 0 < record["reporting"] < 0.01
     (line,) = read_metrics(tmp_path / "metrics.jsonl")
     assert line["images"] == 2 * (2 + 2) and "loss_by_reward/reward 6/high" in line
-    assert len(record["costliest"]) == 10 and record["device_idle"] is None
+    assert len(record["most_expensive"]) == 10 and record["device_idle"] is None
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     names = [event.get("name") for event in events if event.get("cat") == "user_annotation"]
     assert {name: names.count(name) for name in record_trace.RANGES} == {
-        "data": 2, "forward": 2, "backward": 2, "optimizer": 2, "meter": 2, "report": 1,
+        "data": 2, "forward": 2, "backward": 2, "optimizer": 2, "metrics": 2, "report": 1,
     }  # fmt: skip

@@ -1,0 +1,1 @@
+"""The profiling page: result files in, one HTML page out (see report.py)."""
