@@ -298,8 +298,10 @@ def _check(record: Any, path: str, constraint: str) -> None:
             if not isinstance(value, str):
                 raise ValueError(f"{name} is {value!r}, not a string")
         elif value is not None or constraint != "nullable":
-            valid = isinstance(value, int | float) and not isinstance(value, bool)
-            valid = valid and math.isfinite(value) and (bool(constraint) or value > 0)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                valid = False
+            else:
+                valid = math.isfinite(value) and (constraint != "" or value > 0)
             if not valid:
                 expected = "a number" if constraint else "a positive number"
                 raise ValueError(f"{name} is {value!r}, not {expected}")

@@ -55,7 +55,7 @@ def write_parquet(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-def save_to_disk(folder: Path, rows: list[Any] | pa.Table) -> Path:
+def save_to_disk(folder: Path, rows: Any) -> Path:
     """Write a dataset as `datasets` 5 does: two Arrow streams and their state.json."""
     folder.mkdir(parents=True)
     table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows)

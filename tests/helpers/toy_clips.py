@@ -44,7 +44,8 @@ def image_reward_state(
     }
 
 
-def as_pil(pixels: Tensor) -> Image.Image:
+def as_pil(pixels: Tensor) -> Any:
+    """A PIL image, which torchvision takes though it declares tensors alone."""
     return Image.fromarray(np.asarray(pixels.permute(1, 2, 0)))
 
 
@@ -71,7 +72,7 @@ def clip_tokenizer(folder: Path) -> None:
     words = open_clip.SimpleTokenizer()
     names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     ids = {names.get(word, word): number for word, number in words.encoder.items()}
-    merges = sorted(words.bpe_ranks, key=words.bpe_ranks.__getitem__)
+    merges: Any = sorted(words.bpe_ranks, key=words.bpe_ranks.__getitem__)
     CLIPTokenizer(vocab=ids, merges=merges).save_pretrained(folder)
 
 

@@ -229,7 +229,8 @@ def test_flash_attn_computes_attention_without_text(
 
     def flash_attn_func(q: Tensor, k: Tensor, v: Tensor) -> Tensor | tuple[Tensor, None]:
         calls.append(q)
-        out = F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, k, v)))
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v)
         out = out.transpose(1, 2)
         return out if version == 2 else (out, None)
 

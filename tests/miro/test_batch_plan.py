@@ -160,7 +160,9 @@ def test_every_plan_learns_what_the_unsharded_one_does(plan: BatchPlan, precisio
             sharded.backward(part_of_loss(sharded, full, slice(start, start + plan.micro_batch)))
         sharded.step(images)
 
-    close = {"rtol": 1e-4, "atol": 1e-5} if precision == "fp32" else {"rtol": 0.05, "atol": 0.02}
+    close: dict[str, Any] = (
+        {"rtol": 1e-4, "atol": 1e-5} if precision == "fp32" else {"rtol": 0.05, "atol": 0.02}
+    )
     for name, ema in plain.ema_state_dict().items():
         torch.testing.assert_close(sharded.ema_state_dict()[name], ema, **close, msg=name)
 

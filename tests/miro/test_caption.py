@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def rejected_of(folder: Path) -> list[tuple[str, str, str]]:
     return [(line["source"], line["field"], line["reason"]) for line in rejected_lines(folder)]
 
 
-def write_table(path: Path, rows: list[tuple[str, str, str | None]]) -> Path:
+def write_table(path: Path, rows: Sequence[tuple[str, str, str | None]]) -> Path:
     columns = dict(zip(("key", "kind", "caption"), zip(*rows, strict=True), strict=True))
     pq.write_table(pa.table({name: list(values) for name, values in columns.items()}), path)
     return path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import huggingface_hub.constants
 import open_clip
@@ -38,6 +38,12 @@ SIZES = ((32, 32), (48, 80), (101, 33), (32, 35), (225, 452))
 CAPTIONS = ["a red frog", "two cats left of a dog", "", "a very long caption " * 20, "a photo"]
 RESIZE_TOLERANCE = 3e-3
 """Of a toy's score if one side resizes uint8 and the other floats or PIL images."""
+
+
+def open_clip_model(file: Path) -> tuple[Any, Any]:
+    """open_clip's own toy with the weights of a file, and its image transform."""
+    network, _, transform = open_clip.create_model_and_transforms(TOY, pretrained=str(file))
+    return cast(Any, network).eval(), transform
 
 
 @pytest.fixture(autouse=True)
@@ -149,13 +155,13 @@ def test_sci_score_is_the_logits_of_transformers(folder: Path) -> None:
 
 def test_clip_of_open_clip_is_its_logits(folder: Path) -> None:
     file = folder / "hps" / "HPS_v2.1_compressed.pt"
-    network, _, process = open_clip.create_model_and_transforms(TOY, pretrained=str(file))
+    network, process = open_clip_model(file)
     images = random_images(*SIZES)
     with torch.inference_mode():
         pixels = torch.stack([process(as_pil(image)) for image in images])
         text = network.encode_text(open_clip.get_tokenizer(TOY)(CAPTIONS))
         scale = network.logit_scale.exp() / 100
-        expected = scale * cosines(network.eval().encode_image(pixels), text)
+        expected = scale * cosines(network.encode_image(pixels), text)
         resized = torch.stack([ImageTransform(32)(image) for image in images])
         pixels = torch.stack([process(as_pil(image)) for image in resized])
         exactly = scale * cosines(network.encode_image(pixels), text)
@@ -182,7 +188,7 @@ def test_a_local_folder_of_open_clip_is_loaded(folder: Path, tmp_path: Path) -> 
 
     found = reward.score(images, CAPTIONS[:1])
 
-    network = open_clip.create_model(TOY, pretrained=str(file)).eval()
+    network, _ = open_clip_model(file)
     with torch.inference_mode():
         image = network.encode_image(images[0][None].float() / 127.5 - 1)
         text = network.encode_text(open_clip.tokenize(CAPTIONS[:1]))
@@ -199,7 +205,7 @@ def test_the_merged_aesthetic_head_agrees_with_its_layers(folder: Path, tmp_path
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
     with torch.inference_mode():
         pixels = (resized / 255 - mean) / std
-        embedded = network.get_image_features(pixel_values=pixels).pooler_output
+        embedded = cast(Any, network.get_image_features(pixel_values=pixels)).pooler_output
         expected = head(F.normalize(embedded, dim=-1))[:, 0]
 
     reward = build_reward(f"aesthetic={path},{folder / 'pick'}")

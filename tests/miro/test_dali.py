@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing
 from itertools import islice, repeat
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,12 +24,12 @@ from miro.images.open_decoder import build_decoder
 from miro.images.pillow import decode
 from miro.prepare.annotate import AnnotateConfig
 
-dali = pytest.importorskip("miro.images.dali")
-if importlib.util.find_spec("nvidia.dali") is None:
-    pytest.skip("DALI is not installed", allow_module_level=True)
+pytest.importorskip("nvidia.dali")
+
+from miro.images import dali  # noqa: E402
 
 
-def photo(width: int = 80, height: int = 60, mode: str = "RGB", **options: object) -> bytes:
+def photo(width: int = 80, height: int = 60, mode: str = "RGB", **options: Any) -> bytes:
     """A JPEG of smooth blobs, as compressible as a photograph."""
     coarse = noise(height // 8 + 2, width // 8 + 2).resize(
         (width, height), Image.Resampling.BICUBIC
@@ -52,7 +53,7 @@ def with_thumbnail() -> bytes:
     return photo(exif=tags)
 
 
-def with_segment(marker: int, content: bytes, **options: object) -> bytes:
+def with_segment(marker: int, content: bytes, **options: Any) -> bytes:
     data, head = photo(**options), bytes([0xFF, marker]) + (len(content) + 2).to_bytes(2)
     return data[:2] + head + content + data[2:]
 
@@ -153,7 +154,7 @@ def test_pixels_of_dali_and_pillow_are_bitwise_equal(decoder: dali.DaliDecoder) 
 
     assert_decoded(decoded, files)
     assert (decoder.batches, decoder.failed) == (1, 0)
-    assert len({image.shape for image in decoded}) > 2
+    assert len({image.shape for image in decoded if isinstance(image, Tensor)}) > 2
 
 
 def test_files_that_are_not_plain_never_reach_dali(decoder: dali.DaliDecoder) -> None:

@@ -1,17 +1,12 @@
 """Image transforms against Pillow and torchvision."""
 
-import numpy as np
 import pytest
 import torch
 from helpers.images import smooth_image
-from PIL import Image
+from helpers.toy_clips import as_pil
 from torchvision.transforms import functional as TF
 
 from miro.images.transforms import ImageTransform, map_images, normalize
-
-
-def as_pil(image: torch.Tensor) -> Image.Image:
-    return Image.fromarray(np.asarray(image.permute(1, 2, 0)))
 
 
 @pytest.mark.parametrize("shape", [(480, 640), (641, 427), (224, 224), (100, 90), (225, 452)])

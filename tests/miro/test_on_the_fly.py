@@ -150,6 +150,7 @@ def test_a_killed_run_with_all_features_resumes_bit_for_bit(tmp_path: Path) -> N
         config_of(tmp_path / "mixture.json", encoding),
         horizontal_flip=True, precision="bf16", compile=True,
     )  # fmt: skip
+    assert config.data is not None
     assert len(open_data(config.data, None, OnTheFlyEncoders(encoding, "cpu")).shapes) == 3
     train(config, tmp_path / "uninterrupted")
 

@@ -130,7 +130,7 @@ def test_a_score_does_not_depend_on_the_rest_of_the_batch(
 def test_other_models_score_the_probability_of_yes_as_the_first_token(llava: Path) -> None:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-    processor = LlavaProcessor.from_pretrained(llava)
+    processor: Any = LlavaProcessor.from_pretrained(llava)
     model = LlavaForConditionalGeneration.from_pretrained(llava).eval()
     images, captions = random_images(2), ["a frog", 'a "red" frog']
 

@@ -105,7 +105,7 @@ def test_auc_counts_ties_half():
 
 def test_a_perfect_reward_has_an_auc_of_one():
     class Perfect:
-        name, reads_caption = "perfect", True
+        name, model, reads_caption = "perfect", "none", True
 
         def score(self, images, captions):
             # Called with the true captions first, for each kind.

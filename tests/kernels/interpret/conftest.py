@@ -50,7 +50,7 @@ def checked(request: pytest.FixtureRequest):
     torch.empty returns NaN, which exposes results that no kernel wrote.
     """
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)  # noqa: B010
     if DEVICE == "cuda" or "count" in request.fixturenames:
         yield
         return

@@ -15,7 +15,7 @@ from miro_kernels.lab import testing
 Draw = Callable[..., Tensor]
 # Tiny; odd; a prime number of tokens and more than one chunk; wide and not a power of two.
 SHAPES = [(1, 1, 8), (2, 5, 24), (2, 67, 200), (1, 3, 1152)]
-OPS = {
+OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "adaln": (adaln, adaln_reference),
     "gated": (gated_residual_adaln, gated_residual_adaln_reference),
 }

@@ -1,6 +1,10 @@
 """The lab detects faults: each test runs a small kernel with one deliberate fault."""
 
+# Launches pass plain numbers for parameters annotated tl.constexpr.
+# pyright: reportArgumentType=false
+
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -10,10 +14,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from miro_kernels.lab import testing
-from miro_kernels.lab.traffic import KernelFault
+from miro_kernels.lab.traffic import KernelFault, Traffic
 
 pytestmark = pytest.mark.usefixtures("count")
-Count = Callable[..., object]
+Count = Callable[..., AbstractContextManager[Traffic]]
 
 
 @triton.jit
