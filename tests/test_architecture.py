@@ -14,7 +14,7 @@ import miro_kernels
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("kernels", "miro", "examples", "profiling", "tests")
-MAX_LINES = 400
+MAX_LINES = {"kernels": 350, "miro": 350, "profiling": 350, "examples": 400, "tests": 400}
 
 # Lowest first; a package of miro imports from itself and from those before it in this list.
 LAYERS = (
@@ -182,7 +182,8 @@ def test_no_file_is_longer_than_a_reader_can_hold() -> None:
         path: len(path.read_text(encoding="utf-8").splitlines()) for path in sources(*FOLDERS)
     }
 
-    assert {str(p.relative_to(ROOT)): n for p, n in lengths.items() if n > MAX_LINES} == {}
+    long = {str(path.relative_to(ROOT)): lines for path, lines in lengths.items()}
+    assert {name: n for name, n in long.items() if n > MAX_LINES[name.split("/")[0]]} == {}
 
 
 def test_nothing_is_ever_unpickled() -> None:

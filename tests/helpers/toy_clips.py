@@ -53,6 +53,13 @@ def random_images(*shapes: tuple[int, int]) -> list[Tensor]:
     return [oracle.image(f"{height}x{width}", height, width) for height, width in shapes]
 
 
+def open_clip_model(file: Path) -> tuple[Any, Any]:
+    """open_clip's own toy with the weights of a file, and its image transform."""
+    network: Any
+    network, _, transform = open_clip.create_model_and_transforms(TOY, pretrained=str(file))
+    return network.eval(), transform
+
+
 def open_clip_toy(folder: Path, name: str = "HPS_v2.1_compressed.pt") -> Path:
     """Write weights of the architecture TOY into `folder`; returns the file."""
     record = fixture("hpsv2_scores.json")

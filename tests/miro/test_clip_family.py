@@ -17,6 +17,7 @@ from helpers.toy_clips import (
     as_pil,
     clip_tokenizer,
     fixture,
+    open_clip_model,
     open_clip_toy,
     oracle,
     random_images,
@@ -36,14 +37,7 @@ from miro.rewards.registry import build_reward
 
 SIZES = ((32, 32), (48, 80), (101, 33), (32, 35), (225, 452))
 CAPTIONS = ["a red frog", "two cats left of a dog", "", "a very long caption " * 20, "a photo"]
-RESIZE_TOLERANCE = 3e-3
-"""Of a toy's score if one side resizes uint8 and the other floats or PIL images."""
-
-
-def open_clip_model(file: Path) -> tuple[Any, Any]:
-    """open_clip's own toy with the weights of a file, and its image transform."""
-    network, _, transform = open_clip.create_model_and_transforms(TOY, pretrained=str(file))
-    return cast(Any, network).eval(), transform
+RESIZE_TOLERANCE = 3e-3  # of a toy's score if one side resizes uint8, the other floats or PIL
 
 
 @pytest.fixture(autouse=True)
