@@ -91,7 +91,6 @@ class Engine:
         self.gradient_clipper = GradientClipper(config, self.device)
         # The fp32 weights before rounding to bf16 become the master weights.
         initial = {name: p.detach().clone() for name, p in model.named_parameters()}
-        model.activation_checkpointing = plan.activation_checkpointing
         if not plan.stage:
             cast_parameters(model, precision)
             for param in model.parameters():

@@ -254,8 +254,16 @@ def _make_engine(
 ) -> Engine:
     """Build the engine with the same initial weights on every rank."""
     torch.manual_seed(seed_from(config.seed, "weights"))
+    model = FlowTransformer(
+        config.model,
+        dataset.latent_shape,
+        dataset.text_dim,
+        len(dataset.rewards),
+        regional_compile=config.compile and device.type == "cpu",
+        activation_checkpointing=plan.activation_checkpointing,
+    )
     return Engine(
-        FlowTransformer(config.model, dataset.latent_shape, dataset.text_dim, len(dataset.rewards)),
+        model,
         config.optimizer,
         plan,
         total_images=config.images,

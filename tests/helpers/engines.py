@@ -15,10 +15,10 @@ SHAPE, TEXT, REWARDS = (2, 4, 4), 6, 2
 CONFIG = OptimizerConfig(learning_rate=0.01, weight_decay=0.1)
 
 
-def build(width: int = 16, rewards: int = REWARDS) -> FlowTransformer:
+def build(width: int = 16, rewards: int = REWARDS, **options: Any) -> FlowTransformer:
     """A network without zero-initialized weights, so that every parameter has a gradient."""
     torch.manual_seed(0)
-    model = FlowTransformer(ModelConfig(width, 1, 2, 24, 2), SHAPE, TEXT, rewards)
+    model = FlowTransformer(ModelConfig(width, 1, 2, 24, 2), SHAPE, TEXT, rewards, **options)
     with torch.no_grad():
         for param in model.parameters():
             param += 0.1 * torch.randn(param.shape)
@@ -32,7 +32,9 @@ def engine(
     config: OptimizerConfig = CONFIG, model: FlowTransformer | None = None, **options: Any
 ) -> Engine:
     options = {"plan": PLAN, "total_images": 400, **options}
-    return Engine(model or build(), config, **options)
+    if model is None:
+        model = build(activation_checkpointing=options["plan"].activation_checkpointing)
+    return Engine(model, config, **options)
 
 
 def learn(engine: Engine, loss: Tensor, images: int) -> Tensor:

@@ -1,6 +1,8 @@
 """Compilation on a CPU: one block is compiled for all, and few activations are saved."""
 
 import functools
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,9 @@ from torch import Tensor, fx
 from torch.autograd.graph import saved_tensors_hooks
 
 from miro.model.transformer import FlowTransformer, ModelConfig
+from miro.training.config import TrainConfig
 from miro.training.engine import Engine
+from miro.training.loop import train
 
 DEPTH, CHANNELS, HIDDEN, TOKENS = 4, 32, 96, 64
 
@@ -93,3 +97,20 @@ def test_one_block_is_compiled_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     region = torch.ops.higher_order.invoke_subgraph
     calls = [node for node in graph.graph.nodes if node.target is region]
     assert len(calls) == DEPTH and len({node.args[0].target for node in calls}) == 1
+
+
+def test_a_run_on_a_cpu_compiles_one_block_for_all(
+    training: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs: list[fx.GraphModule] = []
+
+    def watch(graph: fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=watch))
+    deeper = replace(training.model, depth=2)  # torch inlines a region that is called once
+    train(replace(training, model=deeper, images=8, compile=True, ema_weights_at=()), tmp_path)
+
+    region = torch.ops.higher_order.invoke_subgraph
+    assert sum(node.target is region for graph in graphs for node in graph.graph.nodes) == 2

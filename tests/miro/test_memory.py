@@ -63,7 +63,10 @@ def measure(config: ModelConfig, plan: BatchPlan, precision: Any, bucket: int, o
             reset_peak()
             before = memory("VmRSS")
             torch.manual_seed(0)
-            model = FlowTransformer(config, LATENT, TEXT, REWARDS)
+            model = FlowTransformer(
+                config, LATENT, TEXT, REWARDS,
+                activation_checkpointing=plan.activation_checkpointing,
+            )  # fmt: skip
         engine = Engine(
             model, OptimizerConfig(), plan, total_images=100, precision=precision, env=ranks
         )
