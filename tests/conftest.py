@@ -1,13 +1,12 @@
 """What several test files share: random tensors, a small encoded dataset, and a short run on it."""
 
 import os
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.full_disk import mounted
 from openmoji.scenes import write_scenes
 from torch import Tensor
 
@@ -94,11 +93,6 @@ def undisturbed(training: TrainConfig, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 32 MB; skips where this process may not mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs is not permitted here")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    """A disk of 32 MB."""
+    with mounted(tmp_path / "disk", "32m") as disk:
+        yield disk

@@ -1,13 +1,12 @@
 """Checkpoints are complete or absent, and damaged ones are refused."""
 
 import json
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.full_disk import fill, mounted
 from torch import Tensor
 
 from miro.training import checkpoint
@@ -163,21 +162,15 @@ def test_weights_are_listed_by_images(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 1 MB; skips where this process may not mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs is not permitted here")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    """A disk of 1 MB."""
+    with mounted(tmp_path / "disk", "1m") as disk:
+        yield disk
 
 
 @pytest.mark.parametrize("left", [0, 4096, 400_000])
 def test_a_full_disk_leaves_the_earlier_checkpoint_and_says_so(small_disk: Path, left: int) -> None:
     checkpoint.save(small_disk / "1", tensors(1, size=100_000), {"images": 1})
-    filler = small_disk / "filler"
-    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - left))
+    filler = fill(small_disk, left)
 
     with pytest.raises(OSError) as error:
         checkpoint.save(small_disk / "2", tensors(2, size=150_000), {"images": 2})

@@ -1,10 +1,10 @@
 """metrics.jsonl has one line per report, also after an interruption."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
+from helpers.full_disk import fill
 
 from miro.training.metrics_log import MetricsWriter, read_metrics
 
@@ -62,10 +62,10 @@ def test_a_truncated_line_is_skipped_and_logged(
 def test_reports_on_a_full_disk_are_written_once_there_is_space(
     small_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path, filler = small_disk / "metrics.jsonl", small_disk / "filler"
+    path = small_disk / "metrics.jsonl"
     writer = MetricsWriter(path, small_disk / "board", 0)
     writer.write(10, {"loss": 1.0})
-    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    filler = fill(small_disk)
 
     for images in range(20, 1000, 10):
         writer.write(images, {"loss": 1.0, "gradient_norm": 2.0})

@@ -1,6 +1,7 @@
 """Runs that are interrupted, killed, damaged or out of disk space resume bit for bit."""
 
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.corrupt import flip_a_byte
+from helpers.full_disk import fill
 from helpers.kill import run_killed_before, run_killed_when
 
 from miro.conditioning import ConditioningConfig
@@ -202,18 +204,20 @@ def test_resume_never_refuses_a_folder_with_a_run(
 def test_a_run_stopped_by_a_full_disk_resumes_once_there_is_space(
     training: TrainConfig, undisturbed: RunFolder, small_disk: Path, left: int
 ) -> None:
-    run, filler = RunFolder(small_disk / "run"), small_disk / "filler"
+    run = RunFolder(small_disk / "run")
 
-    def fill(progress: TrainingProgress) -> None:
+    def fill_before_the_second_checkpoint(progress: TrainingProgress) -> None:
         if progress.images == 32:
-            filler.write_bytes(bytes(max(0, shutil.disk_usage(small_disk).free - left)))
+            while not run.latest.exists():  # The first is still being written in the background.
+                time.sleep(0.001)
+            fill(small_disk, left)
 
     with pytest.raises(OSError, match=r"could not write .*make room and resume"):
-        train(training, run.root, report=fill)
+        train(training, run.root, report=fill_before_the_second_checkpoint)
     found = checkpoint.open_newest(run.checkpoints)
     assert found is not None and found.state["images"] == 16
 
-    filler.unlink()
+    (small_disk / "filler").unlink()
     train(training, run.root)
     assert_same_run(run.root, undisturbed)
 
@@ -242,16 +246,16 @@ def test_a_run_may_continue_without_a_checkpoint_that_did_not_fit_on_the_disk(
     small_disk: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    run, filler = RunFolder(small_disk / "run"), small_disk / "filler"
+    run = RunFolder(small_disk / "run")
 
-    def fill(progress: TrainingProgress) -> None:
+    def fill_for_a_while(progress: TrainingProgress) -> None:
         if progress.images == 32:
-            filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 200_000))
+            fill(small_disk, left=200_000)
         if progress.images == 72:
-            filler.unlink()
+            (small_disk / "filler").unlink()
 
     config = replace(training, on_failed_save="continue", ema_weights_at=())
-    train(config, run.root, report=fill)
+    train(config, run.root, report=fill_for_a_while)
 
     assert "could not write" in caplog.text and "the run continues" in caplog.text
     assert [images for images, _ in checkpoint.list_checkpoints(run.checkpoints)] == [80, 96]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.corrupt import flip_a_byte
+from helpers.full_disk import fill
 from helpers.kill import train_until
 from helpers.multirank import MultiRank, train_multirank
 from torch import Tensor
@@ -234,11 +235,11 @@ def test_a_full_disk_stops_all_ranks_and_the_run_resumes_once_there_is_space(
     training: TrainConfig, pair: Path, small_disk: Path, tmp_path: Path
 ) -> None:
     config, folder = shard(training, 2, 2), small_disk / "run"
-    run, filler = RunFolder(folder), small_disk / "filler"
+    run = RunFolder(folder)
     processes = MultiRank(2, tmp_path / "logs", config, folder)
     while not run.checkpoint(16).exists() and processes.ranks[0].is_alive():
         time.sleep(0.001)
-    filler.write_bytes(bytes(max(0, shutil.disk_usage(small_disk).free - 4096)))
+    filler = fill(small_disk, left=4096)
 
     assert processes.wait() == [1, 1]
     assert (

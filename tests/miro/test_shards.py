@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import io
 import json
-import shutil
-import subprocess
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from helpers.full_disk import mounted
 
 from miro.data.shards import (
     Manifest,
@@ -60,14 +59,9 @@ def names_in(folder: Path) -> set[str]:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 64 kB; skips where this process may not mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs is not permitted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    """A disk of 64 kB."""
+    with mounted(tmp_path / "disk", "64k") as disk:
+        yield disk
 
 
 def test_a_written_shard_is_read_back_here_and_by_tarfile(tmp_path: Path) -> None:
