@@ -6,7 +6,8 @@
 # The processes do not communicate, so on several machines `srun miro COMMAND SOURCE DEST` also works.
 # Edit: GPUS, to use fewer than all; DEVICE=cpu without GPUs.
 set -euo pipefail
-. "$(dirname "$0")/dry_run.sh"
+. "$(dirname "$0")/common.sh"
+[ $# -gt 2 ] || usage
 GPUS=${GPUS:-gpu}
 DEVICE=${DEVICE:-cuda}
 

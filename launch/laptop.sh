@@ -6,11 +6,12 @@
 # Edit: REWARDS, the reward models; SIZE, the side of an image in pixels; PRESET.
 # Run again with the same arguments it resumes.
 set -euo pipefail
-. "$(dirname "$0")/dry_run.sh"
+. "$(dirname "$0")/common.sh"
 REWARDS="colourfulness sharpness"
 SIZE=32
 PRESET=demo
 
+[ $# -gt 1 ] || usage
 photos=$1 run=$2
 shift 2
 # shellcheck disable=SC2086  # REWARDS splits into words

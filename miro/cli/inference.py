@@ -91,8 +91,7 @@ def sample(
         out=out,
         device=device,
     )
-    for path in written:
-        console.print(str(path))
+    print(*written, sep="\n")
 
 
 def evaluate(
@@ -126,7 +125,7 @@ def evaluate(
         steps=sampling.steps,
         seed=sampling.seed,
     )
-    console.print(path.read_text())
+    print(path.read_text())
     console.print(f"written to {path}")
 
 
@@ -138,4 +137,4 @@ def report(run: Positional[Path]) -> None:
     """
     from miro.report.run_page import write_run_report
 
-    console.print(str(write_run_report(run)))
+    print(write_run_report(run))

@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from miro.utils import stop_request
+
 
 class Command(NamedTuple):
     """A command of the command line.
@@ -23,11 +25,13 @@ class Command(NamedTuple):
         summary: the first line of the function's docstring.
         parses_arguments: call the function with the list of arguments, instead of parsing them by
             tyro into its parameters.
+        saves_on_signals: SIGTERM, SIGHUP and the first Ctrl-C make it save and stop.
     """
 
     target: str
     summary: str
     parses_arguments: bool = False
+    saves_on_signals: bool = False
 
     def load(self) -> Callable[..., Any]:
         """Import and return the function."""
@@ -56,6 +60,7 @@ COMMANDS: Mapping[str, Command] = {
         "miro.cli.train:train",
         "Train a model: miro train PRESET --run DIR --data DIR [options].",
         parses_arguments=True,
+        saves_on_signals=True,
     ),
     "sample": Command("miro.cli.inference:sample", "Generate images of prompts."),
     "evaluate": Command("miro.cli.inference:evaluate", "Score a model's images with rewards."),
@@ -88,49 +93,43 @@ def run_command(
 
     Raises:
         SystemExit: on errors: 1 after a ValueError, OSError or FloatingPointError, 2 if the command
-            line cannot be parsed, 75 after SIGTERM, 130 after Ctrl-C; 0 after --help.
+            line cannot be parsed, 75 when a run was stopped and saved, 130 after Ctrl-C; 0 after
+            --help.
     """
     args = list(sys.argv[1:] if argv is None else argv)
+    if argv is None and args and args[0] in commands and commands[args[0]].saves_on_signals:
+        stop_request.listen()  # To the end of the process.
     if not args or args[0] in ("-h", "--help"):
         print(_usage(prog, commands), file=sys.stdout if args else sys.stderr)
         raise SystemExit(0 if args else 2)
-    import logging
-
-    from rich.logging import RichHandler
-
-    from miro.utils.progress import console
-    from miro.utils.serialize import unknown_name
-
     name, rest = args[0], args[1:]
-    stopped: type[BaseException] | tuple[()] = ()
     try:
-        if name not in commands:
-            raise unknown_name("command", name, commands)
-        logging.basicConfig(
-            level=logging.INFO,
-            format="%(message)s",
-            handlers=[RichHandler(console=console, show_path=False, show_time=False)],
-        )
+        import logging
+
         import tyro
 
-        from miro.utils.distributed import EXIT_STOPPED, Stopped
+        from miro.utils.progress import ConsoleHandler
+        from miro.utils.serialize import unknown_name
 
-        stopped = Stopped
+        if name not in commands:
+            raise unknown_name("command", name, commands)
+        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[ConsoleHandler()])
         function = commands[name].load()
         if commands[name].parses_arguments:
             function(rest)
         else:
             tyro.cli(function, args=rest, prog=f"{prog} {name}")
     except (ValueError, OSError, FloatingPointError) as error:
-        console.print(f"[bold red]{prog} {name}:[/] ", end="")
-        console.print(str(error), markup=False, highlight=False)
+        print(f"{prog} {name}: {error}", file=sys.stderr)
         raise SystemExit(1) from error
     except KeyboardInterrupt:
-        console.print(f"{prog} {name}: interrupted; the same command resumes where it stopped")
+        saves = commands[name].saves_on_signals
+        where = "from its last checkpoint" if saves else "where it stopped"
+        print(f"{prog} {name}: interrupted; the same command resumes {where}", file=sys.stderr)
         raise SystemExit(130) from None
-    except stopped as message:
-        console.print(f"{prog} {name}: {message}")
-        raise SystemExit(EXIT_STOPPED) from None
+    except stop_request.Stopped as message:
+        print(f"{prog} {name}: {message}", file=sys.stderr)
+        raise SystemExit(stop_request.exit_status()) from None
 
 
 def _usage(prog: str, commands: Mapping[str, Command]) -> str:

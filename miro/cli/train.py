@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -35,11 +37,10 @@ class _Options:
 def train(args: Sequence[str]) -> None:
     """Train a model: miro train PRESET --run DIR --data DIR [options]."""
     if not args or args[0] in ("-h", "--help"):
-        console.print(
+        print(
             f"usage: miro train PRESET --run DIR --data DIR [options]\n\nPresets: "
             f"{', '.join(PRESETS)}. `miro train PRESET --help` lists every option.",
-            markup=False,
-            highlight=False,
+            file=sys.stdout if args else sys.stderr,
         )
         if not args:
             raise SystemExit(2)
@@ -56,11 +57,12 @@ def train(args: Sequence[str]) -> None:
 
     first = dist_env(os.environ).first
     if not first:
-        # Only rank 0 logs below WARNING.
+        # Only rank 0 logs below WARNING and has a progress bar.
         logging.getLogger().setLevel(logging.WARNING)
-    with bar("train", options.config.images) as show:
+    with bar("train", options.config.images) if first else nullcontext() as show:
 
         def report(progress: TrainingProgress) -> None:
+            assert show is not None  # Only rank 0 reports.
             show(progress.images, progress.total, progress_detail(progress))
 
         weights = run(options.config, options.run, resume=options.resume, report=report)
@@ -76,6 +78,8 @@ def progress_detail(progress: TrainingProgress) -> str:
     detail = f"loss {progress.loss:.4f}  {progress.images_per_second:,.0f} images/s"
     if progress.mfu is not None:
         detail += f"  {progress.mfu:.0%} MFU"
+    if progress.skipped:
+        detail += f"  {progress.skipped} skipped steps"
     if progress.data_wait > 0.02:
         detail += f"  {progress.data_wait:.0%} waiting for data"
     return detail

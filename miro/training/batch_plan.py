@@ -106,6 +106,7 @@ def deepspeed_config(plan: BatchPlan, precision: Precision, device: str) -> dict
     if plan.stage == 3:
         zero |= {"stage3_prefetch_bucket_size": BUCKET, "stage3_max_live_parameters": 2 * BUCKET}
         zero["stage3_max_reuse_distance"] = BUCKET
+        zero["memory_efficient_linear"] = False  # The engine does that, in its own passes only.
     if plan.stage in (1, 2) and plan.offload == "none":
         # The engine computes the gradient norm; DeepSpeed's `compute_grad_norm` adds a host sync.
         zero["compute_grad_norm"] = False

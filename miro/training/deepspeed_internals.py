@@ -8,10 +8,13 @@ tensors.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 def disable_op_builders() -> None:
@@ -24,6 +27,22 @@ def disable_op_builders() -> None:
 def disable_gradient_allreduce(engine: Any) -> None:
     """Turn off stage 0's all-reduce, which copies every gradient even in a world of one."""
     engine.enable_backward_allreduce = False
+
+
+@contextmanager
+def memory_efficient_linear() -> Iterator[None]:
+    """Use DeepSpeed's linear layer, for a forward or backward pass at stage 3.
+
+    Autograd of torch's own saves a view of the gathered weight, which keeps it allocated until
+    backward. DeepSpeed would replace `torch.nn.functional.linear` of the whole process for good.
+    """
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    linear, functional.linear = functional.linear, zero3_linear_wrap
+    try:
+        yield
+    finally:
+        functional.linear = linear
 
 
 def full_shape(param: nn.Parameter) -> tuple[int, ...]:

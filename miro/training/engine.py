@@ -10,6 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from miro.training.deepspeed_internals import (
     disable_gradient_allreduce,
     disable_op_builders,
     full_shape,
+    memory_efficient_linear,
 )
 from miro.training.optimizer import (
     GradientClipper,
@@ -104,6 +106,7 @@ class Engine:
             deepspeed_config(plan, precision, self.device.type),
             self.device.type,
         )
+        self._linear = memory_efficient_linear if plan.stage == 3 else nullcontext
         self.partition = self._make_partition()
         self._init_master_and_ema(initial)
 
@@ -128,11 +131,13 @@ class Engine:
 
     def predict(self, x_t: Tensor, t: Tensor, rewards: RewardCond, text: PackedText) -> Tensor:
         """Predict (B, C, H, W) from this rank's noised latents x_t (B, C, H, W) at t (B,)."""
-        return self.deepspeed(x_t, t, rewards, text)
+        with self._linear():
+            return self.deepspeed(x_t, t, rewards, text)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of a micro-batch's mean loss."""
-        self.deepspeed.backward(loss)
+        with self._linear():
+            self.deepspeed.backward(loss)
         if not self.deepspeed.is_gradient_accumulation_boundary():
             self.deepspeed.step()  # Advances DeepSpeed's micro-step counter only.
 

@@ -35,9 +35,10 @@ from miro.training.metrics import MetricsTracker, StepRecord, TrainingProgress
 from miro.training.metrics_log import MetricsWriter
 from miro.training.run_record import inference_state, open_run
 from miro.utils.atomic_io import write_text
-from miro.utils.distributed import DistEnv, Stopped, StopSignal, dist_env, init_distributed
+from miro.utils.distributed import DistEnv, StopSignal, dist_env, init_distributed
 from miro.utils.locks import exclusive_lock, machine_lock
 from miro.utils.rng import seed_from
+from miro.utils.stop_request import Stopped
 from miro_kernels import backend, prewarm, use_backend
 
 log = logging.getLogger(__name__)
@@ -62,8 +63,8 @@ def train(
     Raises:
         ValueError: the configuration is invalid or does not fit the data or this machine, or the
             folder has another run.
-        FloatingPointError: too many steps in a row were skipped; no checkpoint includes them.
-        Stopped: SIGTERM was received and a checkpoint was saved.
+        FloatingPointError: too many steps in a row were skipped.
+        Stopped: SIGTERM, SIGHUP or Ctrl-C was received and a checkpoint was saved.
     """
     if config.data is None:
         raise ValueError("train: data is not set; give the folder `miro encode` wrote: --data DIR")
@@ -155,9 +156,9 @@ def _train(
                 state = inference_state(config, dataset, bins, images)
                 checkpointer.weights(images, engine.ema_state_dict(), state)
 
-            # Save a checkpoint, unless the last step was skipped.
-            save = done or stopped or images % config.checkpoint_every == 0
-            if save and tracker.check_skipped(images):
+            # Save a checkpoint.
+            if done or stopped or images % config.checkpoint_every == 0:
+                tracker.check_skipped(images)
                 if writer is not None:
                     writer.flush()
                 shards, state = engine.checkpoint_state()
@@ -166,6 +167,7 @@ def _train(
 
             if stopped and not done:
                 checkpointer.wait()
+                env.all_true(True)  # Barrier: no rank leaves before the checkpoint is complete.
                 raise Stopped(
                     f"stopped after {images:,} images and saved; the same command resumes the run"
                 )

@@ -34,6 +34,8 @@ class TrainingProgress:
     seconds_left: float
     data_wait: float
     """Fraction of the time since the last report in which the device waited for data."""
+    skipped: int
+    """Steps of the whole run that were skipped because of their gradients."""
     mfu: float | None
     """Model FLOPs utilisation, 0 to 1; None if the device's peak is unknown."""
 
@@ -161,8 +163,8 @@ class MetricsTracker:
         self.records.extend(records)
         self.norms.append(norm)
 
-    def check_skipped(self, images: int) -> bool:
-        """Return whether the last step was taken, so that the state is worth saving.
+    def check_skipped(self, images: int) -> None:
+        """Check the number of steps that were skipped in a row.
 
         Raises:
             FloatingPointError: too many steps in a row were skipped; names the samples.
@@ -173,11 +175,10 @@ class MetricsTracker:
                 f"{config.max_skipped_steps} steps in a row were skipped before {images} images: "
                 "their gradients were not finite, or their norm exceeded "
                 f"{config.skip_threshold} times the mean norm of {counters['mean']:.3g}. The "
-                "weights are as before, and the last checkpoint is good. "
+                "weights are as before these steps. "
                 f"Their samples: {self._worst_samples()}. Remove these from the data, or train in "
                 "another folder with a lower optimizer.learning_rate"
             )
-        return counters["in_row"] == 0
 
     def _worst_samples(self) -> str:
         """The samples with the highest losses of all ranks since the last report."""
@@ -211,7 +212,8 @@ class MetricsTracker:
             **means,
         }
         if self.metrics is not None:
-            if skipped := self.engine.gradient_clipper.state_dict()["total"]:
+            skipped = int(self.engine.gradient_clipper.state_dict()["total"])
+            if skipped:
                 values["skipped_steps"] = skipped
             if self.nvml is not None:
                 values |= self.nvml.read()
@@ -225,6 +227,7 @@ class MetricsTracker:
                     rate,
                     (total - images) / rate,
                     values["data_wait"],
+                    skipped,
                     means.get("mfu"),
                 )
             )

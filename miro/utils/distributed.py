@@ -1,4 +1,4 @@
-"""Processes of a distributed run: environment, process group, CPU collectives and SIGTERM.
+"""Processes of a distributed run: environment, process group, CPU collectives, stop requests.
 
 torchrun, DeepSpeed's launcher and SLURM set the rank in environment variables; without any, a
 run is one process.
@@ -9,15 +9,14 @@ from __future__ import annotations
 import datetime
 import logging
 import os
-import signal
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import FrameType
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+from miro.utils import stop_request
 
 log = logging.getLogger(__name__)
 
@@ -25,12 +24,8 @@ T = TypeVar("T")
 
 # A collective that waits longer fails, and the launcher ends the run.
 TIMEOUT = datetime.timedelta(minutes=30)
-# sysexits.h, EX_TEMPFAIL: "the user is invited to retry". Schedulers requeue on it.
-EXIT_STOPPED = 75
-
-
-class Stopped(RuntimeError):
-    """SIGTERM was received and the run saved a checkpoint."""
+# SLURM numbers job steps from 0; batch scripts and interactive shells have numbers from here on.
+SLURM_SPECIAL_STEPS = 2**32 - 16
 
 
 @dataclass(frozen=True)
@@ -92,18 +87,20 @@ class DistEnv:
 
 
 def dist_env(environment: Mapping[str, str]) -> DistEnv:
-    """Read the rank from the variables of torchrun, DeepSpeed or SLURM.
+    """Read the rank from the variables of torchrun, DeepSpeed or SLURM's srun.
+
+    The shell of a batch script has SLURM_PROCID and SLURM_NTASKS too, but is one process: only a
+    job step, which srun starts, has several.
 
     Raises:
         ValueError: some of the variables are missing or out of range.
     """
     for rank, world, local in (
         ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
     ):
         values = [environment.get(name) for name in (rank, world, local)]
-        # An interactive shell in a SLURM allocation has SLURM_NTASKS but no SLURM_PROCID.
-        if values[0] is None:
+        if values[0] is None or (rank == "SLURM_PROCID" and not _in_job_step(environment)):
             continue
         try:
             env = DistEnv(*(int(value or "") for value in values))
@@ -119,6 +116,11 @@ def dist_env(environment: Mapping[str, str]) -> DistEnv:
             )
         return env
     return DistEnv()
+
+
+def _in_job_step(environment: Mapping[str, str]) -> bool:
+    step = environment.get("SLURM_STEP_ID", "")
+    return step.isdecimal() and int(step) < SLURM_SPECIAL_STEPS
 
 
 def init_distributed(kind: str) -> DistEnv:
@@ -162,44 +164,36 @@ def cpu_process_group(env: DistEnv) -> dist.ProcessGroup | None:
 
 
 class StopSignal:
-    """SIGTERM or SIGHUP to any rank, seen by all ranks after the same step.
+    """A request to stop any rank, seen by all ranks after the same step.
 
     The flag of each step is all-reduced on the host while the next step is computed, so that it
     never waits for the device; all ranks stop one step after the signal.
     """
 
     def __init__(self, env: DistEnv) -> None:
-        self.env, self.requested = env, False
+        self.env = env
         self._flag = torch.zeros((), dtype=torch.int32)
         self._work: dist.Work | None = None
         self._group = cpu_process_group(env)
 
     def __enter__(self) -> StopSignal:
-        self._handlers = {}
-        # Python allows signal handlers in the main thread only.
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGHUP):
-                self._handlers[number] = signal.signal(number, self._handle)
+        self._restore = stop_request.listen()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        if self._work is not None and kind in (None, Stopped):
+        self._restore()
+        if self._work is not None and kind in (None, stop_request.Stopped):
             # A rank that exits first would close the connection of the others' last all-reduce.
             self._work.wait()
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
 
     def should_stop(self) -> bool:
         """Return whether to stop now; every rank calls it once a step and gets the same answer."""
         if self.env.world == 1:
-            return self.requested
+            return stop_request.requested()
         if self._work is not None:
             self._work.wait()
         stop = bool(self._flag)
-        self._flag = torch.tensor(int(self.requested), dtype=torch.int32)
+        self._flag = torch.tensor(int(stop_request.requested()), dtype=torch.int32)
         self._work = dist.all_reduce(
             self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True
         )

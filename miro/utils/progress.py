@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,18 @@ from rich.progress import (
 
 LINE_INTERVAL = 10.0  # seconds between two lines where the output is a file
 
-console = Console(stderr=True)
+# No markup, which would read a path such as sweep[lr] as a style; no line breaks inside paths.
+console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+
+
+class ConsoleHandler(logging.Handler):
+    """Log records as lines of the console, above a progress bar if one is shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print the record; those below WARNING without their level."""
+        level = f"{record.levelname}: " if record.levelno >= logging.WARNING else ""
+        console.print(level + self.format(record))
+
 
 ProgressCallback = Callable[[int, int | None], None]
 """Receives the number of samples done and of all samples, None if that is unknown."""

@@ -15,7 +15,7 @@ from helpers.kill import PROCESSES
 
 from miro.training.config import TrainConfig
 from miro.training.loop import train
-from miro.utils.distributed import EXIT_STOPPED, Stopped
+from miro.utils.stop_request import EXIT_STOPPED, Stopped
 
 PROCESSES.set_forkserver_preload(["helpers.kill", "helpers.multirank", "torch.utils.tensorboard"])
 

@@ -75,6 +75,7 @@ def test_the_screen_shows_a_wait_above_two_percent(fraction: float, message: str
         images_per_second=10.0,
         seconds_left=1.0,
         data_wait=fraction,
+        skipped=0,
         mfu=None,
     )
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import deepspeed.ops
 import pytest
-from helpers.engines import PLAN, engine
+from helpers.engines import PLAN, engine, inputs, learn
+from torch.nn import functional
 
 import miro
 
@@ -55,6 +56,15 @@ def test_the_names_of_stage_3_exist() -> None:
 
     assert missing(made.deepspeed.optimizer, ZERO3_NAMES) == []
     assert missing(made.parameters["out.weight"], ZERO3_PARAM_NAMES) == []
+
+
+def test_a_step_at_stage_3_leaves_the_linear_layer_of_other_models_alone() -> None:
+    linear = functional.linear
+
+    made = engine(plan=replace(PLAN, stage=3))
+    learn(made, made.predict(*inputs(0)).square().mean(), images=0)
+
+    assert functional.linear is linear
 
 
 def test_no_other_module_uses_them() -> None:

@@ -5,20 +5,32 @@ import torch
 
 from miro.utils.distributed import DistEnv, dist_env
 
+SLURM = {"SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1"}
+
 
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
         ({}, DistEnv(0, 1, 0)),
         ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, DistEnv(3, 8, 1)),
-        ({"SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1"}, DistEnv(9, 16, 1)),
+        ({**SLURM, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "12"}, DistEnv(9, 12, 1)),
         ({"SLURM_NTASKS": "16"}, DistEnv(0, 1, 0)),
+        (SLURM, DistEnv(0, 1, 0)),
+        ({**SLURM, "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}, DistEnv(0, 1, 0)),
         (
             {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "SLURM_PROCID": "0"},
             DistEnv(1, 2, 0),
         ),
     ],
-    ids=["nothing", "torchrun", "srun", "a shell in an allocation", "torchrun in an allocation"],
+    ids=[
+        "nothing",
+        "torchrun",
+        "srun",
+        "a shell in an allocation",
+        "a batch script",
+        "an interactive step",
+        "torchrun in an allocation",
+    ],  # fmt: skip
 )
 def test_the_variables_of_launchers_are_read(
     environment: dict[str, str], expected: DistEnv

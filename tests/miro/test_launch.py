@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +17,13 @@ from helpers.multirank import free_port
 
 from miro.cli.launch import launch
 from miro.data.shards import Manifest
+from miro.training import checkpoint
 from miro.training.checkpoint import RunFolder
 from miro.training.config import TrainConfig
 from miro.training.loop import train
 from miro.training.metrics_log import read_metrics
+from miro.utils.locks import exclusive_lock
+from miro.utils.stop_request import EXIT_STOPPED
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 # The `training` fixture as command-line options.
@@ -79,6 +84,112 @@ def hostfile(folder: Path, hosts: Sequence[str]) -> Path:
     return path
 
 
+def start(command: Sequence[str | Path], **environment: str) -> subprocess.Popen[str]:
+    here = str(Path(sys.executable).parent)
+    path = {"PATH": f"{here}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [str(word) for word in command],
+        env={**os.environ, **path, **environment},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def stop_when_training(process: subprocess.Popen[str], run: Path, number: int) -> str:
+    """Send a signal once the run has reported; return what it printed."""
+    metrics = RunFolder(run).metrics
+    while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    return output
+
+
+ENDLESS = ("images=160000", "checkpoint_every=80000")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_node_sh_told_to_stop_saves_and_exits_with_75(
+    training: TrainConfig, tmp_path: Path, number: int
+) -> None:
+    run = tmp_path / "run"
+    process = start([LAUNCH / "node.sh", *words(training, run, *ENDLESS)], GPUS="2")
+    output = stop_when_training(process, run, number)
+
+    assert process.returncode == EXIT_STOPPED, output
+    assert "Traceback" not in output, output
+    found = checkpoint.open_newest(RunFolder(run).checkpoints)
+    assert found is not None and not list(run.rglob("*.writing"))
+
+
+def test_node_sh_told_to_stop_before_there_are_ranks_exits_with_75(
+    training: TrainConfig, tmp_path: Path
+) -> None:
+    process = start([LAUNCH / "node.sh", *words(training, tmp_path / "run")], GPUS="2")
+    time.sleep(0.5)
+    process.terminate()
+    output, _ = process.communicate(timeout=120)
+
+    assert process.returncode == EXIT_STOPPED, output
+
+
+def test_nodes_sh_told_to_stop_exits_with_75_once_all_machines_have_saved(
+    training: TrainConfig, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    process = start(
+        [LAUNCH / "nodes.sh", hostfile(tmp_path, ["127.0.0.1", "localhost"]),
+         *words(training, run, *ENDLESS)],
+        SSH=remote(tmp_path, 'exec bash -c "$2"'), PORT=str(free_port()), SETUP="true",
+    )  # fmt: skip
+    output = stop_when_training(process, run, signal.SIGTERM)
+
+    assert process.returncode == EXIT_STOPPED, output
+    assert checkpoint.open_newest(RunFolder(run).checkpoints) is not None
+    assert not list(run.rglob("*.writing"))
+    with exclusive_lock(run):
+        pass  # No rank is left.
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("", "has no line HOST slots=GPUS"),
+        ("# node-0 slots=8\n", "has no line HOST slots=GPUS"),
+        ("node-0\n", "'node-0  ': each line must be HOST slots=GPUS"),
+        ("node-0 slots=\n", "each line must be HOST slots=GPUS"),
+        ("node-0 slots=0\n", "each line must be HOST slots=GPUS"),
+        ("node-0 slots=8 x\n", "each line must be HOST slots=GPUS"),
+        ("node-0 slots=8\nnode-0 slots=8\n", "node-0 is there twice"),
+    ],
+)
+def test_a_hostfile_is_checked(tmp_path: Path, lines: str, message: str) -> None:
+    (tmp_path / "hosts").write_text(lines)
+    done = shell([LAUNCH / "nodes.sh", tmp_path / "hosts", "small"], DRY_RUN="1")
+    assert done.returncode == 2 and message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [({}, "MASTER_ADDR=node-0"), ({"MASTER_ADDR": "10.0.0.1"}, "MASTER_ADDR=10.0.0.1")],
+)
+def test_the_user_of_a_host_is_for_ssh_only(
+    tmp_path: Path, variables: dict[str, str], expected: str
+) -> None:
+    (tmp_path / "hosts").write_text("root@node-0 slots=8\t# the first\r\n\nnode-1 slots=4")
+    done = shell([LAUNCH / "nodes.sh", tmp_path / "hosts", "small"], DRY_RUN="1", **variables)
+
+    first, second = done.stdout.splitlines()
+    assert " root@node-0 " in first and expected in first and expected in second
+    assert "NODE_RANK=1" in second and "GPUS=4" in second
+
+
+@pytest.mark.parametrize("script", ["node.sh", "nodes.sh", "laptop.sh", "data.sh", "slurm.sh"])
+def test_a_script_without_arguments_prints_its_usage(script: str) -> None:
+    done = shell(["bash", LAUNCH / script])
+    assert done.returncode == 2 and f"launch/{script} " in done.stderr
+    assert "set -euo" not in done.stderr
+
+
 def remote(folder: Path, line: str) -> str:
     """A replacement for ssh that runs its command on this machine."""
     path = folder / "remote"
@@ -93,7 +204,7 @@ def test_nodes_sh_trains_with_two_launchers_on_loopback(
     run = tmp_path / "run"
 
     done = shell(
-        [LAUNCH / "nodes.sh", hostfile(tmp_path, ["127.0.0.1"] * 2),
+        [LAUNCH / "nodes.sh", hostfile(tmp_path, ["127.0.0.1", "localhost"]),
          *words(training, run, "sharding.stage=1")],
         SSH=remote(tmp_path, 'exec bash -c "$2"'), PORT=str(free_port()), SETUP="true",
     )  # fmt: skip
@@ -164,24 +275,30 @@ def test_a_dry_run_prints_the_commands_of_each_script(capfd: pytest.CaptureFixtu
     for part in (
         "miro annotate PHOTOS RUN/scored",
         "torchrun --standalone --nproc-per-node gpu --module -- miro.cli train PRESET --run DIR",
-        "--nnodes 2 --node-rank 1 --nproc-per-node 8 --master-addr node-0",
-        "srun --kill-on-bad-exit miro train PRESET",
+        "NNODES=2 NODE_RANK=1 GPUS=8 MASTER_ADDR=node-0",
+        "srun --wait=60 miro train PRESET",
     ):
         assert part in printed, printed
 
 
-def test_a_slurm_job_that_exits_with_75_is_requeued(tmp_path: Path) -> None:
-    """With fakes of SLURM's commands."""
+def test_a_slurm_job_that_stopped_and_saved_is_requeued(tmp_path: Path) -> None:
+    """With fakes of SLURM's commands; test_slurm.py has a real one."""
     for name, line in {
-        "srun": "exit $CODE",
-        "scontrol": f"[ $1 = requeue ] && echo $2 >> {tmp_path}/requeued || echo node-7",
+        "srun": "[ $CODE = 75 ] && touch $MIRO_STOPPED_FILE && exit 0; exit $CODE",
+        "scontrol": f"""case $1 in
+requeue) echo $2 >> {tmp_path}/requeued;;
+show) [ $2 = job ] && echo JobState=$STATE || echo node-7;;
+esac""",
     }.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
         (tmp_path / name).chmod(0o755)
 
     path = f"{tmp_path}:{os.environ['PATH']}"
-    for code in (0, 1, 75):
-        job = {"SLURM_JOB_ID": f"10{code}", "SLURM_JOB_NODELIST": "node-[7-8]", "CODE": str(code)}
+    for code, state in ((0, "RUNNING"), (1, "RUNNING"), (75, "RUNNING"), (75, "CANCELLED")):
+        job = {
+            "SLURM_JOB_ID": f"10{code}", "SLURM_JOB_NODELIST": "node-[7-8]",
+            "CODE": str(code), "STATE": state,
+        }  # fmt: skip
         done = subprocess.run(
             ["bash", LAUNCH / "slurm.sh", "small"],
             env={**os.environ, **job, "PATH": path, "SETUP": "true"},

@@ -22,7 +22,7 @@ from miro.training.checkpoint import CheckpointReader, RunFolder
 from miro.training.config import TrainConfig
 from miro.training.metrics import loss_groups
 from miro.training.metrics_log import read_metrics
-from miro.utils.distributed import EXIT_STOPPED
+from miro.utils.stop_request import EXIT_STOPPED
 
 # ZeRO stage, ranks, and accumulated micro-batches; `make test-long` runs all of them.
 PLANS = [(stage, world, times) for stage in (0, 1, 2, 3) for world in (1, 2, 4) for times in (1, 4)]
