@@ -10,6 +10,7 @@ A command's module, and with it torch and tyro, is imported when the command is 
 from __future__ import annotations
 
 import importlib
+import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -113,6 +114,9 @@ def run_command(
 
         if name not in commands:
             raise unknown_name("command", name, commands)
+        # A memory-mapped shard keeps its file open, and the usual soft limit is 1,024 files.
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[ConsoleHandler()])
         function = commands[name].load()
         if commands[name].parses_arguments:

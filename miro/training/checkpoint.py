@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 TENSORS, STATE, MANIFEST, LATEST = "tensors.safetensors", "state.json", "manifest.json", "latest"
 RANK_FILE = "rank-{:05d}.safetensors"
+# An error of another kind, such as EACCES or EIO, does not show that a checkpoint is incomplete.
+ABSENT = (FileNotFoundError, NotADirectoryError)
 
 
 class CheckpointError(ValueError):
@@ -110,11 +112,17 @@ def write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> str
         OSError: the disk is full or failed.
     """
     path = staging_path(folder) / name
+    path.touch()
+    mode = path.stat().st_mode
     try:
-        save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path)
+        save_file(
+            {key: tensor.detach().contiguous() for key, tensor in tensors.items()},
+            path, metadata={"format": "pt"},
+        )  # fmt: skip
     except SafetensorError as error:
         # safetensors reports a full disk as an error of its own type.
         raise OSError(str(error)) from error
+    path.chmod(mode)  # safetensors creates files that other users cannot read, whatever the umask.
     sync_file(path)
     return _checksum(path)
 
@@ -157,6 +165,7 @@ class CheckpointReader:
 
     Raises:
         CheckpointError: the checkpoint is absent, incomplete or of another version.
+        OSError: it is there and cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -170,14 +179,14 @@ class CheckpointReader:
             self.state: dict[str, Any] = json.loads((folder / STATE).read_text())
         except CheckpointError:
             raise
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (*ABSENT, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{folder} is not a complete checkpoint: {error}") from error
         self._index: dict[str, list[_SavedSlice]] | None = None
 
     def _check_file(self, name: str, checksum: str) -> None:
         try:
             actual = _checksum(self.folder / name)
-        except OSError as error:
+        except ABSENT as error:
             raise CheckpointError(f"{self.folder} is not a complete checkpoint: {error}") from error
         if actual != checksum:
             raise CheckpointError(f"{self.folder / name} is damaged: its checksum differs")
@@ -187,6 +196,7 @@ class CheckpointReader:
 
         Raises:
             CheckpointError: a file is damaged or absent; names it.
+            OSError: a file is there and cannot be read.
         """
         for name in sorted(self.files)[rank::world]:
             self._check_file(name, self.files[name])
@@ -251,7 +261,7 @@ def open_newest(
     all_true: Callable[[bool], bool] = bool,
     check_state: Callable[[Mapping[str, Any]], None] = lambda state: None,
 ) -> CheckpointReader | None:
-    """Open the newest checkpoint that is complete and compatible, and log those that are not.
+    """Open the newest checkpoint that is complete and compatible, and log newer ones that are not.
 
     Args:
         folder: of the checkpoints.
@@ -261,8 +271,13 @@ def open_newest(
         check_state: raises ValueError for the state of another network.
 
     Returns:
-        The checkpoint, or None if there is none.
+        The checkpoint, or None if the folder has none at all.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none is complete and compatible.
+        OSError: a checkpoint is there and cannot be read.
     """
+    rejected = []
     for _, path in reversed(list_checkpoints(folder)):
         reader = error = None
         try:
@@ -273,10 +288,22 @@ def open_newest(
             error = damaged
         except ValueError as incompatible:
             error = CheckpointError(f"{path}: {incompatible}")
+        except OSError as unreadable:
+            error = unreadable
         if all_true(error is None):
             return reader
-        log.warning("%s; trying the one before", error or f"another rank found {path} damaged")
-    return None
+        error = error or CheckpointError(f"another rank found {path} damaged or unreadable")
+        if not all_true(isinstance(error, CheckpointError)):
+            raise error
+        rejected.append(error)
+        log.warning("%s", error)
+    if not rejected:
+        return None
+    raise CheckpointError(
+        f"{folder} has {len(rejected)} checkpoints and none can be resumed from; nothing was "
+        "changed. Repair or restore one, or begin again in another folder. The newest: "
+        f"{rejected[0]}"
+    )
 
 
 def delete_old(folder: Path, images: int, *, keep_last: int, keep_every: int | None) -> None:

@@ -33,7 +33,13 @@ from miro.training.flops import peak_flops, training_flops
 from miro.training.memory import choose_stage
 from miro.training.metrics import MetricsTracker, StepRecord, TrainingProgress
 from miro.training.metrics_log import MetricsWriter
-from miro.training.run_record import inference_state, open_run
+from miro.training.run_record import (
+    check_begins_anew,
+    check_encoding,
+    digests,
+    inference_state,
+    open_run,
+)
 from miro.utils.atomic_io import write_text
 from miro.utils.distributed import DistEnv, StopSignal, dist_env, init_distributed
 from miro.utils.locks import exclusive_lock, machine_lock
@@ -91,6 +97,7 @@ def train(
             write_text(run.deepspeed, json.dumps(record, indent=2))
             checkpoint.clear_unfinished(run.checkpoints)
 
+        env.check_equal(digests(config, bins, dataset))
         env.on_first(claim_folder)
         engine = _make_engine(config, dataset, plan, device, env)
         return _train(config, run, dataset, bins, engine, batches, report)
@@ -107,7 +114,7 @@ def _train(
 ) -> Path:
     """Resume and loop to the end of the run."""
     env, plan = engine.env, engine.plan
-    images = _resume(run, engine)
+    images = _resume(config, run, engine, dataset)
     with ExitStack() as stack:
         writer = None
         if env.first:
@@ -276,14 +283,16 @@ def _make_engine(
     )
 
 
-def _resume(run: RunFolder, engine: Engine) -> int:
+def _resume(config: TrainConfig, run: RunFolder, engine: Engine, dataset: Dataset) -> int:
     """Load the newest complete checkpoint and return its number of images, or 0."""
     env = engine.env
     reader = checkpoint.open_newest(
         run.checkpoints, env.rank, env.world, env.all_true, engine.check_state
     )
     if reader is None:
+        env.on_first(lambda: check_begins_anew(run, config.checkpoint_every))
         return 0
+    check_encoding(run, reader.state["encoding"], dataset)
     engine.load_state(
         lambda key, shard: reader.read(key, shard.name, shard.start, shard.size), reader.state
     )

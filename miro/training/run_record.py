@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
+import logging
 import platform
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from miro.conditioning import Bins
 from miro.data.dataset_base import Dataset
 from miro.training.checkpoint import RunFolder
 from miro.training.config import TrainConfig
+from miro.training.metrics_log import read_metrics
 from miro.utils.atomic_io import write_text
-from miro.utils.serialize import differences, to_dict
+from miro.utils.serialize import differences, from_dict, to_dict
+
+log = logging.getLogger(__name__)
 
 # Fields that may change when a run is resumed: none of them changes a result.
 FREE_TO_CHANGE = (
@@ -22,6 +28,7 @@ FREE_TO_CHANGE = (
     "keep_checkpoints",
     "keep_every",
     "on_failed_save",
+    "ema_weights_at",
     "data",
     "sharding",
     "threads",
@@ -44,7 +51,11 @@ def open_run(
     if run.config.exists():
         if resume == "never":
             raise ValueError(f"{run.root} has a run already; choose another folder, or resume it")
-        previous = json.loads(run.config.read_text())
+        try:
+            # An option that this version added has its default in an older run.
+            previous = to_dict(from_dict(TrainConfig, json.loads(run.config.read_text())))
+        except ValueError as error:
+            raise ValueError(f"{run.config} cannot be read: {error}") from error
         changed = differences(
             {k: v for k, v in record.items() if k not in FREE_TO_CHANGE},
             {k: v for k, v in previous.items() if k not in FREE_TO_CHANGE},
@@ -63,6 +74,62 @@ def open_run(
     write_text(run.bins, bins.to_json())
     write_text(run.versions, json.dumps(_versions(), indent=2))
     write_text(run.config, json.dumps(record, indent=2))
+
+
+def check_begins_anew(run: RunFolder, checkpoint_every: int) -> None:
+    """Check that a run without any checkpoint was interrupted before its first one.
+
+    Raises:
+        ValueError: its metrics show that it has had one.
+    """
+    lines = read_metrics(run.metrics)
+    images = lines[-1]["images"] if lines else 0
+    # The first is on disk before the second is begun.
+    if images > 2 * checkpoint_every:
+        raise ValueError(
+            f"{run.root} trained for {images:,} images and has no checkpoint in {run.checkpoints}; "
+            "restore one, or begin again in another folder"
+        )
+    if images:
+        log.warning(
+            "%s: interrupted after %d images, before the first checkpoint; it begins again",
+            run.root, images,
+        )  # fmt: skip
+
+
+def check_encoding(run: RunFolder, saved: Mapping[str, Any], dataset: Dataset) -> None:
+    """Check that the data to resume on is encoded as that of the checkpoint was.
+
+    Args:
+        run: the folder, for the message.
+        saved: the checkpoint's record of the encoding.
+        dataset: the data.
+
+    Raises:
+        ValueError: it is not.
+    """
+    ours, theirs = (
+        {key: value for key, value in encoding.items() if key != "cut"}
+        for encoding in (dataset.encoding, saved)
+    )
+    # As JSON has it, with lists for tuples.
+    if found := differences(json.loads(json.dumps(ours)), theirs):
+        raise ValueError(
+            f"{run.root} was trained on data that was encoded otherwise than {dataset.folder} "
+            f"({'; '.join(found)}); encode the data as before, or choose another folder"
+        )
+
+
+def digests(config: TrainConfig, bins: Bins, dataset: Dataset) -> dict[str, str]:
+    """Return checksums of what all ranks must have alike, by a name for messages."""
+    record = {k: v for k, v in to_dict(config).items() if k not in ("data", "threads")}
+    parts = {
+        "configuration": json.dumps(record),
+        "reward bins": bins.to_json(),
+        "encoding": json.dumps(dataset.encoding),
+        "samples": "\n".join(dataset.keys),
+    }
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in parts.items()}
 
 
 def _versions() -> dict[str, str]:

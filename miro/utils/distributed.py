@@ -77,6 +77,24 @@ class DistEnv:
         if error is not None:
             raise error
 
+    def check_equal(self, values: Mapping[str, str]) -> None:
+        """Compare values by name over all ranks.
+
+        Raises:
+            ValueError: on all ranks, naming what differs on which ranks from rank 0.
+        """
+        if self.world == 1:
+            return
+        gathered: list[Mapping[str, str]] = [{}] * self.world
+        dist.all_gather_object(gathered, values)
+        for name, expected in gathered[0].items():
+            others = [rank for rank, found in enumerate(gathered) if found[name] != expected]
+            if others:
+                raise ValueError(
+                    f"ranks {', '.join(map(str, others))} have another {name} than rank 0; start "
+                    "all ranks with the same options, on the same data"
+                )
+
     def all_true(self, value: bool) -> bool:
         """All-reduce a boolean with AND."""
         if self.world == 1:

@@ -29,8 +29,10 @@ def exclusive_lock(folder: Path, rank: int = 0) -> Iterator[None]:
     """Create `folder` if absent and lock it for one process per rank; ends with the process.
 
     Raises:
-        ValueError: another process holds the lock.
+        ValueError: another process holds the lock, or `folder` is a file.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder, which is created if absent")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / (f".lock-{rank}" if rank else ".lock"), "ab") as file:
         try:
