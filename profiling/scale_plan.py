@@ -18,7 +18,7 @@ from bench_utils import LATENTS, REWARDS, TEXT_CHANNELS, argument_parser, metada
 from count_flops import ours
 from matplotlib.figure import Figure
 
-from miro.training.batch_plan import BatchPlan, ShardingConfig, Stage, plan_batch
+from miro.training.batch_plan import BatchPlan, Stage
 from miro.training.config import TrainConfig
 from miro.training.flops import DEVICE_SPECS
 from miro.training.memory import Memory, activation_bytes, estimate, parameter_count
@@ -89,8 +89,7 @@ def project(
     micros = [share // k for k in range(1, share + 1) if share % k == 0]
     # The engine does not support accumulation with stage 1.
     for micro in micros[:1] if stage == 1 else micros:
-        sharding = ShardingConfig(str(stage), micro)  # type: ignore[arg-type]
-        layout = plan_batch(sharding, batch=config.batch, world=gpus, stage=stage)
+        layout = BatchPlan(stage, gpus, micro, share // micro)
         activations = activation_bytes(config.model, LATENTS, layout, "bf16")
         memory = estimate(parameters, layout, "bf16", activations=activations)
         if memory.total <= 0.9 * given.memory_capacity:

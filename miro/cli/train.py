@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import sys
@@ -28,10 +29,12 @@ KEY_VALUE = re.compile(r"[A-Za-z_][\w.\-]*=.*", re.DOTALL)
 @dataclass(frozen=True)
 class _Options:
     config: Annotated[TrainConfig, Inline]
-    run: Path
+    run: Path | None = None
     """The run's folder: configuration, metrics, checkpoints and weights."""
     resume: Literal["auto", "never"] = "auto"
     """auto continues from the newest complete checkpoint in the folder, if there is one."""
+    plan: str | None = None
+    """Print the plan for a cluster of GPUSxGB, such as 8x80, and train nothing."""
 
 
 def train(args: Sequence[str]) -> None:
@@ -47,12 +50,17 @@ def train(args: Sequence[str]) -> None:
         return
     options = tyro.cli(
         _Options,
-        default=_Options(preset(args[0]), tyro.MISSING),
+        default=_Options(preset(args[0])),
         args=[f"--{word}" if KEY_VALUE.fullmatch(word) else word for word in args[1:]],
         prog=f"miro train {args[0]}",
         # So that compile=False can be written like every other key=value.
         config=(tyro.conf.FlagConversionOff,),
     )
+    if options.plan is not None:
+        print(_plan(options.config, options.plan))
+        return
+    if options.run is None:
+        raise ValueError("train: the run's folder is not set: --run DIR")
     from miro.training.loop import train as run
 
     first = dist_env(os.environ).first
@@ -71,6 +79,24 @@ def train(args: Sequence[str]) -> None:
         console.print(
             f"weights are in {weights}; sample with `miro sample {options.run} --prompt ...`"
         )
+
+
+def _plan(config: TrainConfig, cluster: str) -> str:
+    """The table of `choose_plan`, for the shapes of the data or, without it, of the paper's."""
+    from miro.data.mixture import open_data
+    from miro.training.planner import Cluster, Problem, choose_plan
+
+    problem = Problem(config, Cluster.parse(cluster))
+    if config.data is not None and not config.on_the_fly:
+        dataset = open_data(config.data, config.conditioning.reward_slots)
+        problem = Problem(
+            config,
+            problem.cluster,
+            max(dataset.shapes, key=math.prod),
+            dataset.text_dim,
+            len(dataset.rewards),
+        )
+    return choose_plan(problem)[1]
 
 
 def progress_detail(progress: TrainingProgress) -> str:

@@ -20,16 +20,14 @@ class ShardingConfig:
     """How a run is sharded over its processes. It changes memory and speed, not what is learned."""
 
     stage: Literal["auto", "0", "1", "2", "3"] = "auto"
-    """ZeRO stage: 1 shards the optimizer state, 2 also the gradients, 3 also the weights. auto
-    takes
-    the lowest stage that fits the device's memory by the estimate of `miro.training.memory`."""
+    """ZeRO stage: 1 shards the optimizer state, 2 also the gradients, 3 also the weights.
+    `miro.training.planner` chooses what is auto or None: the fastest plan that fits."""
     micro_batch: int | None = None
     """Images per forward pass of a process; gradients of a step are accumulated over as many passes
-    as
-    its share of the batch needs. None takes the whole share in one pass."""
+    as its share of the batch needs."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """State in host memory: the optimizer's (stages 1 to 3), or also the weights (stage 3)."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | None = None
     """Save only the input of each block and recompute its activations in backward."""
 
     def __post_init__(self) -> None:
@@ -73,27 +71,25 @@ class BatchPlan:
         ]
 
 
-def plan_batch(config: ShardingConfig, *, batch: int, world: int, stage: Stage) -> BatchPlan:
-    """Split a step of `batch` images over `world` ranks and micro-batches.
-
-    Raises:
-        ValueError: the batch does not divide.
-    """
-    if batch % world:
-        raise ValueError(f"batch={batch} does not divide among {world} processes")
-    micro = batch // world if config.micro_batch is None else config.micro_batch
-    if batch % (world * micro):
-        raise ValueError(
-            f"batch={batch} is no multiple of sharding.micro_batch={micro} times {world} processes"
+def unsupported(plan: BatchPlan, optimizer: str, precision: Precision, compiled: bool) -> str:
+    """Return why the engine does not support a combination, with the alternatives, or ""."""
+    if plan.stage and optimizer == "muon":
+        return (
+            f"optimizer.name=muon needs whole matrices, and sharding.stage={plan.stage} "
+            "shards them: choose adamw, or sharding.stage=0"
         )
-    return BatchPlan(
-        stage,
-        world,
-        micro,
-        batch // (world * micro),
-        config.offload,
-        config.activation_checkpointing,
-    )
+    if compiled and plan.stage == 3:
+        return (
+            "compile=True does not work with sharding.stage=3, which gathers weights between "
+            "layers: choose compile=False, or a lower stage"
+        )
+    if precision == "bf16" and plan.stage == 1 and plan.accumulation > 1:
+        return (
+            "sharding.stage=1 accumulates gradients in bf16, which loses precision over "
+            f"{plan.accumulation} micro-batches: choose sharding.stage=2, "
+            "which accumulates in fp32, or a larger sharding.micro_batch"
+        )
+    return ""
 
 
 def deepspeed_config(plan: BatchPlan, precision: Precision, device: str) -> dict[str, Any]:

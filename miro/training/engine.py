@@ -20,7 +20,13 @@ from torch import Tensor, nn
 from miro.model.compiled import CompiledModel
 from miro.model.packed_text import PackedText
 from miro.model.transformer import FlowTransformer, RewardCond
-from miro.training.batch_plan import DTYPES, BatchPlan, Precision, deepspeed_config
+from miro.training.batch_plan import (
+    DTYPES,
+    BatchPlan,
+    Precision,
+    deepspeed_config,
+    unsupported,
+)
 from miro.training.deepspeed_internals import (
     Zero3Internals,
     Zero12Internals,
@@ -47,28 +53,6 @@ def cast_parameters(model: FlowTransformer, precision: Precision) -> FlowTransfo
     return model
 
 
-def _check_compatible(
-    config: OptimizerConfig, plan: BatchPlan, precision: Precision, compiled: bool
-) -> None:
-    """Raise ValueError for unsupported combinations, with the alternatives."""
-    if plan.stage and config.name == "muon":
-        raise ValueError(
-            f"optimizer.name=muon needs whole matrices, and sharding.stage={plan.stage} "
-            "shards them: choose adamw, or sharding.stage=0"
-        )
-    if compiled and plan.stage == 3:
-        raise ValueError(
-            "compile=True does not work with sharding.stage=3, which gathers weights between "
-            "layers: choose compile=False, or a lower stage"
-        )
-    if precision == "bf16" and plan.stage == 1 and plan.accumulation > 1:
-        raise ValueError(
-            "sharding.stage=1 accumulates gradients in bf16, which loses precision over "
-            f"{plan.accumulation} micro-batches: choose sharding.stage=2, "
-            "which accumulates in fp32, or a larger sharding.micro_batch"
-        )
-
-
 class Engine:
     """A model in training: this rank's part of its weights, gradients and optimizer state.
 
@@ -87,7 +71,8 @@ class Engine:
         device: str | torch.device = "cpu",
         env: DistEnv = DistEnv(),  # noqa: B008 frozen
     ) -> None:
-        _check_compatible(config, plan, precision, compiled)
+        if problem := unsupported(plan, config.name, precision, compiled):
+            raise ValueError(problem)
         self.config, self.plan, self.total_images = config, plan, total_images
         self.env, self.device = env, torch.device(device)
         self.gradient_clipper = GradientClipper(config, self.device)

@@ -24,15 +24,16 @@ from miro.encoders.encoder import EncodingConfig
 from miro.model.transformer import FlowTransformer
 from miro.training import checkpoint
 from miro.training.async_checkpoint import AsyncCheckpointer
-from miro.training.batch_plan import DTYPES, BatchPlan, deepspeed_config, plan_batch
+from miro.training.batch_plan import DTYPES, BatchPlan, deepspeed_config
 from miro.training.batches import BatchBuilder, TrainBatch
 from miro.training.checkpoint import RunFolder
 from miro.training.config import TrainConfig
 from miro.training.engine import Engine
 from miro.training.flops import peak_flops, training_flops
-from miro.training.memory import choose_stage
+from miro.training.memory import capacity
 from miro.training.metrics import MetricsTracker, StepRecord, TrainingProgress
 from miro.training.metrics_log import MetricsWriter
+from miro.training.planner import Cluster, Problem, choose_plan
 from miro.training.run_record import (
     check_begins_anew,
     check_encoding,
@@ -97,7 +98,7 @@ def train(
             write_text(run.deepspeed, json.dumps(record, indent=2))
             checkpoint.clear_unfinished(run.checkpoints)
 
-        env.check_equal(digests(config, bins, dataset))
+        env.check_equal(digests(config, bins, dataset, plan))
         env.on_first(claim_folder)
         engine = _make_engine(config, dataset, plan, device, env)
         return _train(config, run, dataset, bins, engine, batches, report)
@@ -232,9 +233,14 @@ def _fit_bins(
 def _make_plan(
     config: TrainConfig, dataset: Dataset, env: DistEnv, device: torch.device
 ) -> BatchPlan:
+    """Choose the plan; all ranks must choose the same one, which `digests` checks."""
     largest = max(dataset.shapes, key=math.prod)
-    stage = choose_stage(config, largest, dataset.text_dim, len(dataset.rewards), env, device)
-    return plan_batch(config.sharding, batch=config.batch, world=env.world, stage=stage)
+    cluster = Cluster(env.world, capacity(device))
+    plan, table = choose_plan(
+        Problem(config, cluster, largest, dataset.text_dim, len(dataset.rewards))
+    )
+    log.info(table)
+    return plan
 
 
 def _prewarm(

@@ -1,4 +1,4 @@
-"""Estimated device memory of a rank, and the lowest ZeRO stage that fits.
+"""Estimated device memory of a rank.
 
 The formulas follow what the engine and DeepSpeed 0.19 allocate; `tests/miro/test_memory.py`
 compares them with the measured memory of processes.
@@ -6,18 +6,13 @@ compares them with the measured memory of processes.
 
 from __future__ import annotations
 
-import logging
 import os
 from dataclasses import dataclass, fields
 
 import torch
 
 from miro.model.transformer import FlowTransformer, ModelConfig
-from miro.training.batch_plan import BUCKET, BatchPlan, Precision, Stage, plan_batch
-from miro.training.config import TrainConfig
-from miro.utils.distributed import DistEnv
-
-log = logging.getLogger(__name__)
+from miro.training.batch_plan import BUCKET, BatchPlan, Precision
 
 # The rest is for fragmentation of the allocator, NCCL, and workspaces of libraries.
 USABLE = 0.9
@@ -112,53 +107,11 @@ def estimate(
     )
 
 
-def capacity(device: torch.device, local_world: int) -> float:
-    """Return the bytes of a rank's GPU, or of host memory divided by `local_world` ranks."""
+def capacity(device: torch.device) -> float:
+    """Return the bytes of a rank's GPU, or of host memory divided by the ranks of this machine."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local_world
-
-
-def choose_stage(
-    config: TrainConfig,
-    latent: tuple[int, int, int],
-    text: int,
-    rewards: int,
-    env: DistEnv,
-    device: torch.device,
-) -> Stage:
-    """Return the configured ZeRO stage or, for auto, the lowest that fits; logs the estimates.
-
-    `latent` (C, H, W) is the largest shape of the dataset; `text`, the channels of its states.
-    """
-    sharding = config.sharding
-    if sharding.stage != "auto":
-        return int(sharding.stage)  # pyright: ignore[reportReturnType]
-    if config.optimizer.name == "muon" or (env.world == 1 and sharding.offload == "none"):
-        return 0
-    parameters = parameter_count(config.model, latent, text, rewards)
     local_world = int(
         os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 1
     )
-    available = USABLE * capacity(device, local_world)
-    lowest: Stage = {"none": 0, "optimizer": 1, "parameters": 3}[sharding.offload]  # pyright: ignore
-    stages: list[Stage] = [0, 1, 2, 3]
-    lines = []
-    for stage in stages[lowest:]:
-        plan = plan_batch(sharding, batch=config.batch, world=env.world, stage=stage)
-        if stage == 1 and config.precision == "bf16" and plan.accumulation > 1:
-            continue  # Stage 1 would accumulate in bf16, which the engine refuses.
-        activations = activation_bytes(config.model, latent, plan, config.precision)
-        memory = estimate(parameters, plan, config.precision, activations=activations)
-        parts = ", ".join(f"{f.name} {getattr(memory, f.name) / 2**30:.2f}" for f in fields(memory))
-        lines.append(f"stage {stage}: {memory.total / 2**30:.2f} GiB ({parts})")
-        if memory.total <= available or stage == 3:
-            lines.append(
-                f"sharding.stage=auto takes {stage}; a rank has {available / 2**30:.1f} GiB"
-            )
-            if env.first:
-                log.info("\n".join(lines))
-            if memory.total > available:
-                log.warning("by this estimate even stage 3 does not fit: try a smaller micro_batch")
-            return stage
-    raise AssertionError("stage 3 is always returned")
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local_world

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from miro.conditioning import Bins
 from miro.data.dataset_base import Dataset
+from miro.training.batch_plan import BatchPlan
 from miro.training.checkpoint import RunFolder
 from miro.training.config import TrainConfig
 from miro.training.metrics_log import read_metrics
@@ -120,13 +121,14 @@ def check_encoding(run: RunFolder, saved: Mapping[str, Any], dataset: Dataset) -
         )
 
 
-def digests(config: TrainConfig, bins: Bins, dataset: Dataset) -> dict[str, str]:
+def digests(config: TrainConfig, bins: Bins, dataset: Dataset, plan: BatchPlan) -> dict[str, str]:
     """Return checksums of what all ranks must have alike, by a name for messages."""
     record = {k: v for k, v in to_dict(config).items() if k not in ("data", "threads")}
     parts = {
         "configuration": json.dumps(record),
         "reward bins": bins.to_json(),
         "encoding": json.dumps(dataset.encoding),
+        "plan": repr(plan),
         "samples": "\n".join(dataset.keys),
     }
     return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in parts.items()}

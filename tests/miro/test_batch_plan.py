@@ -1,5 +1,6 @@
 """Batch plans, the DeepSpeed configuration of each, and that none changes what is learned."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from miro.model.packed_text import pack
 from miro.model.transformer import RewardCond
-from miro.training.batch_plan import BatchPlan, ShardingConfig, deepspeed_config, plan_batch
+from miro.training.batch_plan import BatchPlan, ShardingConfig, deepspeed_config
+from miro.training.deepspeed_internals import memory_efficient_linear
 from miro.training.engine import Engine
 
 
@@ -33,14 +35,14 @@ def test_the_configuration_of_deepspeed_follows_the_plan(stage: Any, precision: 
 
 
 @pytest.mark.parametrize(
-    ("batch", "world", "micro", "accumulation"), [(64, 4, None, 1), (64, 4, 4, 4), (6, 1, 2, 3)]
+    ("batch", "world", "micro", "accumulation"), [(64, 4, 16, 1), (64, 4, 4, 4), (6, 1, 2, 3)]
 )
 def test_a_batch_is_micro_batch_times_accumulation_times_world(
-    batch: int, world: int, micro: int | None, accumulation: int
+    batch: int, world: int, micro: int, accumulation: int
 ) -> None:
-    plan = plan_batch(ShardingConfig(micro_batch=micro), batch=batch, world=world, stage=1)
+    plan = BatchPlan(1, world, micro, accumulation)
 
-    assert plan.batch == batch and plan.accumulation == accumulation
+    assert plan.batch == batch
     samples = [
         image
         for rank in range(world)
@@ -48,20 +50,6 @@ def test_a_batch_is_micro_batch_times_accumulation_times_world(
         for image in range(start, start + plan.micro_batch)
     ]
     assert sorted(samples) == list(range(1000, 1000 + batch))
-
-
-@pytest.mark.parametrize(
-    ("sharding", "batch", "world", "message"),
-    [
-        (ShardingConfig(), 10, 4, "batch=10 does not divide among 4 processes"),
-        (ShardingConfig(micro_batch=3), 8, 2, "batch=8 is no multiple of sharding.micro_batch=3"),
-    ],
-)
-def test_a_batch_that_does_not_divide_is_refused(
-    sharding: ShardingConfig, batch: int, world: int, message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        plan_batch(sharding, batch=batch, world=world, stage=0)
 
 
 @pytest.mark.parametrize(
@@ -153,9 +141,13 @@ def test_a_step_has_no_host_sync(
 @pytest.mark.parametrize(("plan", "precision"), PLANS)
 def test_every_plan_learns_what_the_unsharded_one_does(plan: BatchPlan, precision: Any) -> None:
     plain, sharded = (engine(plan=which, precision=precision) for which in (PLAN, plan))
+    # Adam divides by the gradient's size, so for a gradient near zero a rounding is a whole step:
+    # in bf16 both need the linear layer of stage 3, which rounds otherwise than torch's.
+    same_linear = plan.stage == 3 and precision == "bf16"
     for images in range(0, 20, 4):
         full = inputs(images)
-        learn(plain, part_of_loss(plain, full, slice(0, 4)), images)
+        with memory_efficient_linear() if same_linear else nullcontext():
+            learn(plain, part_of_loss(plain, full, slice(0, 4)), images)
         for start in range(0, 4, plan.micro_batch):
             sharded.backward(part_of_loss(sharded, full, slice(start, start + plan.micro_batch)))
         sharded.step(images)

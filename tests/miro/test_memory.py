@@ -3,7 +3,6 @@
 import ctypes
 import gc
 import json
-import logging
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,13 +16,12 @@ from helpers.multirank import MultiRank
 import miro.training.batch_plan
 from miro.model.packed_text import empty_text
 from miro.model.transformer import FlowTransformer, ModelConfig, RewardCond
-from miro.training.batch_plan import BatchPlan, ShardingConfig
-from miro.training.config import TrainConfig
+from miro.training.batch_plan import BatchPlan
 from miro.training.engine import Engine
-from miro.training.memory import activation_bytes, choose_stage, estimate, parameter_count
+from miro.training.memory import activation_bytes, estimate, parameter_count
 from miro.training.optimizer import OptimizerConfig
 from miro.training.presets import preset
-from miro.utils.distributed import DistEnv, init_distributed
+from miro.utils.distributed import init_distributed
 
 # 21 million parameters and few tokens, so that the state outweighs the activations.
 MODEL, LATENT, TEXT, REWARDS = ModelConfig(512, 5, 4, 1024, 4), (1, 8, 8), 16, 2
@@ -151,32 +149,6 @@ def test_activation_checkpointing_saves_seven_eighths_of_the_activations() -> No
     )
 
     assert saved > 1e9 and recomputed < saved / 7
-
-
-@pytest.mark.parametrize(
-    ("gigabytes", "stage"), [(300, 0), (100, 2), (30, 3)], ids=["roomy", "tight", "tiny"]
-)
-def test_auto_takes_the_lowest_stage_that_fits_and_says_why(
-    gigabytes: int, stage: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("miro.training.memory.capacity", lambda device, ranks: gigabytes * 1e9)
-    config = replace(LARGE, sharding=ShardingConfig(micro_batch=64))
-    caplog.set_level(logging.INFO)
-
-    found = choose_stage(config, (4, 32, 32), 2048, 7, DistEnv(0, 8), torch.device("cpu"))
-
-    assert found == stage
-    assert f"sharding.stage=auto takes {stage}" in caplog.text and "stage 0:" in caplog.text
-
-
-def test_a_configured_stage_is_returned_and_one_process_does_not_shard(
-    training: TrainConfig,
-) -> None:
-    given = replace(training, sharding=ShardingConfig("3"))
-    device = torch.device("cpu")
-
-    assert choose_stage(given, (3, 32, 32), 384, 2, DistEnv(0, 2), device) == 3
-    assert choose_stage(training, (3, 32, 32), 384, 2, DistEnv(), device) == 0
 
 
 def test_parameters_are_counted_without_allocating_them() -> None:
