@@ -53,6 +53,7 @@ def sample(
     prompt: tuple[str, ...],
     sampling: Annotated[_Sampling, Inline] = _Sampling(),  # noqa: B008 frozen
     count: int = 1,
+    noise: int = 0,
     best_of: int = 1,
     best_by: str | None = None,
     aspect: str | None = None,
@@ -66,10 +67,11 @@ def sample(
         prompt: one or more captions.
         sampling: targets, guidance and solver.
         count: images per prompt.
+        noise: number of the first noise; prompts share their noises.
         best_of: candidates per image, of which the best is written.
         best_by: the reward that ranks candidates, NAME or NAME=weights.
         aspect: ratio such as 4:3; the nearest shape that the run was trained on is used.
-        out: folder for the PNG files; RUN/samples if not given.
+        out: folder for the PNG files, to which a call adds; RUN/samples if not given.
         device: where to compute.
     """
     from miro.sampling.command import sample_images
@@ -84,6 +86,7 @@ def sample(
         text_scale=sampling.text_scale,
         steps=sampling.steps,
         seed=sampling.seed,
+        noise=noise,
         count=count,
         candidates=best_of,
         best_by=best_by,

@@ -1,4 +1,7 @@
-"""`miro sample`: images of prompts as PNG files, each with its settings in a JSON file."""
+"""`miro sample`: images of prompts as PNG files, each with the settings to sample it again.
+
+The settings are in a JSON file beside the image and in the PNG, as its text "miro".
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from miro.images.buckets import aspect_ratio
@@ -29,6 +33,7 @@ def sample_images(
     text_scale: float = 0.0,
     steps: int = 50,
     seed: int = 0,
+    noise: int = 0,
     count: int = 1,
     candidates: int = 1,
     best_by: str | None = None,
@@ -47,11 +52,12 @@ def sample_images(
         text_scale: τ of `Guidance`.
         steps: Euler steps.
         seed: seed of the noise.
+        noise: number of the first noise of each prompt.
         count: images per prompt.
         candidates: images sampled per image written.
         best_by: the reward that ranks candidates, NAME or NAME=weights.
         aspect: such as 4:3; the nearest training bucket is sampled.
-        out: folder for the files; None: `run`/samples.
+        out: folder for the files, numbered from the highest number there on; None: `run`/samples.
         device: device to compute on.
 
     Returns:
@@ -73,7 +79,7 @@ def sample_images(
     guidance = pipeline.guidance(positive, negative, reward_scale, text_scale)
     captions = [prompt for prompt in prompts for _ in range(count * candidates)]
     # All prompts share the same noises, so that their images can be compared.
-    numbers = list(range(count * candidates)) * len(prompts)
+    numbers = list(range(noise, noise + count * candidates)) * len(prompts)
     shape = pipeline.shape(ratio)
     images = to_bytes(
         pipeline(captions, guidance, seed=seed, numbers=numbers, steps=steps, shape=shape)
@@ -82,17 +88,35 @@ def sample_images(
         best = best_of(reward.score(list(images), captions), candidates).tolist()
         captions, numbers = [captions[i] for i in best], [numbers[i] for i in best]
         images = images[best]
+    settings = {
+        "seed": seed,
+        "positive": dict(zip(pipeline.rewards, guidance.positive.levels, strict=True)),
+        "negative": guidance.negative
+        and dict(zip(pipeline.rewards, guidance.negative.levels, strict=True)),
+        "reward_scale": reward_scale,
+        "text_scale": text_scale,
+        "steps": steps,
+        "shape": shape,
+        "run": str(run),
+        "images": pipeline.images,
+        "precision": pipeline.config.precision,
+    }
     out = run / "samples" if out is None else out
+    out.mkdir(parents=True, exist_ok=True)
+    first = 1 + max((int(p.stem) for p in out.glob("*.png") if p.stem.isdecimal()), default=-1)
     return [
-        _write(out / f"{index:04d}", image, {"prompt": caption, "seed": seed, "noise": number})
+        _write(out / f"{index:04d}", image, {"prompt": caption, "noise": number, **settings})
         for index, (image, caption, number) in enumerate(
-            zip(images, captions, numbers, strict=True)
+            zip(images, captions, numbers, strict=True), first
         )
     ]
 
 
 def _write(stem: Path, image: Tensor, settings: Mapping[str, object]) -> Path:
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(stem.with_suffix(".png"))
-    write_text(stem.with_suffix(".json"), json.dumps(settings))
-    return stem.with_suffix(".png")
+    record = json.dumps(settings)
+    text = PngInfo()
+    text.add_text("miro", record)
+    path = stem.with_suffix(".png")
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path, pnginfo=text)
+    write_text(stem.with_suffix(".json"), record)
+    return path

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from miro.cli.main import COMMANDS, main
+from miro.sampling.command import sample_images
 
 TINY = [
     "model.channels=32", "model.depth=1", "model.heads=1", "model.hidden=32", "images=128",
@@ -67,6 +68,35 @@ def test_sampling_writes_images_and_the_best_of_several(user_folder: Path, tmp_p
     assert Image.open(images[0]).size == (32, 32)
     record = json.loads(images[0].with_suffix(".json").read_text())
     assert record["prompt"] == "photo number 3"
+
+
+def test_the_record_in_an_image_samples_it_again_and_nothing_is_overwritten(
+    user_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    model = user_folder / "run"
+    targets = ["--reward", "colourfulness=0.6", "--negative", "sharpness=0.2", "--reward-scale", 1]
+    options = ["--prompt", "photo number 3", "--steps", 3, "--out", tmp_path, "--seed", 5]
+    run("sample", model, *targets, *options, "--count", 2)
+    first = [tmp_path / "0000.png", tmp_path / "0001.png"]
+    assert capsys.readouterr().out.splitlines() == [str(path) for path in first]
+    before = [path.read_bytes() for path in first]
+
+    record = json.loads(Image.open(first[1]).info["miro"])  # type: ignore[attr-defined]
+    assert record == json.loads(first[1].with_suffix(".json").read_text())
+    (again,) = sample_images(
+        model,
+        [record["prompt"]],
+        out=tmp_path,
+        **{
+            key: record[key]
+            for key in (
+                "seed", "noise", "positive", "negative", "reward_scale", "text_scale", "steps",
+            )
+        },
+    )  # fmt: skip
+
+    assert again.name == "0002.png" and [path.read_bytes() for path in first] == before
+    assert np.array_equal(np.asarray(Image.open(again)), np.asarray(Image.open(first[1])))
 
 
 def test_evaluate_and_report_read_the_run(user_folder: Path, tmp_path: Path):
