@@ -84,13 +84,19 @@ def hostfile(folder: Path, hosts: Sequence[str]) -> Path:
     return path
 
 
+def default_signals() -> None:
+    """Shells cannot trap a signal that is ignored when they start, as SIGHUP is under nohup."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(command: Sequence[str | Path], **environment: str) -> subprocess.Popen[str]:
     here = str(Path(sys.executable).parent)
     path = {"PATH": f"{here}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [str(word) for word in command],
         env={**os.environ, **path, **environment},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=default_signals,
     )  # fmt: skip
 
 
@@ -324,4 +330,4 @@ def test_data_sh_writes_a_dataset_with_all_processes_of_a_machine(tmp_path: Path
     assert made.returncode == 0, made.stderr
     assert Manifest.read(encoded).samples == Manifest.read(scored).samples == 19
     assert Manifest.read(encoded).rewards == ("sharpness",)
-    assert annotated.stderr.count("19 samples") <= 1, "only rank 0 prints"
+    assert annotated.stderr.count("19 samples,") <= 1, "only rank 0 prints"
