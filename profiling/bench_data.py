@@ -276,6 +276,7 @@ def loading(steps: int, compiled: bool) -> dict[str, Any]:
 
 
 def main() -> int:
+    """Time decoders and loaders, and write the result."""
     parser = argument_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)

@@ -80,6 +80,7 @@ def build_engine(config: TrainConfig, precision: Any, compiled: bool) -> Engine:
 
 
 def main() -> None:
+    """Time the demo preset by precision and compilation, and write the result."""
     parser = argument_parser(__doc__)
     parser.add_argument("--steps", type=int, default=12, help="timed steps per round")
     parser.add_argument("--rounds", type=int, default=3)

@@ -69,6 +69,7 @@ class StubReward(DualEncoderReward):
         self.layers = layers
 
     def embed_images(self, squares: Tensor) -> Tensor:
+        """Embed squares, (B, 3, H, W) to (B, 768), by `layers` products."""
         patches = squares.float().unfold(2, 16, 16).unfold(3, 16, 16)
         states = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2) / 255
         for _ in range(self.layers):
@@ -76,9 +77,11 @@ class StubReward(DualEncoderReward):
         return nn.functional.normalize(states.mean(1), dim=1)
 
     def embed_captions(self, captions: Sequence[str]) -> Tensor:
+        """Equal vectors, (len(captions), 768)."""
         return nn.functional.normalize(torch.ones(len(captions), 768), dim=1)
 
     def score(self, images: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
+        """Similarity of each image and its caption."""
         return self.similarity(images, captions)
 
 
@@ -293,6 +296,7 @@ def timed(batch: int) -> dict[str, Any]:
 
 
 def main() -> int:
+    """Time the rewards, and write the result."""
     parser = argument_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, default=96)

@@ -127,6 +127,7 @@ def summary(variant: Variant, times: list[float], eager: list[float], steps: int
 
 
 def main() -> int:
+    """Time sampling, and write the result."""
     parser = argument_parser(__doc__)
     parser.add_argument("--preset", default="demo")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])

@@ -235,6 +235,7 @@ def text_lengths(batch: int, longest: int) -> list[int]:
 
 
 def main() -> int:
+    """Time training steps side by side, and write the result."""
     parser = argument_parser(__doc__)
     parser.add_argument("--released", type=Path, help="folder with the package miro-t2i")
     parser.add_argument("--scale", type=int, default=4, help="divides the width of both networks")

@@ -11,6 +11,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,8 +31,25 @@ def argument_parser(doc: str | None, out: Path | None = RESULTS) -> argparse.Arg
     """A parser with the first line of `doc` as description, and --out."""
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     if out is not None:
-        parser.add_argument("--out", type=Path, default=out, help="folder of the results")
+        # argparse applies the type to a default that is a string.
+        parser.add_argument(
+            "--out",
+            type=_created,
+            default=str(out),
+            help="folder of the results, created if absent",
+        )
     return parser
+
+
+def _created(path: str) -> Path:
+    """Create the folder before anything is measured, or refuse it."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{folder} cannot be written: {error}") from error
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +80,7 @@ def interleave(
 
     Args:
         variants: functions of the number of the round.
+        rounds: whose results are returned.
         warmup: rounds before those that are returned.
 
     Returns:
@@ -120,7 +139,12 @@ def metadata(device: str) -> dict[str, Any]:
 
 
 def write_json(record: dict[str, Any], path: Path) -> None:
-    """Write a record as JSON and print its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    """Write a record as JSON and print its path, or the record if it cannot be written."""
+    text = json.dumps(record, indent=1) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError:
+        print(text)  # Not lost.
+        raise
     print(path)

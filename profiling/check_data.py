@@ -61,6 +61,7 @@ def difference(images: list[bytes], workers: int) -> tuple[int, float]:
 
 
 def main() -> int:
+    """Run the checks and print them."""
     parser = argument_parser(__doc__, out=None)
     parser.add_argument("--workers", type=int, default=min(16, len(os.sched_getaffinity(0))))
     parser.add_argument("--rounds", type=int, default=5)

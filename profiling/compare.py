@@ -92,6 +92,7 @@ def compare(before: Any, after: Any) -> list[Change]:
 
 
 def main() -> int:
+    """Print what differs between two results."""
     parser = argument_parser(__doc__, out=None)
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)

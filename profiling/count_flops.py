@@ -207,6 +207,7 @@ def table(rows: list[NetworkFlops]) -> str:
 
 
 def main() -> None:
+    """Count FLOPs, and write the table."""
     parser = argument_parser(__doc__)
     parser.add_argument("--released", type=Path, help="folder with the package miro-t2i")
     args = parser.parse_args()

@@ -265,6 +265,7 @@ def write_results(record: dict[str, Any], folder: Path) -> None:
 
 
 def main() -> int:
+    """Run the tests and benchmarks of the kernels on a GPU, and write the result."""
     parser = argument_parser(__doc__)
     parser.add_argument("--commit", default=commit(), help="recorded, if this is no git checkout")
     parser.add_argument("--minutes", type=float, default=28, help="start nothing after these")

@@ -199,6 +199,7 @@ def replace_table(text: str, rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
+    """Measure the kernels without a GPU, and write the table."""
     parser = argument_parser(__doc__)
     names = [case.op for case in CASES]
     parser.add_argument("--ops", nargs="*", choices=names, default=names)

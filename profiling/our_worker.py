@@ -74,6 +74,7 @@ class OurStep(Step):
         return x.to(device), noise.to(device), t.to(device), moved, text.to(device)
 
     def run(self, number: int, phases: Phases) -> Tensor:
+        """Run a training step and return its loss."""
         with use_backend(self.settings["kernels"]):
             with phases("data"):
                 x, noise, t, rewards, text = self.batch(number)
@@ -94,6 +95,7 @@ class OurStep(Step):
         return loss.detach()
 
     def useful(self) -> Tensor:
+        """Run a forward pass without padding, whose FLOPs count as useful."""
         x, _, t, rewards, text = self.batch(0)
         with use_backend(self.settings["kernels"]):
             return self.engine.model(x, t, rewards, self.engine.model.encode_context(text))

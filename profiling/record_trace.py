@@ -42,6 +42,7 @@ class Ranges(Phases):
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        """Mark a phase of the step in the trace."""
         on_gpu = self.device == "cuda"
         with record_function(name), torch.cuda.nvtx.range(name) if on_gpu else nullcontext():
             yield
@@ -133,6 +134,7 @@ def idle_share(events: Sequence[Any]) -> float | None:
 
 
 def main() -> int:
+    """Record a trace of training steps, and write it."""
     parser = argument_parser(__doc__, ROOT / "runs" / "trace")
     parser.add_argument("--scale", type=int, default=1, help="divides the width")
     parser.add_argument("--batch", type=int, default=64)

@@ -93,6 +93,7 @@ class ReleasedStep(Step):
         return value.mean()
 
     def run(self, number: int, phases: Phases) -> Tensor:
+        """Run a training step and return its loss."""
         with phases("data"):
             data = self.batch(number)
         with phases("forward"):

@@ -57,6 +57,7 @@ def write_report(results: Sequence[Result], path: Path) -> Path:
 
 
 def main() -> int:
+    """Write the report of the results."""
     parser = argument_parser(__doc__, out=None)
     parser.add_argument("files", type=Path, nargs="*", metavar="RESULT.json", help="only these")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of JSON files")

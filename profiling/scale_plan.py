@@ -2,10 +2,9 @@
 
     python profiling/scale_plan.py [--out profiling/results]
 
-For each preset, number of GPUs and ZeRO stage: memory per GPU (`memory.estimate`),
-bytes sent per GPU and step (ring collectives), and a step time by `Assumptions`. Nothing is run;
-FLOPs are counted on the meta device. Writes scale_plan.json, which report.py plots too, and
-scale_plan.svg.
+For each preset, number of GPUs and ZeRO stage: memory per GPU (`memory.estimate`), bytes sent per
+GPU and step (ring collectives), and a step time by `Assumptions`. Nothing is run; FLOPs are counted
+on the meta device. Writes scale_plan.json, which report.py plots too, and scale_plan.svg.
 """
 
 from __future__ import annotations
@@ -134,6 +133,7 @@ def draw(rows: list[Plan]) -> Figure:
 
 
 def main() -> None:
+    """Project memory and step times of clusters, and write them."""
     out = argument_parser(__doc__).parse_args().out
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # hides warnings on missing fonts
     given = Assumptions()

@@ -131,6 +131,7 @@ def measure(search: Search, clock: Clock) -> list[dict[str, Any]]:
 
 
 def main() -> int:
+    """Search tile sizes, and write the result."""
     parser = argument_parser(__doc__)
     names = [search.kernel for search in SEARCHES]
     parser.add_argument(

@@ -184,6 +184,7 @@ def table(variants: dict[str, list[Operation]], batch: int, useful: float) -> st
 
 
 def main() -> None:
+    """Break down a step by roofline, and write the result."""
     parser = argument_parser(__doc__)
     parser.add_argument("--preset", default="small")
     parser.add_argument("--batch", type=int, default=64)

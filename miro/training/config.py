@@ -29,8 +29,7 @@ class TrainConfig:
     encode: EncodingConfig = field(default_factory=EncodingConfig)
     horizontal_flip: bool = False
     """Flip an image left to right with probability 1/2; needs on_the_fly. Do not use it where
-    captions
-    say left or right, or where images contain text."""
+    captions say left or right, or where images contain text."""
     images: int = 1_000_000
     """Images to train on; repetitions count."""
     batch: int = 64
@@ -54,8 +53,7 @@ class TrainConfig:
     """Images between reports to metrics.jsonl, TensorBoard and the screen."""
     peak_flops: float | None = None
     """Peak FLOP/s of a device in `precision`, for MFU. None looks it up in miro/training/flops.py
-    by
-    the device's name; MFU is not reported for a device that is not listed."""
+    by the device's name; MFU is not reported for a device that is not listed."""
     checkpoint_every: int = 32_000
     """Images between checkpoints."""
     keep_checkpoints: int = 2

@@ -53,9 +53,8 @@ def activation_bytes(
 ) -> float:
     """Estimate the activations that a micro-batch saves for backward, with the fused kernels.
 
-    A block saves 12 tensors of the model's width (residual stream, its norm and the branch
-    of both sub-layers; q, k and v; q and k after RoPE; the attention output) and 3 of the MLP's
-    width.
+    A block saves 12 tensors of the model's width (residual stream, its norm and the branch of both
+    sub-layers; q, k and v; q and k after RoPE; the attention output) and 3 of the MLP's width.
     """
     _, height, width = latent
     tokens = plan.micro_batch * (height // config.patch) * (width // config.patch)

@@ -1,8 +1,7 @@
 """File locks: one process at a time writes a folder.
 
-`flock` itself and not the package filelock, which cannot lock an open data file
-(rejected.jsonl), polls while it waits, and on file systems without locks leaves a marker that
-outlives its process.
+`flock` itself and not the package filelock, which cannot lock an open data file (rejected.jsonl),
+polls while it waits, and on file systems without locks leaves a marker that outlives its process.
 """
 
 from __future__ import annotations
