@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import os
 import re
 import sys
+import typing
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -51,7 +53,7 @@ def train(args: Sequence[str]) -> None:
     options = tyro.cli(
         _Options,
         default=_Options(preset(args[0])),
-        args=[f"--{word}" if KEY_VALUE.fullmatch(word) else word for word in args[1:]],
+        args=[word for given in args[1:] for word in _option_words(given)],
         prog=f"miro train {args[0]}",
         # So that compile=False can be written like every other key=value.
         config=(tyro.conf.FlagConversionOff,),
@@ -79,6 +81,19 @@ def train(args: Sequence[str]) -> None:
         console.print(
             f"weights are in {weights}; sample with `miro sample {options.run} --prompt ...`"
         )
+
+
+def _option_words(given: str) -> list[str]:
+    """Write KEY=VALUE as an option; of a key with several values, VALUE is a list with commas."""
+    if not KEY_VALUE.fullmatch(given.removeprefix("--")):
+        return [given]
+    key, _, value = given.removeprefix("--").partition("=")
+    hint: Any = TrainConfig
+    for name in key.replace("-", "_").split("."):
+        hint = typing.get_type_hints(hint).get(name) if dataclasses.is_dataclass(hint) else None
+    if tuple in (typing.get_origin(kind) for kind in (hint, *typing.get_args(hint))):
+        return [f"--{key}", *filter(None, value.split(","))]
+    return [f"--{key}={value}"]
 
 
 def _plan(config: TrainConfig, cluster: str) -> str:

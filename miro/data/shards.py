@@ -65,8 +65,8 @@ class Manifest:
             content = json.loads(path.read_text("utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(
-                f"{path}: no such file, {folder} is not a dataset folder; make one with"
-                " `miro annotate`"
+                f"{path}: no such file, {folder} is not a dataset folder; `miro annotate` makes"
+                " one of images, `miro encode` one to train on"
             ) from None
         except ValueError as error:
             raise ValueError(f"{path}: not JSON ({error}); make the folder again") from None

@@ -70,11 +70,7 @@ class TrainConfig:
         for name in ("images", "batch", "report_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("report_every", "checkpoint_every", "images", "keep_every"):
-            if (getattr(self, name) or 0) % self.batch:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} must be a multiple of batch={self.batch}"
-                )
+        self._check_multiples()
         if self.horizontal_flip and not self.on_the_fly:
             raise ValueError(
                 "horizontal_flip=True needs on_the_fly=True: a stored latent cannot be flipped"
@@ -82,8 +78,18 @@ class TrainConfig:
         if self.peak_flops is not None and not self.peak_flops > 0:
             raise ValueError(f"peak_flops must be above 0, got {self.peak_flops}")
         for images in self.ema_weights_at:
-            if images % self.batch or not 0 < images <= self.images:
-                raise ValueError(
-                    f"ema_weights_at: {images} must be a multiple of batch={self.batch} up to "
-                    f"images={self.images}"
-                )
+            if not 0 < images <= self.images:
+                raise ValueError(f"ema_weights_at: {images} must be from 1 to images={self.images}")
+
+    def _check_multiples(self) -> None:
+        """Raise one ValueError for all numbers of images that are no multiple of the batch."""
+        names = ("report_every", "checkpoint_every", "images", "keep_every")
+        counts = [(name, getattr(self, name) or 0) for name in names]
+        counts += [("ema_weights_at", images) for images in self.ema_weights_at]
+        found = [
+            f"{name}={count} (nearest: {max(1, round(count / self.batch)) * self.batch})"
+            for name, count in counts
+            if count % self.batch
+        ]
+        if found:
+            raise ValueError(f"no multiple of batch={self.batch}: {', '.join(found)}")

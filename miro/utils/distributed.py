@@ -50,14 +50,22 @@ class DistEnv:
         """Return this process's device: its own GPU where `kind` is cuda.
 
         Raises:
-            ValueError: the machine has fewer GPUs than processes.
+            ValueError: there is no GPU, or the machine has fewer than processes.
         """
         if kind != "cuda":
             return torch.device(kind)
-        if torch.cuda.is_available() and self.local >= torch.cuda.device_count():
+        if not torch.cuda.is_available():
             raise ValueError(
-                f"process {self.local} of this machine has no GPU: there are "
-                f"{torch.cuda.device_count()}; start one process per GPU"
+                "device=cuda, but torch finds no GPU on this machine; choose device=cpu, or see "
+                "whether nvidia-smi lists it and torch.version.cuda is not None"
+            )
+        count = torch.cuda.device_count()
+        if count == 1 and _in_job_step(os.environ):
+            return torch.device("cuda", 0)  # srun --gpus-per-task=1: each task sees its own only.
+        if self.local >= count:
+            raise ValueError(
+                f"process {self.local} of this machine has no GPU: there are {count}; start one "
+                "process per GPU"
             )
         return torch.device("cuda", self.local)
 

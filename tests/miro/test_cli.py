@@ -134,7 +134,7 @@ def test_a_finished_run_is_not_trained_again(user_folder: Path):
         (["train", "demo", "--run", "x", "--data", "x", "images=100"], "multiple of batch=64"),
         (["annotate", "nowhere", "x"], "nowhere: no such file or folder"),
         (["annotate", ".", "x", "--rewards", "sharpnes"], "did you mean 'sharpness'"),
-        (["encode", "nowhere", "x"], "make one with `miro annotate`"),
+        (["encode", "nowhere", "x"], "`miro annotate` makes one of images"),
         (["sample", "nowhere", "--prompt", "a frog"], "neither a weights folder nor a run"),
         (["report", "nowhere"], "nowhere"),
     ],

@@ -52,10 +52,26 @@ def test_incomplete_or_invalid_variables_are_refused(environment: dict[str, str]
         dist_env(environment)
 
 
-def test_each_local_rank_has_its_own_gpu() -> None:
+def test_each_local_rank_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert DistEnv(5, 8, 5).device("cpu") == torch.device("cpu")
-    if not torch.cuda.is_available():
-        assert DistEnv(5, 8, 1).device("cuda") == torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert DistEnv(5, 8, 1).device("cuda") == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match="process 2 of this machine has no GPU: there are 2"):
+        DistEnv(2, 8, 2).device("cuda")
+
+
+def test_a_task_of_srun_that_sees_one_gpu_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    assert DistEnv(3, 8, 3).device("cuda") == torch.device("cuda", 0)
+
+
+def test_a_machine_without_a_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="torch finds no GPU on this machine; choose device=cpu"):
+        DistEnv().device("cuda")
 
 
 def test_collectives_of_one_process_are_local() -> None:

@@ -218,7 +218,7 @@ def test_invalid_folders_and_file_names_are_errors(tmp_path: Path) -> None:
     Manifest("images", (), ()).write(tmp_path / "empty")
     folder = make_dataset(tmp_path / "data", {"clip": list(range(10))})
 
-    with pytest.raises(ValueError, match="not a dataset folder; make one with `miro annotate`"):
+    with pytest.raises(ValueError, match="not a dataset folder; `miro annotate` makes one"):
         inspect(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="holds no samples yet; let `miro annotate` complete"):
         inspect(tmp_path / "empty")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -128,6 +130,41 @@ def test_the_plan_follows_the_shapes_of_the_data(
     main(["train", "demo", "--plan", "2x4"])
 
     assert small != capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "expected"),
+    [
+        (["ema_weights_at=1280,2560"], "ema_weights_at", (1280, 2560)),
+        (["--ema-weights-at=1280,2560"], "ema_weights_at", (1280, 2560)),
+        (["--ema-weights-at", "1280", "2560"], "ema_weights_at", (1280, 2560)),
+        (["conditioning.rewards="], "conditioning.rewards", ()),
+        (["conditioning.rewards=a,b"], "conditioning.rewards", ("a", "b")),
+        (["--conditioning.rewards", "a", "b"], "conditioning.rewards", ("a", "b")),
+        (["data=a,b"], "data", Path("a,b")),
+        (["compile=False"], "compile", False),
+        (["--compile", "False"], "compile", False),
+    ],
+)
+def test_an_option_may_be_written_in_each_form(
+    words: list[str], key: str, expected: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Any] = []
+    monkeypatch.setattr("miro.cli.train._plan", lambda config, cluster: found.append(config))
+    main(["train", "demo", "--plan", "1x8", *words])
+
+    assert operator.attrgetter(key)(found[0]) == expected
+
+
+def test_all_numbers_that_are_no_multiple_of_the_batch_are_named_at_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "demo", "--plan", "1x8", "batch=48"])
+    message = capsys.readouterr().err
+    assert "images=131200 (nearest: 131184)" in message
+    assert "report_every=1280 (nearest: 1296)" in message
+    assert "checkpoint_every=12800 (nearest: 12816)" in message
 
 
 def test_a_run_needs_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
