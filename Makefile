@@ -18,11 +18,13 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	PYTHONPATH=examples $(BIN)/python -m openmoji demo
 
-# Three lanes, each a process: Triton interprets or compiles, and that is settled at its import.
+# Three lanes, in separate processes: Triton interprets or compiles, which its import decides. The
+# files of a lane are divided among the cores.
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile
 test: setup lint
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/interpret
-	$(BIN)/python -m pytest tests/kernels/compiled
+	$(BIN)/python -m pytest $(PARALLEL)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/kernels/interpret
+	$(BIN)/python -m pytest $(PARALLEL) tests/kernels/compiled
 
 # What takes minutes: every stage, world and accumulation, twenty kills, all changes of the world.
 test-long: setup
