@@ -116,13 +116,13 @@ def check_encoding(run: RunFolder, saved: Mapping[str, Any], dataset: Dataset) -
     # As JSON has it, with lists for tuples.
     if found := differences(json.loads(json.dumps(ours)), theirs):
         raise ValueError(
-            f"{run.root} was trained on data that was encoded otherwise than {dataset.folder} "
+            f"{run.root} was trained on data of another encoding than {dataset.folder} has "
             f"({'; '.join(found)}); encode the data as before, or choose another folder"
         )
 
 
 def digests(config: TrainConfig, bins: Bins, dataset: Dataset, plan: BatchPlan) -> dict[str, str]:
-    """Return checksums of what all ranks must have alike, by a name for messages."""
+    """Return checksums of what must be equal on all ranks, by a name for messages."""
     record = {k: v for k, v in to_dict(config).items() if k not in ("data", "threads")}
     parts = {
         "configuration": json.dumps(record),

@@ -342,7 +342,7 @@ def test_a_run_killed_at_any_file_operation_resumes_to_the_same_bytes(tmp_path: 
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert script.returncode == 0, script.stderr
     assert int(script.stdout) > 20, script.stdout  # number of kills

@@ -106,7 +106,7 @@ def stop_when_training(process: subprocess.Popen[str], run: Path, number: int) -
     while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=600)
     return output
 
 
@@ -133,7 +133,7 @@ def test_node_sh_told_to_stop_before_there_are_ranks_exits_with_75(
     process = start([LAUNCH / "node.sh", *words(training, tmp_path / "run")], GPUS="2")
     time.sleep(0.5)
     process.terminate()
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=600)
 
     assert process.returncode == EXIT_STOPPED, output
 

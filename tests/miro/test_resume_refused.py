@@ -121,7 +121,7 @@ def test_data_of_another_encoding_is_refused_on_resume(
     manifest["encoding"]["max_tokens"] = 77
     (other / "manifest.json").write_text(json.dumps(manifest))
 
-    with pytest.raises(ValueError, match=r"encoded otherwise .*max_tokens: 77 here, 256 there"):
+    with pytest.raises(ValueError, match=r"another encoding .*max_tokens: 77 here, 256 there"):
         train(replace(training, data=other), run.root)
 
 
