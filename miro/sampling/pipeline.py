@@ -20,7 +20,7 @@ from miro.model.packed_text import PackedText, pack
 from miro.model.transformer import FlowTransformer
 from miro.sampling.sampler import Guidance, draw_noise, sample
 from miro.training import checkpoint
-from miro.training.checkpoint import CheckpointError, RunFolder
+from miro.training.checkpoint import CheckpointError
 from miro.training.config import TrainConfig
 from miro.training.engine import cast_parameters
 from miro.utils.serialize import from_dict
@@ -57,15 +57,7 @@ class Pipeline:
         Raises:
             CheckpointError: there are no weights, or they are damaged.
         """
-        folder = Path(folder)
-        if not (folder / checkpoint.MANIFEST).exists():
-            written = RunFolder(folder).weights_written()
-            if not written:
-                raise CheckpointError(
-                    f"{folder} is neither a weights folder nor a run that has written weights; "
-                    "give the folder `miro train` was given"
-                )
-            folder = written[-1][1]
+        folder = checkpoint.newest_weights(Path(folder))
         tensors, state = checkpoint.load(folder)
         config = from_dict(TrainConfig, state["config"])
         bins = Bins.from_json(json.dumps(state["bins"]), folder)

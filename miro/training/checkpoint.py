@@ -81,6 +81,23 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(path.name), path) for path in folder.iterdir() if path.name.isdigit())
 
 
+def newest_weights(folder: Path) -> Path:
+    """Return a weights folder itself, or the newest weights of a run's folder.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    if (folder / MANIFEST).exists():
+        return folder
+    written = RunFolder(folder).weights_written()
+    if not written:
+        raise CheckpointError(
+            f"{folder} is neither a weights folder nor a run that has written weights; give the "
+            "folder `miro train` was given"
+        )
+    return written[-1][1]
+
+
 def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """Write a checkpoint with one file of tensors, complete or not at all.
 

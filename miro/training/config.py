@@ -23,6 +23,9 @@ class TrainConfig:
     data: Path | None = None
     """The encoded dataset folder (`miro encode` writes it), or a .json of several with weights:
     {"sources": [{"folder": "a", "weight": 2.0}, {"folder": "b", "weight": 1.0}]}."""
+    init: str | None = None
+    """Begin from the EMA weights of a run's folder, a weights folder or a hub id: what fits this
+    network is taken, the rest is listed. A resumed run does not read it."""
     on_the_fly: bool = False
     """`data` holds images (a folder of `miro annotate`), which are encoded during training as
     `encode` says."""

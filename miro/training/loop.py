@@ -30,6 +30,7 @@ from miro.training.checkpoint import RunFolder
 from miro.training.config import TrainConfig
 from miro.training.engine import Engine
 from miro.training.flops import peak_flops, training_flops
+from miro.training.initial_weights import load_initial_weights
 from miro.training.memory import capacity
 from miro.training.metrics import MetricsTracker, StepRecord, TrainingProgress
 from miro.training.metrics_log import MetricsWriter
@@ -100,7 +101,7 @@ def train(
 
         env.check_equal(digests(config, bins, dataset, plan))
         env.on_first(claim_folder)
-        engine = _make_engine(config, dataset, plan, device, env)
+        engine = _make_engine(config, run, dataset, plan, device, env)
         return _train(config, run, dataset, bins, engine, batches, report)
 
 
@@ -265,7 +266,12 @@ def _prewarm(
 
 
 def _make_engine(
-    config: TrainConfig, dataset: Dataset, plan: BatchPlan, device: torch.device, env: DistEnv
+    config: TrainConfig,
+    run: RunFolder,
+    dataset: Dataset,
+    plan: BatchPlan,
+    device: torch.device,
+    env: DistEnv,
 ) -> Engine:
     """Build the engine with the same initial weights on every rank."""
     torch.manual_seed(seed_from(config.seed, "weights"))
@@ -277,6 +283,8 @@ def _make_engine(
         regional_compile=config.compile and device.type == "cpu",
         activation_checkpointing=plan.activation_checkpointing,
     )
+    if config.init is not None and not checkpoint.list_checkpoints(run.checkpoints):
+        load_initial_weights(model, dataset.rewards, config.init)
     return Engine(
         model,
         config.optimizer,

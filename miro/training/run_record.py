@@ -31,6 +31,7 @@ FREE_TO_CHANGE = (
     "on_failed_save",
     "ema_weights_at",
     "data",
+    "init",
     "sharding",
     "threads",
 )
