@@ -64,8 +64,9 @@ def open_run(
         )
         if changed:
             raise ValueError(
-                f"{run.root} has a run of another configuration ({'; '.join(changed)}); choose "
-                "another folder, or give the same configuration to resume"
+                f"{run.root} has a run of another configuration ({'; '.join(changed)}); give "
+                "the same configuration to resume it, or choose another folder, in which "
+                f"--init {run.root} begins from its weights"
             )
         if run.bins.read_text() != bins.to_json():
             raise ValueError(
